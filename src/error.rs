@@ -1,0 +1,97 @@
+//! `Code` and `Error`: the closed list of ways a call can fail, and one failure with its sentence.
+//!
+//! Every layer answers in these terms; only `api/status.rs` knows what they mean in HTTP and gRPC.
+
+use std::{fmt, time::Duration};
+
+/// Why a call failed. Deliberately few; introduce a new one only when clients must act differently.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Code {
+    /// The caller sent something that can never work.
+    InvalidArgument,
+    /// No such model, version, path or method target.
+    NotFound,
+    /// The model or the server exists but cannot answer yet, or no longer.
+    NotReady,
+    /// A configured size limit was exceeded.
+    TooLarge,
+    /// A bounded queue is full; worth another try after `Error::retry_after`.
+    Overloaded,
+    /// The caller's deadline passed, or would certainly pass.
+    DeadlineExceeded,
+    /// The caller went away.
+    Cancelled,
+    /// The feature exists in the protocol and not here.
+    Unimplemented,
+    /// The model or the server failed; the caller did nothing wrong.
+    Internal,
+}
+
+impl Code {
+    /// Every code, for tables and tests.
+    pub const ALL: [Code; 9] = [
+        Code::InvalidArgument,
+        Code::NotFound,
+        Code::NotReady,
+        Code::TooLarge,
+        Code::Overloaded,
+        Code::DeadlineExceeded,
+        Code::Cancelled,
+        Code::Unimplemented,
+        Code::Internal,
+    ];
+
+    /// The code in snake_case, as metrics and logs write it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Code::InvalidArgument => "invalid_argument",
+            Code::NotFound => "not_found",
+            Code::NotReady => "not_ready",
+            Code::TooLarge => "too_large",
+            Code::Overloaded => "overloaded",
+            Code::DeadlineExceeded => "deadline_exceeded",
+            Code::Cancelled => "cancelled",
+            Code::Unimplemented => "unimplemented",
+            Code::Internal => "internal",
+        }
+    }
+}
+
+/// A failed call: its code, and a sentence that names the operands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Error {
+    pub code: Code,
+    pub message: String,
+    /// When another try is worth it (set with `Code::Overloaded` only).
+    pub retry_after: Option<Duration>,
+}
+
+impl Error {
+    pub fn new(code: Code, message: impl Into<String>) -> Self {
+        Self { code, message: message.into(), retry_after: None }
+    }
+
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Self::new(Code::InvalidArgument, message)
+    }
+
+    pub fn not_found(message: impl Into<String>) -> Self {
+        Self::new(Code::NotFound, message)
+    }
+
+    pub fn internal(message: impl Into<String>) -> Self {
+        Self::new(Code::Internal, message)
+    }
+
+    pub fn overloaded(message: impl Into<String>, retry_after: Duration) -> Self {
+        Self { code: Code::Overloaded, message: message.into(), retry_after: Some(retry_after) }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Error {}

@@ -1,0 +1,5 @@
+pub mod api;
+pub mod backend;
+pub mod error;
+pub mod id;
+pub mod tensor;
