@@ -1,1 +1,13 @@
-fn main() {}
+//! Runs the command line; the exit code says how it went.
+
+use std::process::ExitCode;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    tidegate::cli::run().unwrap_or_else(|error| {
+        eprintln!("tidegate: {error:#}");
+        ExitCode::FAILURE
+    })
+}

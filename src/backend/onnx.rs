@@ -1,1 +1,624 @@
+//! `OnnxRuntime`: runs ONNX models through ONNX Runtime.
+//!
+//! A model and its weights are read into memory before ONNX Runtime sees them: it would map the files, and then
+//! whoever truncates one on disk would kill the server.
 
+use std::{
+    fs,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
+    sync::Arc,
+    thread,
+};
+
+use ort::{
+    ErrorCode, ep,
+    session::{
+        HasSelectedOutputs, OutputSelector, RunOptions, SessionInputValue,
+        builder::{AutoDevicePolicy, GraphOptimizationLevel, PrepackedWeights, SessionBuilder},
+    },
+    value::{Outlet, ValueType},
+};
+use prost::Message;
+
+use super::{Backend, Device, OptimizationLevel, Options, Session, Signature, TensorSpec};
+use crate::{
+    error::{Code, Error},
+    tensor::{DType, Tensor},
+};
+
+mod external;
+mod graph;
+mod library;
+#[cfg(test)]
+mod testing;
+mod threads;
+mod values;
+
+use graph::{Model, Value};
+use library::Library;
+
+const FILE_NAME: &str = "model.onnx";
+
+/// More operator threads than any machine has cores are a typing error.
+const MAX_THREADS: usize = 1024;
+
+/// Session entries that would make ONNX Runtime keep pointing at the model's bytes, which live only while it loads.
+const BORROWING_ENTRIES: [&str; 2] =
+    ["session.use_ort_model_bytes_directly", "session.use_ort_model_bytes_for_initializers"];
+
+/// ONNX Runtime, loaded from a shared library. The library stays loaded until the process ends.
+pub struct OnnxRuntime {
+    library: Arc<Library>,
+}
+
+struct OnnxSession {
+    session: ort::session::Session,
+    run: RunOptions<HasSelectedOutputs>,
+    signature: Arc<Signature>,
+}
+
+impl OnnxRuntime {
+    /// Loads the library: `explicit` (a file, or a directory that holds it), or else the first that works of the one
+    /// beside the binary, the one in `.onnxruntime/` (which `make setup` unpacks) and the system's.
+    ///
+    /// Call it from a thread of ordinary priority: operator threads inherit that thread's.
+    ///
+    /// # Errors
+    /// `NotReady` when there is none, naming every file that was tried and what to do.
+    pub fn open(explicit: Option<&Path>) -> Result<Self, Error> {
+        Ok(Self { library: Library::open(explicit)? })
+    }
+
+    /// The version of the loaded library, `1.31.1` for instance.
+    pub fn version(&self) -> &str {
+        &self.library.version
+    }
+
+    /// The file that the library was loaded from.
+    pub fn path(&self) -> &Path {
+        &self.library.path
+    }
+
+    fn builder(&self, model: &Model, options: &Options, instances: usize) -> Result<SessionBuilder, Error> {
+        check(options)?;
+        let builder = self.configure(model, options, instances).map_err(|error| {
+            Error::invalid(format!("onnxruntime does not take the session's options: {}", tidy(error.message())))
+        })?;
+        let Device::Cuda(index) = options.device else { return Ok(builder) };
+        let index = i32::try_from(index).map_err(|_| unavailable(options.device, "no such device"))?;
+        let provider = ep::CUDA::default().with_device_id(index).build().error_on_failure();
+        builder
+            .with_execution_providers([provider])
+            .map_err(|error| unavailable(options.device, &tidy(error.message())))
+    }
+
+    fn configure(&self, model: &Model, options: &Options, instances: usize) -> ort::Result<SessionBuilder> {
+        let intra = options.intra_op_threads.unwrap_or_else(|| {
+            let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
+            (cores / instances).max(1)
+        });
+        let inter = options.inter_op_threads.unwrap_or(1);
+        let mut builder = ort::session::Session::builder(&self.library.environment)?
+            // `ort` would otherwise let ONNX Runtime pick an accelerator that nobody asked for.
+            .with_auto_device(AutoDevicePolicy::PreferCPU)?
+            .with_thread_manager(self.library.pool.clone())?
+            .with_optimization_level(level(options.optimization))?
+            .with_intra_threads(intra)?
+            .with_inter_threads(inter)?
+            .with_parallel_execution(inter > 1)?
+            .with_intra_op_spinning(options.spinning)?
+            .with_inter_op_spinning(options.spinning)?
+            .with_memory_pattern(options.memory_pattern.unwrap_or_else(|| model.has_fixed_shapes()))?;
+        if options.flush_to_zero {
+            builder = builder.with_flush_to_zero()?;
+        }
+        if options.share_prepacked_weights.unwrap_or(instances > 1) {
+            builder = builder.with_prepacked_weights(&PrepackedWeights::new())?;
+        }
+        for (key, value) in &options.session_config {
+            builder = builder.with_config_entry(key, value)?;
+        }
+        Ok(builder)
+    }
+}
+
+impl Backend for OnnxRuntime {
+    fn file_name(&self) -> &'static str {
+        FILE_NAME
+    }
+
+    fn platform(&self) -> &'static str {
+        "onnxruntime_onnx"
+    }
+
+    fn load(&self, files: &Path, options: &Options, instances: usize) -> Result<Vec<Box<dyn Session>>, Error> {
+        let path = files.join(FILE_NAME);
+        let named = |error: Error| Error { message: format!("{}: {}", path.display(), error.message), ..error };
+
+        let bytes = fs::read(&path).map_err(|error| named(Error::invalid(error.to_string())))?;
+        let model = Model::decode(bytes.as_slice())
+            .map_err(|error| named(Error::invalid(format!("not an ONNX model: {error}"))))?;
+        let weights = external::read(&model, files).map_err(named)?;
+
+        let instances = instances.max(1);
+        let mut builder = self
+            .builder(&model, options, instances)
+            .map_err(named)?
+            .with_log_id(files.display().to_string())
+            .map_err(|error| named(Error::internal(tidy(error.message()))))?;
+        for (name, content) in weights {
+            builder = builder
+                .with_external_initializer_file_in_memory(&name, content)
+                .map_err(|error| named(Error::invalid(format!("external data '{name}': {}", tidy(error.message())))))?;
+        }
+
+        let first = commit(&mut builder, &bytes, options.device).map_err(named)?;
+        let mut signature = signature(&first, &model).map_err(named)?;
+        if options.flush_to_zero {
+            // ONNX Runtime sets the flag on its own threads, never on the one that calls it.
+            signature
+                .notes
+                .push("flush_to_zero reaches the operator threads, not the thread that runs the graph".into());
+        }
+        let signature = Arc::new(signature);
+        let mut sessions = vec![OnnxSession::new(first, &signature).map_err(named)?];
+        while sessions.len() < instances {
+            let session = commit(&mut builder, &bytes, options.device).map_err(named)?;
+            sessions.push(OnnxSession::new(session, &signature).map_err(named)?);
+        }
+        Ok(sessions.into_iter().map(|session| Box::new(session) as Box<dyn Session>).collect())
+    }
+}
+
+impl OnnxSession {
+    fn new(session: ort::session::Session, signature: &Arc<Signature>) -> Result<Self, Error> {
+        let names = signature.outputs.iter().map(|spec| &*spec.name);
+        let outputs = names.fold(OutputSelector::no_default(), OutputSelector::with);
+        let run = RunOptions::new()
+            .map_err(|error| Error::internal(format!("cannot create run options: {error}")))?
+            .with_outputs(outputs);
+        Ok(Self { session, run, signature: Arc::clone(signature) })
+    }
+}
+
+impl Session for OnnxSession {
+    fn signature(&self) -> &Signature {
+        &self.signature
+    }
+
+    fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, Error> {
+        let values = inputs.iter().map(values::to_value).collect::<Result<Vec<SessionInputValue<'_>>, Error>>()?;
+        let outputs = self.session.run_with_options(values.as_slice(), &self.run).map_err(|error| {
+            let code = match error.code() {
+                ErrorCode::InvalidArgument => Code::InvalidArgument,
+                _ => Code::Internal,
+            };
+            Error::new(code, format!("the model failed: {}", tidy(error.message())))
+        })?;
+        self.signature
+            .outputs
+            .iter()
+            .zip(outputs.values())
+            .map(|(spec, value)| values::from_value(spec, &value))
+            .collect()
+    }
+}
+
+fn check(options: &Options) -> Result<(), Error> {
+    for (name, threads) in
+        [("intra_op_threads", options.intra_op_threads), ("inter_op_threads", options.inter_op_threads)]
+    {
+        if let Some(threads) = threads
+            && !(1..=MAX_THREADS).contains(&threads)
+        {
+            return Err(Error::invalid(format!("{name} must be 1 to {MAX_THREADS}, is {threads}")));
+        }
+    }
+    match BORROWING_ENTRIES.iter().find(|key| options.session_config.contains_key(**key)) {
+        Some(key) => Err(Error::invalid(format!("session_config '{key}' cannot be set here"))),
+        None => Ok(()),
+    }
+}
+
+fn level(level: OptimizationLevel) -> GraphOptimizationLevel {
+    match level {
+        OptimizationLevel::Disable => GraphOptimizationLevel::Disable,
+        OptimizationLevel::Basic => GraphOptimizationLevel::Level1,
+        OptimizationLevel::Extended => GraphOptimizationLevel::Level2,
+        OptimizationLevel::All => GraphOptimizationLevel::All,
+    }
+}
+
+fn unavailable(device: Device, reason: &str) -> Error {
+    Error::new(Code::NotReady, format!("device '{device}' cannot be had: {reason}"))
+}
+
+fn commit(builder: &mut SessionBuilder, bytes: &[u8], device: Device) -> Result<ort::session::Session, Error> {
+    // `ort` panics on inputs and outputs of types that it does not know.
+    match catch_unwind(AssertUnwindSafe(|| builder.commit_from_memory(bytes))) {
+        Ok(Ok(session)) => Ok(session),
+        Ok(Err(error)) => {
+            let reason = tidy(error.message());
+            let of_device = error.code() == ErrorCode::ExecutionProviderFailure || reason.contains("CUDA");
+            match device {
+                Device::Cuda(_) if of_device => Err(unavailable(device, &reason)),
+                _ => Err(Error::invalid(format!("onnxruntime cannot load the model: {reason}"))),
+            }
+        }
+        Err(_) => Err(Error::invalid("the model has inputs or outputs of an unknown type")),
+    }
+}
+
+fn signature(session: &ort::session::Session, model: &Model) -> Result<Signature, Error> {
+    let mut signature = Signature::default();
+    for input in session.inputs() {
+        let declared = model.input(input.name());
+        if declared.is_some_and(Value::has_unknown_rank) {
+            return Err(Error::invalid(format!(
+                "input '{}' has no shape; export the model with one, -1 standing for dimensions that vary",
+                input.name()
+            )));
+        }
+        let spec = spec(input, declared).map_err(|kind| {
+            Error::invalid(format!("input '{}' is {kind}, which no request can carry", input.name()))
+        })?;
+        signature.inputs.push(spec);
+    }
+    for output in session.outputs() {
+        let declared = model.output(output.name());
+        match spec(output, declared) {
+            Ok(spec) => {
+                if spec.shape.is_empty() && declared.is_some_and(Value::has_unknown_rank) {
+                    signature.notes.push(format!("output '{}' has no shape and is taken for a scalar", spec.name));
+                }
+                signature.outputs.push(spec);
+            }
+            Err(kind) => signature.notes.push(left_out(output, &kind)),
+        }
+    }
+    if signature.outputs.is_empty() {
+        let reason = if signature.notes.is_empty() { "it has none".to_owned() } else { signature.notes.join("; ") };
+        return Err(Error::invalid(format!("the model has no output that a response can carry: {reason}")));
+    }
+    Ok(signature)
+}
+
+/// The tensor that `outlet` takes or gives, or else what it is instead.
+fn spec(outlet: &Outlet, declared: Option<&Value>) -> Result<TensorSpec, String> {
+    match outlet.dtype() {
+        // `ort` does not tell sparse tensors from others.
+        ValueType::Tensor { .. } if declared.is_some_and(Value::is_sparse) => Err("a sparse tensor".to_owned()),
+        ValueType::Tensor { ty, shape, .. } => {
+            let dtype: DType = values::dtype(*ty).ok_or_else(|| format!("a tensor of {ty}"))?;
+            Ok(TensorSpec { name: outlet.name().into(), dtype, shape: shape.iter().map(|&dim| dim.max(-1)).collect() })
+        }
+        ValueType::Sequence(_) => Err("a sequence".to_owned()),
+        ValueType::Map { .. } => Err("a map".to_owned()),
+        ValueType::Optional(_) => Err("an optional".to_owned()),
+    }
+}
+
+fn left_out(output: &Outlet, kind: &str) -> String {
+    let zipmap = match output.dtype() {
+        ValueType::Sequence(item) if item.is_map() => {
+            "; if this is a scikit-learn model, convert it with options={id(model): {'zipmap': False}} to have it"
+        }
+        _ => "",
+    };
+    format!("output '{}' is {kind}, which no response can carry, and is left out{zipmap}", output.name())
+}
+
+/// ONNX Runtime's message on one line, without the places in its source code and the functions that it names there.
+fn tidy(message: &str) -> String {
+    let words: Vec<&str> = message.split_whitespace().collect();
+    let mut kept = String::new();
+    let mut rest = words.as_slice();
+    while let Some((word, behind)) = rest.split_first() {
+        rest = behind;
+        if is_place(word) {
+            rest = behind_signature(behind);
+            continue;
+        }
+        if !kept.is_empty() {
+            kept.push(' ');
+        }
+        kept.push_str(word);
+    }
+    kept
+}
+
+/// Whether `word` is like `/src/core/graph.cc:180`.
+fn is_place(word: &str) -> bool {
+    word.rsplit_once(':').is_some_and(|(file, line)| {
+        let source = [".cc", ".cpp", ".h", ".hpp", ".cu", ".cuh"].iter().any(|extension| file.ends_with(extension));
+        source && line.parse::<u32>().is_ok()
+    })
+}
+
+/// What follows a C++ signature like `void a::b(int, c<d(e)>) const [with T = f]`; all of `words` if they are none.
+fn behind_signature<'a>(words: &'a [&'a str]) -> &'a [&'a str] {
+    let mut depth = 0isize;
+    let mut qualified = false;
+    for (index, word) in words.iter().enumerate() {
+        qualified |= word.contains("::");
+        let opens = word.contains('(');
+        depth += word.matches('(').count() as isize - word.matches(')').count() as isize;
+        if depth <= 0 && (opens || word.contains(')')) {
+            let behind = words.get(index + 1..).filter(|_| qualified).unwrap_or(words);
+            let behind = behind.strip_prefix(&["const"]).unwrap_or(behind);
+            let template = behind.first().is_some_and(|word| *word == "[with");
+            let end = behind.iter().position(|word| word.ends_with(']')).filter(|_| template);
+            return end.and_then(|end| behind.get(end + 1..)).unwrap_or(behind);
+        }
+    }
+    words
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::tensor::Data;
+
+    fn load(directory: &Path, options: &Options) -> Result<Box<dyn Session>, Error> {
+        testing::runtime().load(directory, options, 1).map(|mut sessions| sessions.remove(0))
+    }
+
+    /// The message with which loading fails, without the path of the model file.
+    fn refusal(directory: &Path, options: &Options) -> (Code, String) {
+        let error = load(directory, options).err().unwrap();
+        let prefix = format!("{}: ", directory.join(FILE_NAME).display());
+        let message = error.message.strip_prefix(&prefix).unwrap_or_else(|| panic!("no file named: {error}"));
+        (error.code, message.replace(&directory.display().to_string(), "DIR"))
+    }
+
+    fn floats(name: &str, shape: &[usize], elements: &[f32]) -> Tensor {
+        let bytes = Bytes::copy_from_slice(bytemuck::cast_slice(elements));
+        Tensor::new(name.into(), DType::Fp32, shape.into(), Data::Plain(bytes)).unwrap()
+    }
+
+    fn values(tensor: &Tensor) -> Vec<f32> {
+        let Data::Plain(bytes) = &tensor.data else { panic!("strings") };
+        bytes.chunks(4).map(|chunk| f32::from_le_bytes(chunk.try_into().unwrap())).collect()
+    }
+
+    #[test]
+    fn a_shipped_model_classifies() {
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/iris/1");
+        let mut session = load(&directory, &Options::default()).unwrap();
+        let signature = session.signature();
+        assert_eq!(signature.inputs, [TensorSpec { name: "X".into(), dtype: DType::Fp32, shape: vec![-1, 4] }]);
+        assert_eq!(
+            signature.outputs,
+            [
+                TensorSpec { name: "label".into(), dtype: DType::Int64, shape: vec![-1] },
+                TensorSpec { name: "probabilities".into(), dtype: DType::Fp32, shape: vec![-1, 3] },
+            ]
+        );
+        assert_eq!(signature.notes, Vec::<String>::new());
+        let outputs = session.run(&[floats("X", &[2, 4], &[5.1, 3.5, 1.4, 0.2, 6.7, 3.0, 5.2, 2.3])]).unwrap();
+        assert_eq!(outputs[0].data, Data::Plain([0i64, 2].iter().flat_map(|label| label.to_le_bytes()).collect()));
+        assert_eq!(&outputs[1].shape[..], [2, 3]);
+        let sum: f32 = values(&outputs[1]).iter().sum();
+        assert!((sum - 2.0).abs() < 1e-5, "{sum}");
+    }
+
+    #[test]
+    fn files_may_change_once_a_model_is_loaded() {
+        let width = 50_000;
+        let directory = testing::directory(testing::add_external(width as i64, "./weights.bin", 8));
+        let weights: Vec<f32> = (0..width).map(|i| i as f32).collect();
+        let file = directory.path().join("weights.bin");
+        fs::write(&file, [&[7u8; 8], bytemuck::cast_slice::<f32, u8>(&weights)].concat()).unwrap();
+
+        let options = Options { share_prepacked_weights: Some(true), ..Options::default() };
+        let mut sessions = testing::runtime().load(directory.path(), &options, 2).unwrap();
+        fs::write(&file, "").unwrap();
+        fs::write(directory.path().join(FILE_NAME), "garbage").unwrap();
+        // Memory that the loader gave back, if it gave back too much, is overwritten.
+        let noise: Vec<Vec<u8>> = (0..64).map(|i| vec![0xff; width * 4 + 8 + i]).collect();
+        for session in &mut sessions {
+            let outputs = session.run(&[floats("x", &[1, width], &vec![1.0; width])]).unwrap();
+            let expected: Vec<f32> = weights.iter().map(|weight| weight + 1.0).collect();
+            assert_eq!(values(&outputs[0]), expected);
+        }
+        drop(noise);
+    }
+
+    #[test]
+    fn external_data_may_lie_in_a_subdirectory() {
+        let directory = testing::directory(testing::add_external(2, "sub/w.bin", 0));
+        fs::create_dir(directory.path().join("sub")).unwrap();
+        fs::write(directory.path().join("sub/w.bin"), bytemuck::cast_slice(&[10.0f32, 20.0])).unwrap();
+        let mut session = load(directory.path(), &Options::default()).unwrap();
+        let outputs = session.run(&[floats("x", &[1, 2], &[1.0, 2.0])]).unwrap();
+        assert_eq!(values(&outputs[0]), [11.0, 22.0]);
+    }
+
+    #[test]
+    fn missing_external_data_is_named() {
+        let directory = testing::directory(testing::add_external(2, "w.bin", 0));
+        let (code, message) = refusal(directory.path(), &Options::default());
+        assert_eq!(code, Code::InvalidArgument);
+        assert!(message.starts_with("tensor 'w': cannot read external data DIR/w.bin: "), "{message}");
+    }
+
+    #[test]
+    fn unusable_models_are_refused_with_the_reason() {
+        let refused = |bytes: &[u8]| {
+            let (code, message) = refusal(testing::directory_of(bytes).path(), &Options::default());
+            assert_eq!(code, Code::InvalidArgument, "{message}");
+            assert!(!message.contains("/onnxruntime"), "{message}");
+            message
+        };
+        assert!(refused(b"garbage").starts_with("not an ONNX model: "));
+        assert!(refused(b"").contains("cannot load the model"));
+        let kind = testing::tensor(1, Some(&[-1]));
+        let ends = || (vec![testing::value("x", kind.clone())], vec![testing::value("y", kind.clone())]);
+
+        let (inputs, outputs) = ends();
+        let unknown = testing::graph(vec![testing::node("Frobnicate", &["x"], &["y"])], inputs, outputs);
+        let message = refused(&testing::encode(unknown, 17));
+        assert!(message.contains("Frobnicate"), "{message}");
+
+        let message = refused(&testing::encode(testing::identity(DType::Fp32, &[-1]), 9999));
+        assert!(message.contains("opset"), "{message}");
+
+        let truncated = fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("models/digits/1/model.onnx")).unwrap();
+        assert!(refused(&truncated[..truncated.len() / 2]).starts_with("not an ONNX model: "));
+
+        let directory = tempfile::tempdir().unwrap();
+        let (_, message) = refusal(directory.path(), &Options::default());
+        assert_eq!(message, "No such file or directory (os error 2)");
+    }
+
+    #[test]
+    fn outputs_that_are_no_tensors_are_left_out() {
+        let kind = testing::tensor(1, Some(&[-1]));
+        let nodes = vec![testing::node("SequenceConstruct", &["x"], &["s"]), testing::node("Identity", &["x"], &["y"])];
+        let sequence = testing::value("s", testing::sequence(kind.clone()));
+        let both = vec![sequence.clone(), testing::value("y", kind.clone())];
+        let inputs = vec![testing::value("x", kind)];
+        let directory = testing::directory(testing::graph(nodes.clone(), inputs.clone(), both));
+        let mut session = load(directory.path(), &Options::default()).unwrap();
+        assert_eq!(
+            session.signature().notes,
+            ["output 's' is a sequence, which no response can carry, and is left out"]
+        );
+        let outputs = session.run(&[floats("x", &[2], &[1.0, 2.0])]).unwrap();
+        assert_eq!(outputs, [floats("y", &[2], &[1.0, 2.0])]);
+
+        let directory = testing::directory(testing::graph(nodes, inputs, vec![sequence]));
+        let (_, message) = refusal(directory.path(), &Options::default());
+        assert!(message.starts_with("the model has no output that a response can carry: output 's' is"), "{message}");
+    }
+
+    #[test]
+    fn inputs_that_no_request_can_carry_are_refused() {
+        let message = |op: &str, input: testing::Type, output: testing::Type| {
+            let nodes = vec![testing::node(op, &["x"], &["y"])];
+            let graph = testing::graph(nodes, vec![testing::value("x", input)], vec![testing::value("y", output)]);
+            refusal(testing::directory(graph).path(), &Options::default()).1
+        };
+        let floats = testing::tensor(1, Some(&[-1]));
+        assert_eq!(
+            message("SequenceLength", testing::sequence(floats), testing::tensor(7, Some(&[]))),
+            "input 'x' is a sequence, which no request can carry"
+        );
+        let shapeless = testing::tensor(1, None);
+        assert_eq!(
+            message("Identity", shapeless.clone(), shapeless),
+            "input 'x' has no shape; export the model with one, -1 standing for dimensions that vary"
+        );
+    }
+
+    #[test]
+    fn inputs_with_a_default_are_not_asked_for() {
+        let kind = testing::tensor(1, Some(&[2]));
+        let mut graph = testing::add_external(2, "w.bin", 0);
+        graph.inputs.push(testing::value("w", kind));
+        let directory = testing::directory(graph);
+        fs::write(directory.path().join("w.bin"), bytemuck::cast_slice(&[10.0f32, 20.0])).unwrap();
+        let mut session = load(directory.path(), &Options::default()).unwrap();
+        assert_eq!(session.signature().inputs.len(), 1);
+        let outputs = session.run(&[floats("x", &[1, 2], &[1.0, 2.0])]).unwrap();
+        assert_eq!(values(&outputs[0]), [11.0, 22.0]);
+    }
+
+    #[test]
+    fn every_option_is_taken() {
+        let directory = testing::directory(testing::identity(DType::Fp32, &[-1]));
+        for optimization in
+            [OptimizationLevel::Disable, OptimizationLevel::Basic, OptimizationLevel::Extended, OptimizationLevel::All]
+        {
+            let options = Options {
+                intra_op_threads: Some(2),
+                inter_op_threads: Some(2),
+                spinning: true,
+                optimization,
+                memory_pattern: Some(true),
+                flush_to_zero: true,
+                share_prepacked_weights: Some(true),
+                session_config: HashMap::from([("session.disable_prepacking".into(), "1".into())]),
+                ..Options::default()
+            };
+            let sessions = testing::runtime().load(directory.path(), &options, 3).unwrap();
+            assert_eq!(sessions.len(), 3);
+            for mut session in sessions {
+                assert_eq!(session.run(&[floats("x", &[1], &[1.5])]).unwrap(), [floats("y", &[1], &[1.5])]);
+            }
+        }
+        let none = Options { intra_op_threads: Some(0), ..Options::default() };
+        assert_eq!(refusal(directory.path(), &none).1, "intra_op_threads must be 1 to 1024, is 0");
+        let borrowing = HashMap::from([(BORROWING_ENTRIES[0].to_owned(), "1".to_owned())]);
+        let borrowing = Options { session_config: borrowing, ..Options::default() };
+        let (_, message) = refusal(directory.path(), &borrowing);
+        assert_eq!(message, "session_config 'session.use_ort_model_bytes_directly' cannot be set here");
+    }
+
+    #[test]
+    fn a_device_that_cannot_be_had_fails_the_model() {
+        let directory = testing::directory(testing::identity(DType::Fp32, &[-1]));
+        let options = Options { device: Device::Cuda(99), ..Options::default() };
+        let (code, message) = refusal(directory.path(), &options);
+        assert_eq!(code, Code::NotReady);
+        assert!(message.starts_with("device 'cuda:99' cannot be had: "), "{message}");
+    }
+
+    #[test]
+    fn a_failed_run_says_why_and_spares_the_session() {
+        let kind = testing::tensor(1, Some(&[-1]));
+        let inputs = vec![testing::value("a", kind.clone()), testing::value("b", kind.clone())];
+        let nodes = vec![testing::node("Add", &["a", "b"], &["y"])];
+        let directory = testing::directory(testing::graph(nodes, inputs, vec![testing::value("y", kind)]));
+        let mut session = load(directory.path(), &Options::default()).unwrap();
+        let error = session.run(&[floats("a", &[2], &[0.0; 2]), floats("b", &[3], &[0.0; 3])]).unwrap_err();
+        assert!(error.message.starts_with("the model failed: "), "{error}");
+        assert!(error.message.contains("2 by 3") && !error.message.contains("::"), "{error}");
+        let outputs = session.run(&[floats("a", &[1], &[1.0]), floats("b", &[1], &[2.0])]).unwrap();
+        assert_eq!(values(&outputs[0]), [3.0]);
+    }
+
+    #[test]
+    fn pool_threads_do_not_inherit_the_loader_s_priority() {
+        testing::runtime();
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/iris/1");
+        let options = Options { intra_op_threads: Some(2), inter_op_threads: Some(2), ..Options::default() };
+        let loader = thread::spawn(move || {
+            rustix::process::nice(10).unwrap();
+            (rustix::process::nice(0).unwrap(), load(&directory, &options).unwrap())
+        });
+        let (lowered, session) = loader.join().unwrap();
+        let mut found = 0;
+        for entry in fs::read_dir("/proc/self/task").unwrap() {
+            // Threads of other tests come and go.
+            let Ok(stat) = fs::read_to_string(entry.unwrap().path().join("stat")) else { continue };
+            // The name is in parentheses; nice is the 17th field behind it.
+            let (name, fields) = stat.split_once('(').unwrap().1.rsplit_once(')').unwrap();
+            if name.starts_with("ort-") {
+                let nice: i32 = fields.split_whitespace().nth(16).unwrap().parse().unwrap();
+                assert!(nice < lowered, "{name} has nice {nice}");
+                found += 1;
+            }
+        }
+        // The spawner and at least one thread per pool, which carries the spawner's name until it sets its own.
+        assert!(found >= 3, "{found} threads");
+        drop(session);
+    }
+
+    #[test]
+    fn messages_lose_their_places() {
+        assert_eq!(tidy("Add node:\n  2 by 3 "), "Add node: 2 by 3");
+        assert_eq!(
+            tidy("Status: /src/core/op.h:560 void a::Init(std::b<c, int (d)>, e) axis == 1 was false. 2 by 3"),
+            "Status: axis == 1 was false. 2 by 3"
+        );
+        assert_eq!(tidy("/src/v.h:9 const T& a::Get() const [with T = a::S] IsS() was false."), "IsS() was false.");
+        assert_eq!(tidy("/src/v.cc:9 something (odd) happened"), "something (odd) happened");
+        assert_eq!(tidy("at 10:30 (a::b) ends"), "at 10:30 (a::b) ends");
+    }
+}

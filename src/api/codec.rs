@@ -1,0 +1,194 @@
+//! The messages of one inference call, the same whichever protocol carried them.
+//!
+//! REST and gRPC differ only in how they spell a call. What a call may ask for, and what this server answers when it
+//! asks for something else, is decided once here, so that the two protocols cannot drift apart.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use crate::{
+    error::{Code, Error},
+    id::shorten,
+    tensor::{DType, Shape, Tensor},
+};
+
+mod binary;
+mod elements;
+mod envelope;
+mod json;
+mod literals;
+mod proto;
+#[cfg(test)]
+mod tests;
+
+pub use binary::decode_raw;
+pub use elements::NonFinite;
+pub use json::{Encoded, JsonOptions, decode_json, encode_json};
+pub use proto::{decode_proto, encode_proto};
+
+/// More dimensions than any graph has; keeps shapes, and the messages that quote them, short.
+const MAX_RANK: usize = 64;
+
+/// `BYTES` elements to make room for on the word of a shape; the rest must arrive first.
+const RESERVED_STRINGS: usize = 1024;
+
+/// What a caller says beside the tensors, by name.
+pub type Parameters = BTreeMap<String, Parameter>;
+
+/// The value of a parameter; never a list, an object or nothing.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Parameter {
+    Bool(bool),
+    Int(i64),
+    /// Only for what `Int` cannot hold when it comes as JSON; gRPC callers choose.
+    Uint(u64),
+    Float(f64),
+    String(String),
+}
+
+/// One inference call as it came over the wire, tensors decoded but not yet checked against a model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct InferCall {
+    /// To be echoed; empty when the caller gave none.
+    pub id: String,
+    /// How long the caller is willing to wait; the parameter `timeout`, in microseconds on the wire.
+    pub timeout: Option<Duration>,
+    pub parameters: Parameters,
+    /// In the order of the message; a name given twice is found when the call meets a signature.
+    pub inputs: Vec<Tensor>,
+    /// Without duplicates; empty stands for every output of the model.
+    pub outputs: Vec<RequestedOutput>,
+    /// Whether outputs go back as binary unless they say otherwise; the parameter `binary_data_output`.
+    pub binary_output: bool,
+}
+
+/// An output that the caller wants back.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RequestedOutput {
+    pub name: Arc<str>,
+    pub parameters: Parameters,
+    /// The parameter `binary_data`; overrides `InferCall::binary_output` for this output.
+    pub binary: Option<bool>,
+}
+
+/// What goes back.
+#[derive(Clone, Copy, Debug)]
+pub struct InferReply<'a> {
+    pub model: &'a str,
+    pub version: &'a str,
+    /// The caller's own; empty when it gave none.
+    pub id: &'a str,
+    pub outputs: &'a [Tensor],
+}
+
+impl Parameter {
+    /// Whether the value says anything but no, zero or nothing.
+    fn is_set(&self) -> bool {
+        match self {
+            Parameter::Bool(value) => *value,
+            Parameter::Int(value) => *value != 0,
+            Parameter::Uint(value) => *value != 0,
+            Parameter::Float(value) => *value != 0.0,
+            Parameter::String(value) => !value.is_empty(),
+        }
+    }
+
+    fn as_unsigned(&self) -> Option<u64> {
+        match self {
+            Parameter::Int(value) => u64::try_from(*value).ok(),
+            Parameter::Uint(value) => Some(*value),
+            Parameter::Bool(_) | Parameter::Float(_) | Parameter::String(_) => None,
+        }
+    }
+}
+
+impl InferCall {
+    /// Puts a decoded message together and reads the parameters that have a meaning here.
+    fn new(
+        id: String,
+        parameters: Parameters,
+        inputs: Vec<Tensor>,
+        outputs: Vec<(Arc<str>, Parameters)>,
+    ) -> Result<Self, Error> {
+        for name in ["sequence_id", "sequence_start", "sequence_end"] {
+            if parameters.get(name).is_some_and(Parameter::is_set) {
+                return Err(Error::new(
+                    Code::Unimplemented,
+                    format!("sequence batching is not supported, and the request has the parameter '{name}'"),
+                ));
+            }
+        }
+        let timeout = match parameters.get("timeout") {
+            None => None,
+            Some(value) => {
+                let micros = value.as_unsigned().ok_or_else(|| {
+                    Error::invalid("parameter 'timeout' must be a whole number of microseconds, 0 for none")
+                })?;
+                (micros > 0).then(|| Duration::from_micros(micros))
+            }
+        };
+        let binary_output = flag(&parameters, "binary_data_output", "the request")?.unwrap_or(false);
+        let outputs = requested(outputs)?;
+        Ok(Self { id, timeout, parameters, inputs, outputs, binary_output })
+    }
+}
+
+/// Reads the parameters of the requested outputs, each of which may be named once.
+fn requested(outputs: Vec<(Arc<str>, Parameters)>) -> Result<Vec<RequestedOutput>, Error> {
+    let mut seen = HashSet::with_capacity(outputs.len());
+    outputs
+        .into_iter()
+        .map(|(name, parameters)| {
+            let label = format!("output '{}'", shorten(&name));
+            if !seen.insert(name.clone()) {
+                return Err(Error::invalid(format!("{label} is requested twice")));
+            }
+            refuse_shared_memory(&label, &parameters)?;
+            if parameters.get("classification").is_some_and(Parameter::is_set) {
+                return Err(Error::new(
+                    Code::Unimplemented,
+                    format!("classification is not supported, and {label} asks for it"),
+                ));
+            }
+            let binary = flag(&parameters, "binary_data", &label)?;
+            Ok(RequestedOutput { name, parameters, binary })
+        })
+        .collect()
+}
+
+fn flag(parameters: &Parameters, name: &str, label: &str) -> Result<Option<bool>, Error> {
+    match parameters.get(name) {
+        None => Ok(None),
+        Some(Parameter::Bool(value)) => Ok(Some(*value)),
+        Some(_) => Err(Error::invalid(format!("{label}: parameter '{name}' must be true or false"))),
+    }
+}
+
+/// Ignoring where a tensor lies would answer with a complaint about missing data, or send outputs nobody reads.
+fn refuse_shared_memory(label: &str, parameters: &Parameters) -> Result<(), Error> {
+    match parameters.keys().find(|name| name.starts_with("shared_memory_")) {
+        None => Ok(()),
+        Some(name) => Err(Error::new(
+            Code::Unimplemented,
+            format!("shared memory is not supported, and {label} has the parameter '{}'", shorten(name)),
+        )),
+    }
+}
+
+/// Reads the type and the shape that a message declares for a tensor.
+fn declared(label: &str, datatype: &str, shape: &[i64]) -> Result<(DType, Shape), Error> {
+    let dtype = DType::parse(datatype).ok_or_else(|| {
+        let names: Vec<_> = DType::ALL.into_iter().map(DType::name).collect();
+        Error::invalid(format!("{label}: datatype '{}' must be one of {}", shorten(datatype), names.join(", ")))
+    })?;
+    if shape.len() > MAX_RANK {
+        return Err(Error::invalid(format!("{label}: shape has {} dimensions, at most {MAX_RANK}", shape.len())));
+    }
+    let shape = shape.iter().map(|&size| usize::try_from(size)).collect::<Result<_, _>>().map_err(|_| {
+        Error::invalid(format!("{label}: shape {shape:?} must give the actual size of every dimension, none negative"))
+    })?;
+    Ok((dtype, shape))
+}

@@ -1,0 +1,360 @@
+//! Open Inference Protocol v2 over gRPC, with Triton's read-only extensions.
+//!
+//! The generated service's router is served by our own listeners: tonic's transport server answers an expired
+//! deadline with CANCELLED. What tonic itself refuses (broken protobuf, too large, unknown compression) is put into
+//! our own codes at the edge, so both protocols tell one story.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Router,
+    extract::{Request as HttpRequest, State},
+    middleware::Next,
+    response::Response as HttpResponse,
+};
+use http::{HeaderMap, HeaderValue};
+use parking_lot::Mutex;
+use tonic::{Request, Response, Status, codec::CompressionEncoding, service::Routes};
+
+use super::{
+    App, EXTENSIONS, Record, SERVER_NAME,
+    codec::{self, InferReply},
+    deadline, health, pb, triton,
+};
+use crate::{
+    engine,
+    error::{Code, Error},
+    metrics::Protocol,
+};
+use pb::grpc_inference_service_server::{GrpcInferenceService, GrpcInferenceServiceServer};
+
+const INFER_PATH: &str = "/inference.GRPCInferenceService/ModelInfer";
+const ENCODING: &str = "grpc-encoding";
+const ACCEPT_ENCODING: &str = "grpc-accept-encoding";
+const GRPC_STATUS: &str = "grpc-status";
+const GRPC_TIMEOUT: &str = "grpc-timeout";
+
+/// How much later than the handler the edge gives up, so that the handler's more exact answer comes first.
+const EDGE_GRACE: Duration = Duration::from_millis(20);
+
+/// Every gRPC service of the data port.
+pub fn router(app: Arc<App>) -> Router {
+    let limit = app.limits.max_message_bytes;
+    let inference = GrpcInferenceServiceServer::new(Service { app: app.clone() })
+        .max_decoding_message_size(limit)
+        .max_encoding_message_size(usize::MAX)
+        .accept_compressed(CompressionEncoding::Gzip)
+        .accept_compressed(CompressionEncoding::Deflate)
+        .send_compressed(CompressionEncoding::Gzip)
+        .send_compressed(CompressionEncoding::Deflate);
+    Routes::new(inference)
+        .add_service(health::service(app.clone()))
+        .prepare()
+        .into_axum_router()
+        .layer(axum::middleware::from_fn_with_state(app, edge))
+}
+
+/// The record of a request that no handler has picked up yet.
+type Unclaimed = Arc<Mutex<Option<Record>>>;
+
+/// What happens to every call before and after tonic sees it.
+async fn edge(State(app): State<Arc<App>>, mut request: HttpRequest, next: Next) -> HttpResponse {
+    answer_in_kind(request.headers_mut());
+    let infer = request.uri().path() == INFER_PATH;
+    let record = infer.then(|| Record::start(&app, Protocol::Grpc, request.headers()));
+    let deadline = deadline(std::time::Instant::now(), [timeout(request.headers()), None]);
+    let unclaimed: Unclaimed = Arc::new(Mutex::new(record));
+    request.extensions_mut().insert(unclaimed.clone());
+    let call = next.run(request);
+    let answer = match deadline {
+        None => Ok(call.await),
+        Some(deadline) => tokio::time::timeout_at((deadline + EDGE_GRACE).into(), call).await,
+    };
+    let record = unclaimed.lock().take();
+    let Ok(mut response) = answer else {
+        let error = Error::new(Code::DeadlineExceeded, "the deadline passed before the request was complete");
+        if let Some(record) = record {
+            record.finish(Some(error.code));
+        }
+        return Status::from(error).into_http();
+    };
+    let Some(code) = refusal(response.headers()) else { return response };
+    // Only what no handler has answered was answered by the library; other services answer for themselves.
+    if infer && record.is_none() {
+        return response;
+    }
+    if let Some(record) = record {
+        record.finish(Some(code));
+    }
+    let translated = i32::from(super::status::grpc(code)).to_string();
+    if let Ok(value) = HeaderValue::from_str(&translated) {
+        response.headers_mut().insert(GRPC_STATUS, value);
+    }
+    response
+}
+
+/// Our code for a call that was refused before any handler saw it.
+fn refusal(headers: &HeaderMap) -> Option<Code> {
+    let status = headers.get(GRPC_STATUS)?.to_str().ok()?.parse::<i32>().ok()?;
+    match tonic::Code::from_i32(status) {
+        tonic::Code::Ok => None,
+        tonic::Code::OutOfRange | tonic::Code::ResourceExhausted => Some(Code::TooLarge),
+        tonic::Code::Internal | tonic::Code::InvalidArgument => Some(Code::InvalidArgument),
+        tonic::Code::Unimplemented => Some(Code::Unimplemented),
+        tonic::Code::Cancelled | tonic::Code::Unknown => Some(Code::Cancelled),
+        tonic::Code::NotFound => Some(Code::NotFound),
+        tonic::Code::Unavailable => Some(Code::NotReady),
+        tonic::Code::DeadlineExceeded => Some(Code::DeadlineExceeded),
+        _ => Some(Code::Internal),
+    }
+}
+
+/// Answers compressed as the request was and never unasked: Python's clients always claim to accept gzip.
+fn answer_in_kind(headers: &mut HeaderMap) {
+    match headers.get(ENCODING).cloned() {
+        Some(encoding) => headers.insert(ACCEPT_ENCODING, encoding),
+        None => headers.remove(ACCEPT_ENCODING),
+    };
+}
+
+/// The `grpc-timeout` header: up to eight digits and a unit.
+fn timeout(headers: &HeaderMap) -> Option<Duration> {
+    let text = headers.get(GRPC_TIMEOUT)?.to_str().ok()?;
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    let value: u64 = digits.parse().ok()?;
+    match unit {
+        "H" => Some(Duration::from_secs(value * 3600)),
+        "M" => Some(Duration::from_secs(value * 60)),
+        "S" => Some(Duration::from_secs(value)),
+        "m" => Some(Duration::from_millis(value)),
+        "u" => Some(Duration::from_micros(value)),
+        "n" => Some(Duration::from_nanos(value)),
+        _ => None,
+    }
+}
+
+struct Service {
+    app: Arc<App>,
+}
+
+impl Service {
+    async fn infer(
+        &self,
+        request: Request<pb::ModelInferRequest>,
+        record: &mut Record,
+    ) -> Result<pb::ModelInferResponse, Error> {
+        let grpc_timeout = timeout(request.metadata().as_ref());
+        let message = request.into_inner();
+        record.request_id.clone_from(&message.id);
+        let mut target = self.app.engine.resolve(&message.model_name, Some(&message.model_version))?;
+        record.aim(&target);
+        let call = codec::decode_proto(message)?;
+        let names: Vec<Arc<str>> = call.outputs.iter().map(|output| output.name.clone()).collect();
+        let deadline = deadline(record.started(), [call.timeout, grpc_timeout]);
+        let request = engine::Request { inputs: call.inputs, outputs: &names, deadline };
+        let outputs = self.app.engine.infer(&mut target, request).await?;
+        record.aim(&target);
+        let version = &target.version;
+        Ok(codec::encode_proto(&InferReply {
+            model: version.name.as_str(),
+            version: version.version.as_str(),
+            id: &call.id,
+            outputs: &outputs,
+        }))
+    }
+}
+
+fn unimplemented<T>(what: &str) -> Result<Response<T>, Status> {
+    Err(Status::unimplemented(format!("{what} is not supported by this server")))
+}
+
+type Answer<T> = Result<Response<T>, Status>;
+
+#[tonic::async_trait]
+impl GrpcInferenceService for Service {
+    async fn server_live(&self, _: Request<pb::ServerLiveRequest>) -> Answer<pb::ServerLiveResponse> {
+        Ok(Response::new(pb::ServerLiveResponse { live: true }))
+    }
+
+    async fn server_ready(&self, _: Request<pb::ServerReadyRequest>) -> Answer<pb::ServerReadyResponse> {
+        Ok(Response::new(pb::ServerReadyResponse { ready: self.app.is_ready() }))
+    }
+
+    async fn model_ready(&self, request: Request<pb::ModelReadyRequest>) -> Answer<pb::ModelReadyResponse> {
+        let request = request.into_inner();
+        match self.app.engine.resolve(&request.name, Some(&request.version)) {
+            Ok(_) => Ok(Response::new(pb::ModelReadyResponse { ready: true })),
+            Err(error) if error.code == Code::NotReady => Ok(Response::new(pb::ModelReadyResponse { ready: false })),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn server_metadata(&self, _: Request<pb::ServerMetadataRequest>) -> Answer<pb::ServerMetadataResponse> {
+        Ok(Response::new(pb::ServerMetadataResponse {
+            name: SERVER_NAME.to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            extensions: EXTENSIONS.map(str::to_owned).to_vec(),
+        }))
+    }
+
+    async fn model_metadata(&self, request: Request<pb::ModelMetadataRequest>) -> Answer<pb::ModelMetadataResponse> {
+        let request = request.into_inner();
+        let version = self.app.engine.resolve(&request.name, Some(&request.version))?.version;
+        let catalog = self.app.engine.catalog().load();
+        Ok(Response::new(pb::ModelMetadataResponse {
+            name: version.name.to_string(),
+            versions: catalog.deployment(&request.name)?.ready_versions(),
+            platform: version.platform.to_owned(),
+            inputs: triton::metadata_tensors(&version.signature.inputs),
+            outputs: triton::metadata_tensors(&version.signature.outputs),
+        }))
+    }
+
+    async fn model_infer(&self, request: Request<pb::ModelInferRequest>) -> Answer<pb::ModelInferResponse> {
+        let unclaimed = request.extensions().get::<Unclaimed>().and_then(|unclaimed| unclaimed.lock().take());
+        let Some(mut record) = unclaimed else { return Err(Status::internal("the call came in past the edge")) };
+        match self.infer(request, &mut record).await {
+            Ok(response) => {
+                record.finish(None);
+                Ok(Response::new(response))
+            }
+            Err(error) => {
+                record.finish(Some(error.code));
+                Err(error.into())
+            }
+        }
+    }
+
+    type ModelStreamInferStream = tokio_stream::Empty<Result<pb::ModelStreamInferResponse, Status>>;
+
+    async fn model_stream_infer(
+        &self,
+        _: Request<tonic::Streaming<pb::ModelInferRequest>>,
+    ) -> Answer<Self::ModelStreamInferStream> {
+        unimplemented("ModelStreamInfer")
+    }
+
+    async fn model_config(&self, request: Request<pb::ModelConfigRequest>) -> Answer<pb::ModelConfigResponse> {
+        let request = request.into_inner();
+        let version = self.app.engine.resolve(&request.name, Some(&request.version))?.version;
+        Ok(Response::new(pb::ModelConfigResponse { config: Some(triton::config(&version, version.model_file)) }))
+    }
+
+    async fn model_statistics(
+        &self,
+        request: Request<pb::ModelStatisticsRequest>,
+    ) -> Answer<pb::ModelStatisticsResponse> {
+        let request = request.into_inner();
+        let catalog = self.app.engine.catalog().load();
+        let entries = triton::statistics_of(&catalog, &request.name, &request.version)?;
+        let model_stats = entries.iter().map(|(model, entry)| triton::statistics(model, entry)).collect();
+        Ok(Response::new(pb::ModelStatisticsResponse { model_stats }))
+    }
+
+    async fn repository_index(
+        &self,
+        request: Request<pb::RepositoryIndexRequest>,
+    ) -> Answer<pb::RepositoryIndexResponse> {
+        let catalog = self.app.engine.catalog().load();
+        let models = triton::index(&catalog, request.into_inner().ready);
+        Ok(Response::new(pb::RepositoryIndexResponse { models }))
+    }
+
+    async fn repository_model_load(
+        &self,
+        _: Request<pb::RepositoryModelLoadRequest>,
+    ) -> Answer<pb::RepositoryModelLoadResponse> {
+        unimplemented("loading models by request")
+    }
+
+    async fn repository_model_unload(
+        &self,
+        _: Request<pb::RepositoryModelUnloadRequest>,
+    ) -> Answer<pb::RepositoryModelUnloadResponse> {
+        unimplemented("unloading models by request")
+    }
+
+    async fn system_shared_memory_status(
+        &self,
+        _: Request<pb::SystemSharedMemoryStatusRequest>,
+    ) -> Answer<pb::SystemSharedMemoryStatusResponse> {
+        unimplemented("shared memory")
+    }
+
+    async fn system_shared_memory_register(
+        &self,
+        _: Request<pb::SystemSharedMemoryRegisterRequest>,
+    ) -> Answer<pb::SystemSharedMemoryRegisterResponse> {
+        unimplemented("shared memory")
+    }
+
+    async fn system_shared_memory_unregister(
+        &self,
+        _: Request<pb::SystemSharedMemoryUnregisterRequest>,
+    ) -> Answer<pb::SystemSharedMemoryUnregisterResponse> {
+        unimplemented("shared memory")
+    }
+
+    async fn cuda_shared_memory_status(
+        &self,
+        _: Request<pb::CudaSharedMemoryStatusRequest>,
+    ) -> Answer<pb::CudaSharedMemoryStatusResponse> {
+        unimplemented("CUDA shared memory")
+    }
+
+    async fn cuda_shared_memory_register(
+        &self,
+        _: Request<pb::CudaSharedMemoryRegisterRequest>,
+    ) -> Answer<pb::CudaSharedMemoryRegisterResponse> {
+        unimplemented("CUDA shared memory")
+    }
+
+    async fn cuda_shared_memory_unregister(
+        &self,
+        _: Request<pb::CudaSharedMemoryUnregisterRequest>,
+    ) -> Answer<pb::CudaSharedMemoryUnregisterResponse> {
+        unimplemented("CUDA shared memory")
+    }
+
+    async fn trace_setting(&self, _: Request<pb::TraceSettingRequest>) -> Answer<pb::TraceSettingResponse> {
+        unimplemented("changing trace settings")
+    }
+
+    async fn log_settings(&self, _: Request<pb::LogSettingsRequest>) -> Answer<pb::LogSettingsResponse> {
+        unimplemented("changing log settings")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timeouts_parse() {
+        let parse = |text: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(GRPC_TIMEOUT, HeaderValue::from_str(text).unwrap());
+            timeout(&headers)
+        };
+        assert_eq!(parse("15m"), Some(Duration::from_millis(15)));
+        assert_eq!(parse("99999999H"), Some(Duration::from_secs(99_999_999 * 3600)));
+        assert_eq!(parse("1S"), Some(Duration::from_secs(1)));
+        for broken in ["", "m", "5", "5x", "123456789m", "-1S"] {
+            assert_eq!(parse(broken), None, "{broken}");
+        }
+    }
+
+    #[test]
+    fn replies_are_compressed_as_requests_are() {
+        let mut headers = HeaderMap::new();
+        headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity, deflate, gzip"));
+        answer_in_kind(&mut headers);
+        assert!(headers.get(ACCEPT_ENCODING).is_none());
+        headers.insert(ENCODING, HeaderValue::from_static("gzip"));
+        answer_in_kind(&mut headers);
+        assert_eq!(headers[ACCEPT_ENCODING], "gzip");
+    }
+}

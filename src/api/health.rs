@@ -1,0 +1,77 @@
+//! `grpc.health.v1`: the server under "", each model under its name; watches wake with every new catalog.
+
+use std::{pin::Pin, sync::Arc};
+
+use tokio_stream::Stream;
+use tonic::{Request, Response, Status};
+use tonic_health::pb::{
+    HealthCheckRequest, HealthCheckResponse,
+    health_check_response::ServingStatus,
+    health_server::{Health, HealthServer},
+};
+
+use super::App;
+
+/// How often a watch looks at what no catalog tells: that the server began to drain.
+const LOOK_AGAIN: std::time::Duration = std::time::Duration::from_millis(250);
+
+pub fn service(app: Arc<App>) -> HealthServer<impl Health> {
+    HealthServer::new(Service { app })
+}
+
+struct Service {
+    app: Arc<App>,
+}
+
+/// The status of the server or of a model; `None` when there is no such model.
+fn status(app: &App, name: &str) -> Option<ServingStatus> {
+    let serving = if name.is_empty() {
+        app.is_ready()
+    } else {
+        app.engine.catalog().load().deployments.get(name)?.default.is_some()
+    };
+    Some(if serving { ServingStatus::Serving } else { ServingStatus::NotServing })
+}
+
+fn answer(status: ServingStatus) -> HealthCheckResponse {
+    HealthCheckResponse { status: status.into() }
+}
+
+#[tonic::async_trait]
+impl Health for Service {
+    async fn check(&self, request: Request<HealthCheckRequest>) -> Result<Response<HealthCheckResponse>, Status> {
+        let name = request.into_inner().service;
+        match status(&self.app, &name) {
+            Some(status) => Ok(Response::new(answer(status))),
+            None => Err(Status::not_found(format!("unknown model '{}'", crate::id::shorten(&name)))),
+        }
+    }
+
+    type WatchStream = Pin<Box<dyn Stream<Item = Result<HealthCheckResponse, Status>> + Send>>;
+
+    async fn watch(&self, request: Request<HealthCheckRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let name = request.into_inner().service;
+        let (sender, receiver) = tokio::sync::mpsc::channel(1);
+        let app = self.app.clone();
+        tokio::spawn(async move {
+            let mut changes = app.engine.catalog().changes();
+            let mut last = None;
+            loop {
+                let now = status(&app, &name).unwrap_or(ServingStatus::ServiceUnknown);
+                if last != Some(now) {
+                    last = Some(now);
+                    if sender.send(Ok(answer(now))).await.is_err() {
+                        return;
+                    }
+                }
+                tokio::select! {
+                    () = sender.closed() => return,
+                    () = app.closing.cancelled() => return,
+                    () = tokio::time::sleep(LOOK_AGAIN) => {}
+                    changed = changes.changed() => if changed.is_err() { return },
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(tokio_stream::wrappers::ReceiverStream::new(receiver))))
+    }
+}

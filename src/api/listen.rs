@@ -1,0 +1,255 @@
+//! Listeners: one per port, whose accepted connections are handed to the I/O runtimes in turn.
+//!
+//! One listener and not one per thread (`SO_REUSEPORT`): a second server on the same port must fail to start
+//! instead of quietly taking half of the connections.
+
+use std::{
+    io,
+    net::{SocketAddr, TcpListener},
+    sync::atomic::{AtomicUsize, Ordering},
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use axum::Router;
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::conn::auto,
+    service::TowerToHyperService,
+};
+use tokio::{net::TcpStream, sync::mpsc};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::LimitsConfig;
+
+const BACKLOG: i32 = 1024;
+/// Room for tensors in flight, per request and per connection.
+const STREAM_WINDOW: u32 = 8 << 20;
+const CONNECTION_WINDOW: u32 = 64 << 20;
+const MAX_FRAME: u32 = 1 << 20;
+/// Connections handed to an I/O runtime that it has not picked up; when full, accepting waits.
+const HANDOVER: usize = 256;
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// How connections of a port speak.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wire {
+    /// HTTP/1.1 only.
+    Http,
+    /// HTTP/2 only.
+    Grpc,
+}
+
+/// A bound port.
+pub struct Port {
+    pub address: SocketAddr,
+    listener: TcpListener,
+}
+
+impl Port {
+    /// # Errors
+    /// When the port is in use; the message names the port and the flag that changes it.
+    pub fn bind(address: SocketAddr, flag: &str) -> anyhow::Result<Self> {
+        let bind = || -> io::Result<TcpListener> {
+            let domain = if address.is_ipv4() { socket2::Domain::IPV4 } else { socket2::Domain::IPV6 };
+            let socket = socket2::Socket::new(domain, socket2::Type::STREAM, None)?;
+            socket.set_reuse_address(true)?;
+            socket.set_nonblocking(true)?;
+            socket.bind(&address.into())?;
+            socket.listen(BACKLOG)?;
+            Ok(socket.into())
+        };
+        let listener = bind().map_err(|error| {
+            anyhow::anyhow!("cannot listen on {address}: {error}; choose another address with {flag}")
+        })?;
+        Ok(Self { address: listener.local_addr()?, listener })
+    }
+}
+
+/// A connection on its way to an I/O runtime.
+struct Accepted {
+    stream: std::net::TcpStream,
+    router: Router,
+    wire: Wire,
+}
+
+/// Threads that serve connections, each with a runtime of its own.
+pub struct IoThreads {
+    senders: Vec<mpsc::Sender<Accepted>>,
+    next: AtomicUsize,
+    pub connections: TaskTracker,
+}
+
+impl IoThreads {
+    /// Starts `count` threads; they end when `closing` was cancelled and their connections are done or aborted.
+    ///
+    /// # Errors
+    /// When the system gives no thread.
+    pub fn start(
+        count: usize,
+        limits: &LimitsConfig,
+        closing: &CancellationToken,
+        abort: &CancellationToken,
+    ) -> io::Result<(Self, Vec<JoinHandle<()>>)> {
+        let connections = TaskTracker::new();
+        let mut senders = Vec::new();
+        let mut threads = Vec::new();
+        for index in 0..count.max(1) {
+            let (sender, receiver) = mpsc::channel(HANDOVER);
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let context = Context {
+                limits: limits.clone(),
+                closing: closing.clone(),
+                abort: abort.clone(),
+                connections: connections.clone(),
+            };
+            let thread = std::thread::Builder::new().name(format!("io-{index}")).spawn(move || {
+                runtime.block_on(context.serve(receiver));
+            })?;
+            senders.push(sender);
+            threads.push(thread);
+        }
+        Ok((Self { senders, next: AtomicUsize::new(0), connections }, threads))
+    }
+
+    /// Accepts connections of `port` until `closing`.
+    pub async fn accept(&self, port: Port, router: Router, wire: Wire, closing: CancellationToken) {
+        let listener = match tokio::net::TcpListener::from_std(port.listener) {
+            Ok(listener) => listener,
+            Err(error) => return tracing::error!(address = %port.address, %error, "cannot listen"),
+        };
+        while let Some(stream) = accept_one(&listener, &closing).await {
+            let turn = self.next.fetch_add(1, Ordering::Relaxed) % self.senders.len();
+            let accepted = Accepted { stream, router: router.clone(), wire };
+            if self.senders[turn].send(accepted).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+fn prepare(stream: TcpStream) -> io::Result<std::net::TcpStream> {
+    stream.set_nodelay(true)?;
+    let keepalive = socket2::TcpKeepalive::new().with_time(Duration::from_secs(60));
+    socket2::SockRef::from(&stream).set_tcp_keepalive(&keepalive)?;
+    stream.into_std()
+}
+
+/// What serving a connection needs.
+#[derive(Clone)]
+struct Context {
+    limits: LimitsConfig,
+    closing: CancellationToken,
+    abort: CancellationToken,
+    connections: TaskTracker,
+}
+
+impl Context {
+    async fn serve(self, mut receiver: mpsc::Receiver<Accepted>) {
+        loop {
+            tokio::select! {
+                () = self.closing.cancelled() => break,
+                accepted = receiver.recv() => match accepted {
+                    Some(accepted) => {
+                        tokio::spawn(self.connections.track_future(self.clone().connection(accepted)));
+                    }
+                    None => break,
+                },
+            }
+        }
+        // Connections accepted in the last moment are served like the others.
+        receiver.close();
+        while let Ok(accepted) = receiver.try_recv() {
+            tokio::spawn(self.connections.track_future(self.clone().connection(accepted)));
+        }
+        self.connections.close();
+        tokio::select! {
+            () = self.connections.wait() => {}
+            () = self.abort.cancelled() => {}
+        }
+    }
+
+    async fn connection(self, accepted: Accepted) {
+        let Ok(stream) = TcpStream::from_std(accepted.stream) else { return };
+        // The HTTP timers start with the first byte; a connection that never sends one ends here.
+        let first_byte = tokio::select! {
+            readable = tokio::time::timeout(self.limits.header_timeout, stream.readable()) => readable,
+            () = self.closing.cancelled() => return,
+        };
+        if !matches!(first_byte, Ok(Ok(()))) {
+            return;
+        }
+        let io = TokioIo::new(stream);
+        let service = TowerToHyperService::new(accepted.router);
+        let builder = self.builder(accepted.wire);
+        let connection = builder.serve_connection(io, service);
+        tokio::pin!(connection);
+        let result = tokio::select! {
+            result = connection.as_mut() => result,
+            () = self.closing.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                tokio::select! {
+                    result = connection => result,
+                    () = self.abort.cancelled() => Ok(()),
+                }
+            }
+        };
+        if let Err(error) = result {
+            tracing::debug!(%error, "connection ended");
+        }
+    }
+
+    fn builder(&self, wire: Wire) -> auto::Builder<TokioExecutor> {
+        let limits = &self.limits;
+        let mut builder = auto::Builder::new(TokioExecutor::new());
+        builder.http1().timer(TokioTimer::new()).header_read_timeout(limits.header_timeout);
+        builder
+            .http2()
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_frame_size(MAX_FRAME)
+            .max_concurrent_streams(limits.max_concurrent_streams)
+            .keep_alive_interval(limits.keepalive_interval)
+            .keep_alive_timeout(limits.keepalive_interval / 2);
+        match wire {
+            Wire::Http => builder.http1_only(),
+            Wire::Grpc => builder.http2_only(),
+        }
+    }
+}
+
+/// Accepts and serves connections of `port` on the calling thread's runtime until `closing`.
+pub async fn serve_here(port: Port, router: Router, wire: Wire, limits: LimitsConfig, closing: CancellationToken) {
+    let listener = match tokio::net::TcpListener::from_std(port.listener) {
+        Ok(listener) => listener,
+        Err(error) => return tracing::error!(address = %port.address, %error, "cannot listen"),
+    };
+    // Whoever still talks when this port closes is cut off: it closes last, when nothing is left to say.
+    let context = Context { limits, abort: closing.clone(), closing, connections: TaskTracker::new() };
+    while let Some(stream) = accept_one(&listener, &context.closing).await {
+        let accepted = Accepted { stream, router: router.clone(), wire };
+        tokio::spawn(context.clone().connection(accepted));
+    }
+}
+
+/// The next connection, ready to be handed on; `None` when `closing` was cancelled.
+async fn accept_one(listener: &tokio::net::TcpListener, closing: &CancellationToken) -> Option<std::net::TcpStream> {
+    loop {
+        let accepted = tokio::select! {
+            () = closing.cancelled() => return None,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((stream, _)) => match prepare(stream) {
+                Ok(stream) => return Some(stream),
+                Err(error) => tracing::debug!(%error, "a connection was gone before it was served"),
+            },
+            Err(error) => {
+                // Out of descriptors, most likely: connections that end will free some.
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}

@@ -1,0 +1,264 @@
+//! Commands: serve, models, health, config.
+
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+
+use anyhow::{Context, bail};
+use bytes::Bytes;
+use clap::{Args, Parser, Subcommand};
+use http_body_util::{BodyExt, Empty};
+use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+use toml::{Table, Value};
+
+use crate::{
+    api::ops::ModelStatus,
+    backend::{Backends, onnx::OnnxRuntime},
+    config::{self, Config, LogConfig, LogFormat},
+    control::{ModelControl, spec::Profile},
+    model::{State, catalog::Catalog},
+    server::Server,
+};
+
+const ASK_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Tidegate serves models over REST and gRPC (Open Inference Protocol v2).
+#[derive(Parser)]
+#[command(version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve a folder of models.
+    Serve(Box<ServeArgs>),
+    /// List the models of a running server with their versions, states and reasons.
+    Models(OpsArgs),
+    /// Exit with 0 when a running server is ready, else with 1.
+    Health(OpsArgs),
+    /// Show the configuration.
+    Config(ConfigArgs),
+}
+
+/// Every option is also an environment variable (TIDEGATE_REST) and a key of the file (rest); options win over the
+/// environment, the environment over the file.
+#[derive(Args)]
+struct ServeArgs {
+    /// Folder of models: <NAME>/<VERSION>/model.onnx [default: ./models]
+    #[arg(long, value_name = "PATH")]
+    models: Option<PathBuf>,
+    /// Configuration file [default: ./tidegate.toml, when present]
+    #[arg(long, value_name = "FILE", env = "TIDEGATE_CONFIG")]
+    config: Option<PathBuf>,
+    /// Address for REST [default: 0.0.0.0:8000]
+    #[arg(long, value_name = "ADDR")]
+    rest: Option<SocketAddr>,
+    /// Address for gRPC [default: 0.0.0.0:8001]
+    #[arg(long, value_name = "ADDR")]
+    grpc: Option<SocketAddr>,
+    /// Address for operators: metrics, probes, admin [default: 0.0.0.0:8002]
+    #[arg(long, value_name = "ADDR")]
+    ops: Option<SocketAddr>,
+    /// Folder for the server's own files [default: .tidegate inside the models folder]
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// How the folder of models is followed [default: watch]
+    #[arg(long, value_name = "MODE")]
+    model_control: Option<ModelControl>,
+    /// Model to load with explicit control; may be repeated, * is all
+    #[arg(long, value_name = "NAME")]
+    load_model: Vec<String>,
+    /// How instances and threads divide the cores [default: latency]
+    #[arg(long, value_name = "PROFILE")]
+    profile: Option<Profile>,
+    /// Be unready as long as any model has failed
+    #[arg(long)]
+    strict_readiness: bool,
+    /// ONNX Runtime library, or the folder that holds it
+    #[arg(long, value_name = "PATH")]
+    onnxruntime: Option<PathBuf>,
+    /// Log level or filter, "debug" for instance [default: info]
+    #[arg(long, value_name = "LEVEL")]
+    log_level: Option<String>,
+}
+
+#[derive(Args)]
+struct OpsArgs {
+    /// Operators' address of the server
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8002", env = "TIDEGATE_OPS")]
+    ops: SocketAddr,
+}
+
+#[derive(Args)]
+struct ConfigArgs {
+    /// Print the documented default file
+    #[arg(long, required = true)]
+    defaults: bool,
+}
+
+/// Runs the command line.
+///
+/// # Errors
+/// Whatever kept the command from its work, in one chain of sentences.
+pub fn run() -> anyhow::Result<ExitCode> {
+    match Cli::parse().command {
+        Command::Serve(args) => serve(&args),
+        Command::Models(args) => models(args.ops),
+        Command::Health(args) => health(args.ops),
+        Command::Config(ConfigArgs { .. }) => {
+            print!("{}", config::documented_defaults());
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+impl ServeArgs {
+    /// The options that were given, as the configuration file would say them.
+    fn table(&self) -> anyhow::Result<Table> {
+        let path = |path: &PathBuf| path.to_str().map(Value::from).context("paths must be UTF-8");
+        let mut table = Table::new();
+        let mut set = |key: &str, value: Option<Value>| value.map(|value| table.insert(key.to_owned(), value));
+        set("models", self.models.as_ref().map(path).transpose()?);
+        set("data", self.data.as_ref().map(path).transpose()?);
+        set("onnxruntime", self.onnxruntime.as_ref().map(path).transpose()?);
+        set("rest", self.rest.map(|address| address.to_string().into()));
+        set("grpc", self.grpc.map(|address| address.to_string().into()));
+        set("ops", self.ops.map(|address| address.to_string().into()));
+        set("model_control", self.model_control.map(Value::try_from).transpose()?);
+        set("profile", self.profile.map(Value::try_from).transpose()?);
+        set("load_model", (!self.load_model.is_empty()).then(|| self.load_model.clone().into()));
+        set("strict_readiness", self.strict_readiness.then(|| true.into()));
+        let level = self.log_level.as_ref();
+        set("log", level.map(|level| Value::Table(Table::from_iter([("level".to_owned(), level.clone().into())]))));
+        Ok(table)
+    }
+}
+
+fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
+    let environment =
+        std::env::vars_os().filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?)));
+    let (config, unknown) = Config::load(args.config.as_deref(), environment, args.table()?)?;
+    start_logging(&config.log)?;
+    if !unknown.is_empty() {
+        tracing::warn!(variables = unknown.join(" "), "environment variables that no key goes by are ignored");
+    }
+    let dylib = std::env::var_os("ORT_DYLIB_PATH").filter(|path| !path.is_empty()).map(PathBuf::from);
+    let onnx = OnnxRuntime::open(config.onnxruntime.clone().or(dylib).as_deref())?;
+    let version = onnx.version().to_owned();
+    let backends = Backends::new([std::sync::Arc::new(onnx) as std::sync::Arc<dyn crate::backend::Backend>]);
+    let server = Server::start(&config, backends, &version)?;
+    println!("tidegate {} with ONNX Runtime {version}", env!("CARGO_PKG_VERSION"));
+    println!("  REST  http://{}", server.rest);
+    println!("  gRPC  {}", server.grpc);
+    println!("  ops   http://{}", server.ops);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(attend(&server, &config))?;
+    let cut = server.wait()?;
+    if cut > 0 {
+        eprintln!("tidegate: {cut} requests or connections were cut short");
+        return Ok(ExitCode::FAILURE);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Says when the models are ready, and passes signals on.
+async fn attend(server: &Server, config: &Config) -> anyhow::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut changes = server.catalog().changes();
+    let stopper = server.stopper();
+    let mut announced = false;
+    loop {
+        tokio::select! {
+            () = stopper.stopped() => return Ok(()),
+            _ = terminate.recv() => stopper.stop(config.shutdown.drain_delay),
+            _ = interrupt.recv() => stopper.stop(Duration::ZERO),
+            // Every new catalog wakes this until the first pass over the repository is over.
+            _ = changes.changed(), if !announced => {
+                let catalog = server.catalog().load();
+                if catalog.complete {
+                    announce(&catalog, config, server.rest);
+                    announced = true;
+                }
+            }
+        }
+    }
+}
+
+fn announce(catalog: &Catalog, config: &Config, rest: SocketAddr) {
+    for (name, deployment) in &catalog.deployments {
+        for entry in &deployment.entries {
+            let reason = if entry.reason.is_empty() { String::new() } else { format!(" ({})", entry.reason) };
+            println!("  model {name} {} {}{reason}", entry.version, entry.state.as_str());
+        }
+        if let Some(problem) = &deployment.problem {
+            println!("  model {name} {} ({problem})", State::Failed.as_str());
+        }
+    }
+    let host = if rest.ip().is_unspecified() { format!("localhost:{}", rest.port()) } else { rest.to_string() };
+    let sample = catalog.serving().find_map(|version| {
+        let sample = config.models.join(version.name.as_str()).join("request.json");
+        sample.is_file().then(|| (version.name.clone(), sample))
+    });
+    match sample {
+        Some((name, sample)) => {
+            println!("  try   curl http://{host}/v2/models/{name}/infer -d @{}", sample.display());
+        }
+        None => println!("  try   curl http://{host}/v2"),
+    }
+}
+
+fn start_logging(config: &LogConfig) -> anyhow::Result<()> {
+    use tracing_subscriber::{EnvFilter, fmt};
+    let filter = EnvFilter::builder().parse(&config.level).with_context(|| format!("log.level '{}'", config.level))?;
+    let builder = fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match config.format {
+        LogFormat::Text => builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
+        LogFormat::Json => builder.json().flatten_event(true).init(),
+    }
+    Ok(())
+}
+
+fn models(ops: SocketAddr) -> anyhow::Result<ExitCode> {
+    let (status, body) = ask(ops, "/admin/v1/models")?;
+    if !status.is_success() {
+        bail!("the server at {ops} answered {status}");
+    }
+    let models: Vec<ModelStatus> = serde_json::from_slice(&body).context("the answer is not a list of models")?;
+    println!("{:<24} {:<10} {:<10} REASON", "MODEL", "VERSION", "STATE");
+    for model in models {
+        for version in &model.versions {
+            let default = model.default_version.as_deref() == Some(version.version.as_str());
+            let shown = if default { format!("{}*", version.version) } else { version.version.clone() };
+            println!("{:<24} {shown:<10} {:<10} {}", model.name, version.state, version.reason);
+        }
+        if let Some(problem) = model.problem {
+            println!("{:<24} {:<10} {:<10} {problem}", model.name, "-", State::Failed.as_str());
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn health(ops: SocketAddr) -> anyhow::Result<ExitCode> {
+    let (status, _) = ask(ops, "/readyz")?;
+    println!("{}", if status.is_success() { "ready" } else { "not ready" });
+    Ok(if status.is_success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn ask(ops: SocketAddr, path: &str) -> anyhow::Result<(http::StatusCode, Bytes)> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let client = Client::builder(TokioExecutor::new()).build_http::<Empty<Bytes>>();
+        let uri = format!("http://{ops}{path}").parse()?;
+        let asking = async {
+            let response = client.get(uri).await?;
+            let status = response.status();
+            anyhow::Ok((status, response.into_body().collect().await?.to_bytes()))
+        };
+        tokio::time::timeout(ASK_TIMEOUT, asking)
+            .await
+            .with_context(|| format!("no answer from {ops} within {ASK_TIMEOUT:?}"))?
+            .with_context(|| format!("no server answers at {ops}"))
+    })
+}

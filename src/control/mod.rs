@@ -1,0 +1,38 @@
+//! The slow path: what should run, and what does.
+
+pub mod reconcile;
+pub mod spec;
+
+use std::{path::PathBuf, time::Duration};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// How the server follows its repository.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum ModelControl {
+    /// Changes in the repository are followed.
+    #[default]
+    Watch,
+    /// Only the models named at start are loaded.
+    Explicit,
+    /// What was there at start is loaded, later changes are ignored.
+    None,
+}
+
+/// What the reconciler needs to know of the configuration.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub models: PathBuf,
+    pub control: ModelControl,
+    /// With explicit control, the models to load; `*` is all.
+    pub load_models: Vec<String>,
+    pub profile: spec::Profile,
+    pub cores: usize,
+    pub queue: crate::model::batcher::Limits,
+    pub load_concurrency: usize,
+    pub drain_timeout: Duration,
+    /// How often the repository is looked at, whatever the file system tells.
+    pub poll_interval: Duration,
+}

@@ -1,0 +1,488 @@
+//! The one writer of the catalog: compares what the repository holds with what runs, and closes the gap.
+//!
+//! Each pass looks at everything anew and takes the next step of every model, so a missed notification costs a tick
+//! and nothing else. Everything that can fail happens before a version is published; the version it replaces is
+//! drained after that.
+
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    sync::{Semaphore, mpsc},
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{ModelControl, Settings, spec::ModelSpec, spec::VersionPolicy};
+use crate::{
+    backend::Backends,
+    error::Error,
+    id::{ModelName, Version},
+    metrics::{Metrics, VersionMetrics},
+    model::{
+        ModelVersion, State,
+        catalog::{Catalog, CatalogWriter, Deployment, Entry, insert_in_order},
+        load::{self, DecodeSample, Loaded, Plan},
+    },
+    source::local::{self, Fingerprint, FoundModel, FoundVersion, Scan},
+};
+
+/// Files that did not change for so long are complete.
+const SETTLE_TIME: Duration = Duration::from_secs(1);
+
+/// How nice the threads are that load models: they take what the serving threads leave.
+const LOADER_NICENESS: i32 = 10;
+
+/// What loading needs beside the plan.
+#[derive(Clone)]
+pub struct Loader {
+    pub backends: Backends,
+    pub decode_sample: DecodeSample,
+    pub metrics: Arc<Metrics>,
+}
+
+/// Follows the repository until it is cancelled.
+pub struct Reconciler {
+    settings: Settings,
+    loader: Loader,
+    writer: CatalogWriter,
+    models: BTreeMap<ModelName, Tracked>,
+    events: (mpsc::Sender<Event>, mpsc::Receiver<Event>),
+    loads: Arc<Semaphore>,
+    drains: JoinSet<usize>,
+    first_scan: Option<Scan>,
+    complete: bool,
+}
+
+/// Something that happened off the reconciler's task.
+enum Event {
+    Loaded { name: ModelName, version: Version, fingerprint: Fingerprint, result: Result<Box<Loaded>, Error> },
+}
+
+/// A model the repository holds, or held until its versions are drained.
+#[derive(Default)]
+struct Tracked {
+    versions: Vec<TrackedVersion>,
+    problem: Option<String>,
+}
+
+struct TrackedVersion {
+    version: Version,
+    metrics: Arc<VersionMetrics>,
+    /// What serves, and the files it came from.
+    serving: Option<(Arc<ModelVersion>, Fingerprint)>,
+    progress: Progress,
+}
+
+/// Where the newest files of a version are on their way.
+#[derive(Clone, Debug, PartialEq)]
+enum Progress {
+    Settling {
+        fingerprint: Fingerprint,
+        since: Instant,
+    },
+    Loading {
+        fingerprint: Fingerprint,
+    },
+    Done {
+        fingerprint: Fingerprint,
+    },
+    Failed {
+        fingerprint: Fingerprint,
+        error: Error,
+    },
+    /// No longer in the repository, or not wanted.
+    Gone,
+}
+
+impl Progress {
+    fn fingerprint(&self) -> Option<Fingerprint> {
+        match self {
+            Progress::Settling { fingerprint, .. }
+            | Progress::Loading { fingerprint }
+            | Progress::Done { fingerprint }
+            | Progress::Failed { fingerprint, .. } => Some(*fingerprint),
+            Progress::Gone => None,
+        }
+    }
+}
+
+impl Reconciler {
+    pub fn new(settings: Settings, loader: Loader, writer: CatalogWriter) -> Self {
+        let loads = Arc::new(Semaphore::new(settings.load_concurrency.max(1)));
+        Self {
+            settings,
+            loader,
+            writer,
+            models: BTreeMap::new(),
+            events: mpsc::channel(64),
+            loads,
+            drains: JoinSet::new(),
+            first_scan: None,
+            complete: false,
+        }
+    }
+
+    /// Reconciles on every tick, kick and event. On cancellation it drains all versions and returns how many
+    /// requests were cut short.
+    pub async fn run(mut self, mut kicks: mpsc::Receiver<()>, stop: CancellationToken) -> usize {
+        let mut tick = tokio::time::interval(self.settings.poll_interval);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => break,
+                _ = tick.tick() => {}
+                Some(()) = kicks.recv() => {}
+                Some(event) = self.events.1.recv() => self.handle(event),
+                Some(_) = self.drains.join_next() => {}
+            }
+            while let Ok(event) = self.events.1.try_recv() {
+                self.handle(event);
+            }
+            self.pass().await;
+        }
+        self.shut_down().await
+    }
+
+    async fn pass(&mut self) {
+        match self.scan().await {
+            Ok(scan) => {
+                self.step(&scan);
+                self.complete |= self.is_complete(&scan);
+            }
+            // A folder that cannot be read for a moment is no reason to unload what runs.
+            Err(error) => {
+                tracing::warn!(models = %self.settings.models.display(), %error, "the repository cannot be read");
+            }
+        }
+        self.publish();
+    }
+
+    /// What there is and shall be looked at, by the control mode.
+    async fn scan(&mut self) -> std::io::Result<Scan> {
+        if let (Some(first), true) = (&self.first_scan, self.settings.control != ModelControl::Watch) {
+            return Ok(first.clone());
+        }
+        let (root, backends) = (self.settings.models.clone(), self.loader.backends.clone());
+        let mut scan = tokio::task::spawn_blocking(move || local::scan(&root, |name| backends.knows(name)))
+            .await
+            .map_err(std::io::Error::other)??;
+        let wanted = &self.settings.load_models;
+        if self.settings.control == ModelControl::Explicit {
+            for name in wanted.iter().filter(|name| *name != "*" && !scan.contains_key(name.as_str())) {
+                tracing::error!(model = name, "the model to load is not in the repository");
+            }
+            scan.retain(|name, _| wanted.iter().any(|wanted| wanted == "*" || wanted == name.as_str()));
+        }
+        if self.first_scan.is_none() {
+            self.first_scan = Some(scan.clone());
+        }
+        Ok(scan)
+    }
+
+    fn step(&mut self, scan: &Scan) {
+        let gone: Vec<ModelName> = self.models.keys().filter(|name| !scan.contains_key(*name)).cloned().collect();
+        for name in gone {
+            if let Some(model) = self.models.get_mut(&name) {
+                model.versions.iter_mut().for_each(|version| version.progress = Progress::Gone);
+                model.problem = None;
+            }
+            self.retire_unwanted(&name, true);
+            self.models.remove(&name);
+        }
+        for (name, found) in scan {
+            self.step_model(name, found);
+        }
+    }
+
+    fn step_model(&mut self, name: &ModelName, found: &FoundModel) {
+        let spec = ModelSpec::read(found.settings.as_deref());
+        let targets = targets(&self.models.entry(name.clone()).or_default().versions, found, &spec);
+        let first_pass = !self.complete;
+        let mut to_load = Vec::new();
+        let Some(model) = self.models.get_mut(name) else { return };
+        model.problem = match &spec {
+            Err(error) if found.versions.is_empty() => Some(error.message.clone()),
+            _ if found.versions.is_empty() => Some("the folder holds no version (1, 2, …)".to_owned()),
+            _ if targets.is_empty() && found.versions.iter().all(|found| model.find(&found.version).is_none()) => {
+                Some("the version policy selects none of the versions in the folder".to_owned())
+            }
+            _ => None,
+        };
+        for wanted in &targets {
+            let tracked = model.find_or_insert(name, &wanted.version, &self.loader.metrics);
+            let fingerprint = wanted.fingerprint;
+            if tracked.progress.fingerprint() != Some(fingerprint) {
+                let serves = tracked.serving.as_ref().is_some_and(|(_, served)| *served == fingerprint);
+                tracked.progress = if serves {
+                    Progress::Done { fingerprint }
+                } else {
+                    Progress::Settling { fingerprint, since: Instant::now() }
+                };
+            }
+            let Progress::Settling { since, .. } = &tracked.progress else { continue };
+            // At start nobody has watched the files yet; their age says as much.
+            let settled = since.elapsed() >= SETTLE_TIME || (first_pass && fingerprint.older_than(SETTLE_TIME));
+            if settled {
+                tracked.progress = Progress::Loading { fingerprint };
+                to_load.push(wanted.clone());
+            }
+        }
+        for tracked in &mut model.versions {
+            if !targets.iter().any(|wanted| wanted.version == tracked.version)
+                && !matches!(tracked.progress, Progress::Failed { .. })
+            {
+                tracked.progress = Progress::Gone;
+            }
+            // A failed version that is no longer in the folder is forgotten.
+            if !found.versions.iter().any(|found| found.version == tracked.version) {
+                tracked.progress = Progress::Gone;
+            }
+        }
+        for wanted in to_load {
+            self.start_load(name, found, wanted, spec.clone());
+        }
+        self.retire_unwanted(name, found.versions.is_empty());
+    }
+
+    fn start_load(&self, name: &ModelName, found: &FoundModel, wanted: FoundVersion, spec: Result<ModelSpec, Error>) {
+        let events = self.events.0.clone();
+        let loads = self.loads.clone();
+        let loader = self.loader.clone();
+        let name = name.clone();
+        let FoundVersion { version, files, fingerprint } = wanted;
+        let plan = spec.map(|spec| self.plan(&name, &version, files, found, spec));
+        tracing::info!(model = %name, %version, "loading");
+        tokio::spawn(async move {
+            // The semaphore lives as long as the reconciler; closed only with it.
+            let _permit = loads.acquire_owned().await;
+            let result = match plan {
+                Err(error) => Err(error),
+                Ok(plan) => on_loader_thread(move || load::load(plan, &loader.backends, loader.decode_sample)).await,
+            };
+            let result = result.map(Box::new);
+            // The receiver is gone only when the server stops; then nobody wants the model any more.
+            let _ = events.send(Event::Loaded { name, version, fingerprint, result }).await;
+        });
+    }
+
+    fn plan(
+        &self,
+        name: &ModelName,
+        version: &Version,
+        files: std::path::PathBuf,
+        found: &FoundModel,
+        spec: ModelSpec,
+    ) -> Plan {
+        let Settings { profile, cores, .. } = self.settings;
+        Plan {
+            name: name.clone(),
+            version: version.clone(),
+            options: spec.resolved_options(profile, cores),
+            instances: spec.instances(profile, cores),
+            max_batch_size: spec.max_batch_size,
+            batching: spec.batching,
+            configured_samples: spec.warmup.iter().map(|path| found.directory.join(path)).collect(),
+            sample_folders: vec![files.join("warmup"), found.directory.join("warmup")],
+            files,
+        }
+    }
+
+    fn handle(&mut self, event: Event) {
+        let Event::Loaded { name, version, fingerprint, result } = event;
+        let tracked = self.models.get_mut(&name).and_then(|model| model.find(&version));
+        let Some(tracked) = tracked.filter(|tracked| tracked.progress == Progress::Loading { fingerprint }) else {
+            tracing::info!(model = %name, %version, "loaded in vain: its files changed or went away meanwhile");
+            return;
+        };
+        let started =
+            result.and_then(|loaded| ModelVersion::start(*loaded, self.settings.queue, tracked.metrics.clone()));
+        match started {
+            Ok(ready) => {
+                log_ready(&ready);
+                tracked.progress = Progress::Done { fingerprint };
+                let replaced = tracked.serving.replace((Arc::new(ready), fingerprint));
+                self.publish();
+                self.retire(replaced.map(|(old, _)| old));
+            }
+            Err(error) => {
+                tracing::error!(model = %name, %version, %error, "loading failed");
+                tracked.progress = Progress::Failed { fingerprint, error };
+            }
+        }
+    }
+
+    /// Drains what is no longer wanted, once everything that is wanted serves (at once, when nothing is wanted).
+    fn retire_unwanted(&mut self, name: &ModelName, nothing_wanted: bool) {
+        let Some(model) = self.models.get_mut(name) else { return };
+        let ready = model
+            .versions
+            .iter()
+            .all(|tracked| !matches!(tracked.progress, Progress::Settling { .. } | Progress::Loading { .. }));
+        let successor = model.versions.iter().any(|tracked| matches!(tracked.progress, Progress::Done { .. }));
+        let may_retire = nothing_wanted || (ready && successor);
+        let mut retired = Vec::new();
+        model.versions.retain_mut(|tracked| {
+            if tracked.progress != Progress::Gone {
+                return true;
+            }
+            if tracked.serving.is_some() && !may_retire {
+                return true;
+            }
+            retired.extend(tracked.serving.take().map(|(old, _)| old));
+            false
+        });
+        if !retired.is_empty() {
+            self.publish();
+            retired.into_iter().for_each(|old| self.retire(Some(old)));
+        }
+    }
+
+    /// Lets a version that is no longer published finish its requests, then frees it, all off the serving threads.
+    fn retire(&mut self, version: Option<Arc<ModelVersion>>) {
+        let Some(version) = version else { return };
+        let limit = self.settings.drain_timeout;
+        tracing::info!(model = %version.name, version = %version.version, in_flight = version.in_flight(), "draining");
+        self.drains.spawn_blocking(move || {
+            let cut = version.drain(limit);
+            tracing::info!(model = %version.name, version = %version.version, cut_short = cut, "unloaded");
+            cut
+        });
+    }
+
+    fn is_complete(&self, scan: &Scan) -> bool {
+        scan.keys().all(|name| {
+            self.models.get(name).is_none_or(|model| {
+                model
+                    .versions
+                    .iter()
+                    .all(|tracked| !matches!(tracked.progress, Progress::Settling { .. } | Progress::Loading { .. }))
+            })
+        })
+    }
+
+    fn publish(&self) {
+        let deployments = self.models.iter().map(|(name, model)| (name.clone(), model.deployment())).collect();
+        self.writer.publish(Catalog { deployments, complete: self.complete });
+    }
+
+    async fn shut_down(mut self) -> usize {
+        self.events.1.close();
+        let serving: Vec<_> =
+            self.models.values_mut().flat_map(|model| &mut model.versions).filter_map(|v| v.serving.take()).collect();
+        serving.into_iter().for_each(|(version, _)| self.retire(Some(version)));
+        let mut cut = 0;
+        while let Some(drained) = self.drains.join_next().await {
+            cut += drained.unwrap_or(0);
+        }
+        cut
+    }
+}
+
+impl Tracked {
+    fn find(&mut self, version: &Version) -> Option<&mut TrackedVersion> {
+        self.versions.iter_mut().find(|tracked| tracked.version == *version)
+    }
+
+    fn find_or_insert(&mut self, name: &ModelName, version: &Version, metrics: &Metrics) -> &mut TrackedVersion {
+        let index = self.versions.iter().position(|tracked| tracked.version == *version).unwrap_or_else(|| {
+            let fresh = TrackedVersion {
+                version: version.clone(),
+                metrics: metrics.version(name.as_str(), version.as_str()),
+                serving: None,
+                progress: Progress::Gone,
+            };
+            insert_in_order(&mut self.versions, fresh, |tracked| &tracked.version);
+            self.versions.iter().position(|tracked| tracked.version == *version).unwrap_or_default()
+        });
+        &mut self.versions[index]
+    }
+
+    fn deployment(&self) -> Deployment {
+        let entries: Vec<Entry> = self.versions.iter().map(TrackedVersion::entry).collect();
+        let default = entries.iter().rev().find(|entry| entry.serving.is_some()).map(|entry| entry.version.clone());
+        Deployment { entries, default, problem: self.problem.clone() }
+    }
+}
+
+impl TrackedVersion {
+    fn entry(&self) -> Entry {
+        let (state, reason) = match (&self.serving, &self.progress) {
+            (Some(_), Progress::Failed { error, .. }) => {
+                (State::Ready, format!("its new files failed to load: {error}"))
+            }
+            (Some(_), Progress::Gone) => (State::Ready, "serves until its successor is ready".to_owned()),
+            (Some((version, _)), _) => (State::Ready, note(version)),
+            (None, Progress::Settling { .. }) => (State::Settling, "waiting for its files to be complete".to_owned()),
+            (None, Progress::Loading { .. }) => (State::Loading, String::new()),
+            (None, Progress::Failed { error, .. }) => (State::Failed, error.message.clone()),
+            (None, Progress::Done { .. } | Progress::Gone) => (State::Draining, String::new()),
+        };
+        self.metrics.state(state.as_str(), &State::NAMES);
+        Entry {
+            version: self.version.clone(),
+            state,
+            reason,
+            serving: self.serving.as_ref().map(|(version, _)| version.clone()),
+            metrics: self.metrics.clone(),
+        }
+    }
+}
+
+fn note(version: &ModelVersion) -> String {
+    if version.batching.enabled { String::new() } else { format!("not batched: {}", version.batching.reason) }
+}
+
+fn log_ready(version: &ModelVersion) {
+    tracing::info!(
+        model = %version.name,
+        version = %version.version,
+        seconds = version.load_duration.as_secs_f64(),
+        instances = version.instances,
+        batching = version.batching.reason,
+        "ready"
+    );
+}
+
+/// The versions that shall serve: what the policy selects, passing over those whose present files failed before, so
+/// that a broken new version leaves the one before it in place, also after a restart.
+fn targets(tracked: &[TrackedVersion], found: &FoundModel, spec: &Result<ModelSpec, Error>) -> Vec<FoundVersion> {
+    let failed = |found: &&FoundVersion| {
+        tracked.iter().any(|tracked| {
+            tracked.version == found.version
+                && matches!(&tracked.progress, Progress::Failed { fingerprint, .. } if *fingerprint == found.fingerprint)
+        })
+    };
+    // Broken settings fail each version by name, so that they show wherever versions show.
+    let policy = spec.as_ref().map(|spec| spec.versions.clone()).unwrap_or_default();
+    match policy {
+        VersionPolicy::Latest(count) => {
+            found.versions.iter().rev().filter(|found| !failed(found)).take(count).cloned().collect()
+        }
+        VersionPolicy::All => found.versions.iter().filter(|found| !failed(found)).cloned().collect(),
+        VersionPolicy::Specific(list) => found
+            .versions
+            .iter()
+            .filter(|found| list.iter().any(|wanted| wanted == found.version.as_str()) && !failed(found))
+            .cloned()
+            .collect(),
+    }
+}
+
+/// Runs `work` on a thread of its own that takes only what others leave of the processor.
+async fn on_loader_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    let spawned = std::thread::Builder::new().name("load".to_owned()).spawn(move || {
+        // On Linux niceness belongs to the thread. Where it is refused, loading is merely not as quiet.
+        let _ = rustix::process::nice(LOADER_NICENESS);
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+        let _ = sender.send(result.unwrap_or_else(|_| Err(Error::internal("loading panicked"))));
+    });
+    spawned.map_err(|error| Error::internal(format!("cannot start a loader thread: {error}")))?;
+    receiver.await.unwrap_or_else(|_| Err(Error::internal("the loader thread ended without a result")))
+}

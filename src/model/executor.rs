@@ -1,0 +1,245 @@
+//! Executor threads: each owns a session, pulls batches from the version's queue, and answers its requests.
+
+use std::{
+    panic::AssertUnwindSafe,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use parking_lot::{Condvar, Mutex};
+use tokio::sync::oneshot;
+
+use super::batcher::{Batcher, Cost, Entry};
+use crate::{
+    backend::Session,
+    error::{Code, Error},
+    metrics::{DropReason, Phases, VersionMetrics},
+    tensor::{self, Tensor},
+};
+
+/// A request on its way through the queue.
+pub(super) struct Job {
+    pub inputs: Vec<Tensor>,
+    reply: oneshot::Sender<Result<Vec<Tensor>, Error>>,
+}
+
+/// Why a request did not get into the queue.
+pub enum Refused {
+    /// The version takes no more requests; the inputs come back for another try elsewhere.
+    Draining(Vec<Tensor>),
+    Error(Error),
+}
+
+/// The queue between the I/O threads and the executors of one version.
+///
+/// Full means `Overloaded`; see `batcher::Limits`.
+pub(super) struct Queue {
+    state: Mutex<State>,
+    work: Condvar,
+    metrics: Arc<VersionMetrics>,
+}
+
+struct State {
+    batcher: Batcher<Job>,
+    closed: bool,
+}
+
+/// The answer to come.
+pub(super) struct Ticket {
+    pub reply: oneshot::Receiver<Result<Vec<Tensor>, Error>>,
+}
+
+impl Queue {
+    pub fn new(batcher: Batcher<Job>, metrics: Arc<VersionMetrics>) -> Self {
+        Self { state: Mutex::new(State { batcher, closed: false }), work: Condvar::new(), metrics }
+    }
+
+    pub fn submit(&self, inputs: Vec<Tensor>, cost: Cost) -> Result<Ticket, Refused> {
+        let (sender, reply) = oneshot::channel();
+        let mut state = self.state.lock();
+        if state.closed {
+            return Err(Refused::Draining(inputs));
+        }
+        match state.batcher.push(Job { inputs, reply: sender }, cost, Instant::now()) {
+            Ok(()) => {
+                drop(state);
+                self.work.notify_one();
+                Ok(Ticket { reply })
+            }
+            Err((_, error)) => {
+                drop(state);
+                let deadline = error.code == Code::DeadlineExceeded;
+                self.metrics.dropped(if deadline { DropReason::Deadline } else { DropReason::Overloaded });
+                Err(Refused::Error(error))
+            }
+        }
+    }
+
+    /// Takes no more requests; executors end when the queue is empty.
+    pub fn close(&self) {
+        self.state.lock().closed = true;
+        self.work.notify_all();
+    }
+
+    /// Gives up what still waits, with `error`.
+    pub fn abandon(&self, error: &Error) -> usize {
+        let mut state = self.state.lock();
+        state.closed = true;
+        let mut abandoned = 0;
+        loop {
+            let now = Instant::now();
+            let next = state.batcher.next(now, |_| false);
+            let rows = next.batch.iter().map(|entry| entry.cost.rows).sum();
+            state.batcher.finished(now, rows, None);
+            if next.batch.is_empty() && next.dropped.is_empty() {
+                return abandoned;
+            }
+            for entry in next.batch.into_iter().chain(next.dropped.into_iter().map(|(entry, _)| entry)) {
+                abandoned += 1;
+                answer(entry.item, Err(error.clone()));
+            }
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.state.lock().batcher.len()
+    }
+
+    /// Blocks until there is a batch; `None` when the queue is closed and empty.
+    fn take(&self) -> Option<(Instant, Vec<Entry<Job>>)> {
+        let mut state = self.state.lock();
+        loop {
+            let now = Instant::now();
+            let next = state.batcher.next(now, |job| job.reply.is_closed());
+            if !next.dropped.is_empty() {
+                self.drop_dead(next.dropped);
+            }
+            if !next.batch.is_empty() {
+                return Some((now, next.batch));
+            }
+            if state.closed {
+                return None;
+            }
+            self.work.wait(&mut state);
+        }
+    }
+
+    fn drop_dead(&self, dropped: Vec<(Entry<Job>, DropReason)>) {
+        for (entry, reason) in dropped {
+            self.metrics.dropped(reason);
+            let code = if reason == DropReason::Deadline { Code::DeadlineExceeded } else { Code::Cancelled };
+            answer(entry.item, Err(Error::new(code, "the deadline passed while the request was queued")));
+        }
+    }
+
+    fn finished(&self, start: Instant, rows: usize, took: Option<Duration>) {
+        self.state.lock().batcher.finished(start, rows, took);
+    }
+}
+
+/// Runs batches until the queue is closed and empty.
+pub(super) fn run(queue: &Queue, session: &mut dyn Session, model: &str) {
+    while let Some((start, batch)) = queue.take() {
+        let rows = batch.iter().map(|entry| entry.cost.rows).sum();
+        for entry in &batch {
+            queue.metrics.queued(start.saturating_duration_since(entry.queued_at));
+        }
+        let jobs: Vec<Job> = batch.into_iter().map(|entry| entry.item).collect();
+        let took = execute(queue, session, model, jobs, rows);
+        queue.finished(start, rows, took);
+    }
+}
+
+/// Runs and answers one batch; the time of the run when it went well.
+fn execute(queue: &Queue, session: &mut dyn Session, model: &str, mut jobs: Vec<Job>, rows: usize) -> Option<Duration> {
+    if jobs.len() == 1 {
+        let job = jobs.pop()?;
+        return run_alone(queue, session, model, job, rows);
+    }
+    match run_together(session, &jobs, rows) {
+        Ok((outputs, mut phases)) => {
+            let scatter = Instant::now();
+            let answers = split(&jobs, &outputs);
+            phases.output += scatter.elapsed();
+            queue.metrics.executed(jobs.len(), rows, phases);
+            jobs.into_iter().zip(answers).for_each(|(job, outputs)| answer(job, Ok(outputs)));
+            Some(phases.infer)
+        }
+        Err(error) => {
+            // Only the offender shall get the error: its neighbours run again, each by itself.
+            tracing::debug!(model, requests = jobs.len(), %error, "batch failed, running its requests one by one");
+            for job in jobs {
+                let rows = job_rows(&job);
+                run_alone(queue, session, model, job, rows);
+            }
+            None
+        }
+    }
+}
+
+fn run_alone(queue: &Queue, session: &mut dyn Session, model: &str, job: Job, rows: usize) -> Option<Duration> {
+    let start = Instant::now();
+    let result = guarded(session, &job.inputs);
+    let took = start.elapsed();
+    match result {
+        Ok(mut outputs) => {
+            if rows == 0 {
+                // Some graphs give rows where none were asked for.
+                outputs.iter_mut().filter(|output| output.rows() > 0).for_each(|output| *output = output.slice(0, 0));
+            }
+            queue.metrics.executed(1, rows, Phases { infer: took, ..Phases::default() });
+            answer(job, Ok(outputs));
+            Some(took)
+        }
+        Err(error) => {
+            let message = format!("model '{model}': {}", error.message);
+            answer(job, Err(Error { message, ..error }));
+            None
+        }
+    }
+}
+
+fn run_together(session: &mut dyn Session, jobs: &[Job], rows: usize) -> Result<(Vec<Tensor>, Phases), Error> {
+    let gather = Instant::now();
+    let inputs: Vec<Tensor> = (0..jobs[0].inputs.len())
+        .map(|input| tensor::gather(&jobs.iter().map(|job| &job.inputs[input]).collect::<Vec<_>>()))
+        .collect();
+    let infer = Instant::now();
+    let outputs = guarded(session, &inputs)?;
+    let phases = Phases { input: infer - gather, infer: infer.elapsed(), output: Duration::ZERO };
+    if let Some(odd) = outputs.iter().find(|output| output.shape.is_empty() || output.rows() != rows) {
+        return Err(Error::internal(format!(
+            "output '{}' has shape {:?} for a batch of {rows} rows",
+            odd.name,
+            &odd.shape[..]
+        )));
+    }
+    Ok((outputs, phases))
+}
+
+fn split(jobs: &[Job], outputs: &[Tensor]) -> Vec<Vec<Tensor>> {
+    let mut start = 0;
+    jobs.iter()
+        .map(|job| {
+            let count = job_rows(job);
+            let answer = outputs.iter().map(|output| output.slice(start, count)).collect();
+            start += count;
+            answer
+        })
+        .collect()
+}
+
+fn job_rows(job: &Job) -> usize {
+    job.inputs.first().map_or(1, Tensor::rows)
+}
+
+/// A panic in a backend costs the request that met it, not the executor.
+fn guarded(session: &mut dyn Session, inputs: &[Tensor]) -> Result<Vec<Tensor>, Error> {
+    std::panic::catch_unwind(AssertUnwindSafe(|| session.run(inputs)))
+        .unwrap_or_else(|_| Err(Error::internal("the backend panicked")))
+}
+
+fn answer(job: Job, result: Result<Vec<Tensor>, Error>) {
+    // Whoever asked may have gone; then nobody misses the answer.
+    let _ = job.reply.send(result);
+}

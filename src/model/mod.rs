@@ -1,0 +1,266 @@
+//! A model in memory: its versions from load to unload, its queue, and the threads that run it.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+pub mod batcher;
+pub mod catalog;
+mod executor;
+pub mod load;
+pub mod service_time;
+pub mod warmup;
+
+use batcher::{Batcher, Cost, Limits, ShapeKey};
+use executor::Queue;
+pub use executor::Refused;
+use load::Loaded;
+
+use crate::{
+    backend::Signature,
+    error::{Code, Error},
+    id::{ModelName, Version},
+    metrics::VersionMetrics,
+    tensor::Tensor,
+};
+
+/// Bounds of each version's queue; a request over one of them is answered at once with "overloaded".
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct QueueConfig {
+    /// Requests that may wait per version.
+    pub max_requests: usize,
+    /// Bytes of tensors that may wait per version.
+    pub max_bytes: usize,
+    /// Longest estimated wait at which a request is still queued.
+    #[serde(with = "humantime_serde")]
+    #[schemars(with = "String")]
+    pub max_wait: Duration,
+}
+
+impl Default for QueueConfig {
+    fn default() -> Self {
+        Self { max_requests: 8192, max_bytes: 1 << 30, max_wait: Duration::from_secs(30) }
+    }
+}
+
+impl From<&QueueConfig> for Limits {
+    fn from(config: &QueueConfig) -> Self {
+        Limits { max_requests: config.max_requests, max_bytes: config.max_bytes, max_wait: config.max_wait }
+    }
+}
+
+/// Where a version is on its way; its name is what metrics, index and `tidegate models` show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// Files are there and must stay unchanged for a moment before they are trusted.
+    Settling,
+    /// Being loaded and warmed.
+    Loading,
+    /// Serving.
+    Ready,
+    /// Takes no more requests and finishes those it has.
+    Draining,
+    /// Could not be loaded; the reason says why.
+    Failed,
+}
+
+impl State {
+    /// The names of all states.
+    pub const NAMES: [&'static str; 5] = ["settling", "loading", "ready", "draining", "failed"];
+
+    pub fn as_str(self) -> &'static str {
+        Self::NAMES[self as usize]
+    }
+}
+
+/// Whether and why requests of a version share runs.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Batching {
+    /// Rows that are grouped at most; 1 when requests do not share runs.
+    pub group: usize,
+    pub enabled: bool,
+    /// One sentence for operators.
+    pub reason: String,
+}
+
+/// A version that serves: a queue and the executors behind it.
+pub struct ModelVersion {
+    pub name: ModelName,
+    pub version: Version,
+    pub signature: Signature,
+    pub platform: &'static str,
+    /// The file the graph came from.
+    pub model_file: &'static str,
+    pub batching: Batching,
+    /// Rows one request may have, when its author set a limit.
+    pub max_batch_size: Option<usize>,
+    pub instances: usize,
+    pub load_duration: Duration,
+    pub metrics: Arc<VersionMetrics>,
+    queue: Arc<Queue>,
+    executors: Mutex<Vec<JoinHandle<()>>>,
+    in_flight: Arc<AtomicUsize>,
+}
+
+impl ModelVersion {
+    /// Starts the executor threads of a loaded model.
+    ///
+    /// # Errors
+    /// `Internal` when the system gives no thread.
+    pub fn start(loaded: Loaded, limits: Limits, metrics: Arc<VersionMetrics>) -> Result<Self, Error> {
+        let instances = loaded.sessions.len();
+        let batcher = Batcher::new(limits, loaded.batching.group, instances, loaded.service);
+        let queue = Arc::new(Queue::new(batcher, metrics.clone()));
+        metrics.loaded(loaded.took);
+        metrics.prepare();
+        let version = Self {
+            name: loaded.name,
+            version: loaded.version,
+            signature: loaded.signature,
+            platform: loaded.platform,
+            model_file: loaded.model_file,
+            batching: loaded.batching,
+            max_batch_size: loaded.max_batch_size,
+            instances,
+            load_duration: loaded.took,
+            metrics,
+            queue,
+            executors: Mutex::default(),
+            in_flight: Arc::default(),
+        };
+        for (index, mut session) in loaded.sessions.into_iter().enumerate() {
+            let queue = version.queue.clone();
+            let name = version.name.clone();
+            let spawned = std::thread::Builder::new()
+                .name(format!("run-{index}-{name}"))
+                .spawn(move || executor::run(&queue, session.as_mut(), name.as_str()));
+            match spawned {
+                Ok(thread) => version.executors.lock().push(thread),
+                Err(error) => {
+                    version.queue.close();
+                    return Err(Error::internal(format!("cannot start an executor thread: {error}")));
+                }
+            }
+        }
+        Ok(version)
+    }
+
+    /// Runs `inputs`, which must match the signature and stand in its order; the outputs are in its order too.
+    ///
+    /// Dropping the future gives the request up before it costs a run.
+    ///
+    /// # Errors
+    /// `Refused::Draining` when the version takes no more requests (look for its successor), else what went wrong.
+    pub async fn infer(&self, inputs: Vec<Tensor>, deadline: Option<Instant>) -> Result<Vec<Tensor>, Refused> {
+        let cost = self.cost(&inputs, deadline).map_err(Refused::Error)?;
+        let ticket = self.queue.submit(inputs, cost)?;
+        let _pending = Pending::new(self);
+        let answer = async { ticket.reply.await.unwrap_or_else(|_| Err(Error::internal("the executor is gone"))) };
+        let answer = match deadline {
+            None => answer.await,
+            Some(deadline) => {
+                tokio::time::timeout_at(deadline.into(), answer).await.unwrap_or_else(|_| Err(self.too_late()))
+            }
+        };
+        answer.map_err(Refused::Error)
+    }
+
+    fn too_late(&self) -> Error {
+        Error::new(Code::DeadlineExceeded, format!("model '{}': the deadline passed before the answer", self.name))
+    }
+
+    fn cost(&self, inputs: &[Tensor], deadline: Option<Instant>) -> Result<Cost, Error> {
+        let batched = self.signature.unbatchable().is_none();
+        let rows = if batched { inputs.first().map_or(1, Tensor::rows) } else { 1 };
+        let uneven = inputs.iter().any(|input| input.rows() != rows);
+        if let Some(limit) = self.max_batch_size.filter(|&limit| batched && rows > limit) {
+            return Err(Error::invalid(format!(
+                "model '{}': a request may have {limit} rows at most (max_batch_size), got {rows}",
+                self.name
+            )));
+        }
+        let trailing = |input: &Tensor| input.shape.iter().skip(1).copied().collect::<ShapeKey>();
+        Ok(Cost {
+            rows,
+            bytes: inputs.iter().map(Tensor::byte_len).sum(),
+            shape: inputs.iter().flat_map(trailing).collect(),
+            alone: !self.batching.enabled || uneven || rows == 0,
+            deadline,
+        })
+    }
+
+    /// Takes no more requests; those already in the queue are answered.
+    pub fn close(&self) {
+        self.queue.close();
+    }
+
+    /// Waits until every queued request is answered and the sessions are gone, which may take `limit`; then gives
+    /// up what still waits. Blocks: not for I/O threads. Returns the number of requests that were cut short.
+    pub fn drain(&self, limit: Duration) -> usize {
+        self.close();
+        let deadline = Instant::now() + limit;
+        let executors = std::mem::take(&mut *self.executors.lock());
+        while Instant::now() < deadline && executors.iter().any(|thread| !thread.is_finished()) {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let mut cut = 0;
+        if executors.iter().any(|thread| !thread.is_finished()) {
+            let waiting = self.queue.len();
+            tracing::warn!(model = %self.name, version = %self.version, waiting, "drain deadline passed");
+            cut = self.queue.abandon(&Error::new(
+                Code::NotReady,
+                format!("model '{}' version '{}' was unloaded before the request could run", self.name, self.version),
+            ));
+        }
+        for thread in executors {
+            // A thread that is inside a run cannot be stopped; it ends by itself after it.
+            if thread.is_finished() {
+                let _ = thread.join();
+            }
+        }
+        cut
+    }
+
+    /// Requests submitted and not yet answered.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for ModelVersion {
+    fn drop(&mut self) {
+        self.queue.close();
+    }
+}
+
+/// Counts a request as pending while it lives.
+struct Pending {
+    metrics: Arc<VersionMetrics>,
+    in_flight: Arc<AtomicUsize>,
+}
+
+impl Pending {
+    fn new(version: &ModelVersion) -> Self {
+        version.metrics.submitted();
+        version.in_flight.fetch_add(1, Ordering::Relaxed);
+        Self { metrics: version.metrics.clone(), in_flight: version.in_flight.clone() }
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        self.metrics.answered();
+        self.in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,415 @@
+//! Warm-up: the first runs of a session, the proof that rows are independent, and the sweep of batch sizes.
+//!
+//! A silently wrong batch is the worst bug a server can have, so grouping requests is switched on only after three
+//! different rows gave the same answers alone, together and in reverse order.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
+use rand_distr::{Distribution, StandardNormal};
+
+use super::{Batching, service_time::ServiceTime};
+use crate::{
+    backend::{Session, Signature, TensorSpec},
+    error::Error,
+    tensor::{DType, Data, Shape, Tensor, elements, gather},
+};
+
+/// The largest batch the sweep tries.
+pub const MAX_SWEEP_ROWS: usize = 64;
+
+/// The sweep stops when doubling the batch yields less than this many times the rows per second.
+const WORTHWHILE_GROWTH: f64 = 1.02;
+const SWEEP_BUDGET: Duration = Duration::from_millis(500);
+const RUNS_PER_SIZE: usize = 3;
+const PROOF_ROWS: usize = 3;
+const RELATIVE_TOLERANCE: f64 = 1e-4;
+const ABSOLUTE_TOLERANCE: f64 = 1e-5;
+/// Sizes tried for a free dimension that is not the batch.
+const FREE_DIMENSIONS: [usize; 2] = [1, 64];
+
+/// A sample request, arranged for the signature.
+#[derive(Clone, Debug)]
+pub struct Sample {
+    pub name: Arc<str>,
+    pub inputs: Vec<Tensor>,
+    /// Whether its failure fails the load.
+    pub required: bool,
+}
+
+/// What warm-up found out.
+pub struct Warmed {
+    pub batching: Batching,
+    pub service: ServiceTime,
+    /// Inputs of every size that was run, to warm further sessions of the same version.
+    batches: Vec<Vec<Tensor>>,
+}
+
+/// Runs the samples (made-up ones when there are none), proves independence, and sweeps batch sizes up to `limit`.
+///
+/// # Errors
+/// When a required sample fails.
+pub fn warm(
+    session: &mut dyn Session,
+    samples: &[Sample],
+    wanted: Option<bool>,
+    limit: usize,
+    model: &str,
+) -> Result<Warmed, Error> {
+    let signature = session.signature().clone();
+    let mut batches = Vec::new();
+    let mut service = ServiceTime::default();
+    for sample in samples {
+        let start = Instant::now();
+        match session.run(&sample.inputs) {
+            Ok(_) => {
+                service = ServiceTime::from_sweep(&[(1, start.elapsed())]);
+                batches.push(sample.inputs.clone());
+            }
+            Err(error) if sample.required => {
+                return Err(Error { message: format!("warm-up {}: {error}", sample.name), ..error });
+            }
+            Err(error) => tracing::warn!(model, sample = %sample.name, %error, "warm-up sample failed"),
+        }
+    }
+
+    let found = find_rows(session, &signature, batches.first());
+    let rows = match found {
+        Ok(rows) => rows,
+        Err(error) => {
+            tracing::warn!(model, %error, "made-up warm-up inputs failed; a sample in warmup/*.json helps");
+            let batching = off(format!("made-up warm-up inputs failed: {error}"));
+            return Ok(Warmed { batching, service, batches });
+        }
+    };
+    let single = vec![rows[0].clone()];
+    let start = Instant::now();
+    if session.run(&rows[0]).is_ok() {
+        service = ServiceTime::from_sweep(&[(1, start.elapsed())]);
+    }
+    let objection = match wanted {
+        Some(false) => Some("switched off by model.toml".to_owned()),
+        _ if limit <= 1 => Some("max_batch_size is 1".to_owned()),
+        _ => signature.unbatchable(),
+    };
+    if let Some(reason) = objection {
+        return Ok(Warmed { batching: off(reason), service, batches: single });
+    }
+    if wanted.is_none() {
+        if let Err(reason) = prove_independence(session, &rows) {
+            tracing::info!(model, reason, "requests are not batched");
+            return Ok(Warmed { batching: off(reason), service, batches: single });
+        }
+    }
+    let sweep = sweep(session, &rows, limit);
+    batches.extend(sweep.batches);
+    let reason = format!("{} rows are grouped, the throughput's knee", sweep.group);
+    let batching = Batching { group: sweep.group, enabled: true, reason };
+    Ok(Warmed { batching, service: ServiceTime::from_sweep(&sweep.times), batches })
+}
+
+/// Runs another session of the same version through the sizes that the first one saw.
+pub fn rewarm(session: &mut dyn Session, warmed: &Warmed) {
+    for batch in &warmed.batches {
+        // The first session ran the same; a failure here shows again with the first request, and there it counts.
+        let _ = session.run(batch);
+    }
+}
+
+fn off(reason: String) -> Batching {
+    Batching { group: 1, enabled: false, reason }
+}
+
+/// Three single rows (or whole inputs, without a batch dimension) that run.
+fn find_rows(
+    session: &mut dyn Session,
+    signature: &Signature,
+    sample: Option<&Vec<Tensor>>,
+) -> Result<Vec<Vec<Tensor>>, Error> {
+    if let Some(sample) = sample {
+        return Ok(rows_of_sample(signature, sample));
+    }
+    let mut failure = Error::internal("nothing was run");
+    for free in FREE_DIMENSIONS {
+        let rows = made_up_rows(signature, |spec| fill(&spec.shape, free));
+        match rows.iter().try_for_each(|row| session.run(row).map(|_| ())) {
+            Ok(()) => return Ok(rows),
+            Err(error) => failure = error,
+        }
+    }
+    Err(failure)
+}
+
+/// The first rows of the sample; made-up ones of the same shapes when it has too few.
+fn rows_of_sample(signature: &Signature, sample: &[Tensor]) -> Vec<Vec<Tensor>> {
+    let batched = signature.unbatchable().is_none();
+    let count = sample.iter().map(Tensor::rows).min().unwrap_or(0);
+    if !batched {
+        return vec![sample.to_vec()];
+    }
+    let row = |index: usize| sample.iter().map(|input| input.slice(index, 1)).collect::<Vec<_>>();
+    let mut rows: Vec<Vec<Tensor>> = Vec::new();
+    for candidate in (0..count).map(row) {
+        if rows.len() < PROOF_ROWS && !rows.contains(&candidate) {
+            rows.push(candidate);
+        }
+    }
+    let shapes: Vec<Shape> = sample.iter().map(|input| input.shape.clone()).collect();
+    let mut shapes_of = shapes.iter().cycle();
+    let made_up = made_up_rows(signature, |_| {
+        let mut shape = shapes_of.next().cloned().unwrap_or_default();
+        shape[0] = 1;
+        shape
+    });
+    rows.extend(made_up);
+    rows.truncate(PROOF_ROWS);
+    rows
+}
+
+/// The declared shape with the first dimension 1 and the other free ones `free`.
+fn fill(declared: &[i64], free: usize) -> Shape {
+    declared
+        .iter()
+        .enumerate()
+        .map(|(axis, &dim)| match usize::try_from(dim) {
+            Ok(size) => size,
+            Err(_) if axis == 0 => 1,
+            Err(_) => free,
+        })
+        .collect()
+}
+
+fn made_up_rows(signature: &Signature, mut shape: impl FnMut(&TensorSpec) -> Shape) -> Vec<Vec<Tensor>> {
+    let mut random = StdRng::seed_from_u64(42);
+    (0..PROOF_ROWS)
+        .map(|row| {
+            let tensor = |spec: &TensorSpec| made_up(spec, shape(spec), row, &mut random);
+            signature.inputs.iter().map(tensor).collect()
+        })
+        .collect()
+}
+
+/// Floats from N(0,1), integers 0 and 1, texts of the letter a; different for each `row` where the type allows.
+fn made_up(spec: &TensorSpec, shape: Shape, row: usize, random: &mut StdRng) -> Tensor {
+    let count = elements(&shape).unwrap_or(0);
+    // One-element integers have two values for three rows; larger ones differ by chance.
+    let mut bit = |index: usize| if index == 0 { row % 2 == 1 } else { random.random() };
+    let data = match spec.dtype {
+        DType::Bytes => Data::Strings(vec![Bytes::from("a".repeat(row + 1)); count]),
+        DType::Fp32 => plain(count, |_| normal(random).to_le_bytes()),
+        DType::Fp64 => plain(count, |_| f64::from(normal(random)).to_le_bytes()),
+        DType::Fp16 => plain(count, |_| half::f16::from_f32(normal(random)).to_le_bytes()),
+        DType::Bf16 => plain(count, |_| half::bf16::from_f32(normal(random)).to_le_bytes()),
+        DType::Bool | DType::Uint8 | DType::Int8 => plain(count, |index| [u8::from(bit(index))]),
+        DType::Uint16 | DType::Int16 => plain(count, |index| u16::from(bit(index)).to_le_bytes()),
+        DType::Uint32 | DType::Int32 => plain(count, |index| u32::from(bit(index)).to_le_bytes()),
+        DType::Uint64 | DType::Int64 => plain(count, |index| u64::from(bit(index)).to_le_bytes()),
+    };
+    Tensor { name: spec.name.clone(), dtype: spec.dtype, shape, data }
+}
+
+fn normal(random: &mut impl Rng) -> f32 {
+    StandardNormal.sample(random)
+}
+
+fn plain<const N: usize>(count: usize, mut element: impl FnMut(usize) -> [u8; N]) -> Data {
+    Data::Plain((0..count).flat_map(|index| element(index)).collect())
+}
+
+/// # Errors
+/// The reason why rows may depend on each other.
+fn prove_independence(session: &mut dyn Session, rows: &[Vec<Tensor>]) -> Result<(), String> {
+    let mut run = |inputs: &[Tensor], what: &str| {
+        session.run(inputs).map_err(|error| format!("a warm-up run of {what} failed: {error}"))
+    };
+    let alone = rows.iter().map(|row| run(row, "one row")).collect::<Result<Vec<_>, _>>()?;
+    let forward: Vec<usize> = (0..rows.len()).collect();
+    let reverse: Vec<usize> = forward.iter().rev().copied().collect();
+    for (order, what) in [(forward, "together"), (reverse, "together in reverse order")] {
+        let together = run(&stack(rows, &order), &format!("{} rows {what}", rows.len()))?;
+        for (place, &row) in order.iter().enumerate() {
+            for (output, expected) in together.iter().zip(&alone[row]) {
+                let whole = !output.shape.is_empty() && output.rows() == rows.len();
+                if !whole || expected.shape.is_empty() || expected.rows() != 1 {
+                    return Err(format!("output '{}' does not have one row for each input row", output.name));
+                }
+                if !agree(&output.slice(place, 1), expected) {
+                    return Err(format!("rows are not independent: output '{}' differs {what}", output.name));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn stack(rows: &[Vec<Tensor>], order: &[usize]) -> Vec<Tensor> {
+    (0..rows[0].len()).map(|input| gather(&order.iter().map(|&row| &rows[row][input]).collect::<Vec<_>>())).collect()
+}
+
+/// Floats within the tolerances, everything else equal.
+fn agree(left: &Tensor, right: &Tensor) -> bool {
+    if left.shape != right.shape || left.dtype != right.dtype {
+        return false;
+    }
+    let (Data::Plain(left_bytes), Data::Plain(right_bytes)) = (&left.data, &right.data) else {
+        return left.data == right.data;
+    };
+    let close = |left: f64, right: f64| {
+        left == right
+            || (left.is_nan() && right.is_nan())
+            || (left - right).abs() <= ABSOLUTE_TOLERANCE + RELATIVE_TOLERANCE * right.abs()
+    };
+    let floats = |size: usize, read: fn(&[u8]) -> f64| {
+        left_bytes.chunks_exact(size).zip(right_bytes.chunks_exact(size)).all(|(a, b)| close(read(a), read(b)))
+    };
+    match left.dtype {
+        DType::Fp32 => floats(4, |b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]).into()),
+        DType::Fp64 => floats(8, |b| f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]])),
+        DType::Fp16 => floats(2, |b| half::f16::from_le_bytes([b[0], b[1]]).into()),
+        DType::Bf16 => floats(2, |b| half::bf16::from_le_bytes([b[0], b[1]]).into()),
+        _ => left_bytes == right_bytes,
+    }
+}
+
+struct Sweep {
+    group: usize,
+    times: Vec<(usize, Duration)>,
+    batches: Vec<Vec<Tensor>>,
+}
+
+/// Runs 1, 2, 4, … rows until more rows per run hardly pay.
+fn sweep(session: &mut dyn Session, rows: &[Vec<Tensor>], limit: usize) -> Sweep {
+    let start = Instant::now();
+    let mut sweep = Sweep { group: 1, times: Vec::new(), batches: Vec::new() };
+    let mut best = 0.0;
+    let mut size = 1;
+    while size <= limit && (size == 1 || start.elapsed() < SWEEP_BUDGET) {
+        let order: Vec<usize> = (0..size).map(|index| index % rows.len()).collect();
+        let batch = stack(rows, &order);
+        let Some(took) = fastest_run(session, &batch) else { break };
+        let speed = size as f64 / took.as_secs_f64().max(1e-9);
+        sweep.times.push((size, took));
+        sweep.batches.push(batch);
+        if speed < best * WORTHWHILE_GROWTH {
+            break;
+        }
+        best = speed;
+        sweep.group = size;
+        size *= 2;
+    }
+    sweep
+}
+
+fn fastest_run(session: &mut dyn Session, batch: &[Tensor]) -> Option<Duration> {
+    (0..RUNS_PER_SIZE)
+        .map(|_| {
+            let start = Instant::now();
+            session.run(batch).ok().map(|_| start.elapsed())
+        })
+        .collect::<Option<Vec<_>>>()?
+        .into_iter()
+        .min()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Graph = fn(&[f32]) -> Vec<f32>;
+
+    /// A session over one FP32 input of free length; the graph sees all rows of a run at once.
+    struct Scripted {
+        signature: Signature,
+        graph: Graph,
+    }
+
+    impl Scripted {
+        fn new(graph: Graph) -> Self {
+            let spec = |name: &str| TensorSpec { name: name.into(), dtype: DType::Fp32, shape: vec![-1] };
+            let signature = Signature { inputs: vec![spec("x")], outputs: vec![spec("y")], ..Signature::default() };
+            Self { signature, graph }
+        }
+    }
+
+    impl Session for Scripted {
+        fn signature(&self) -> &Signature {
+            &self.signature
+        }
+
+        fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, Error> {
+            let Data::Plain(bytes) = &inputs[0].data else { unreachable!() };
+            let values: Vec<f32> =
+                bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+            let outputs = (self.graph)(&values);
+            if outputs.is_empty() {
+                return Err(Error::internal("refused"));
+            }
+            let data = Data::Plain(outputs.iter().flat_map(|value| value.to_le_bytes()).collect());
+            Ok(vec![Tensor::new("y".into(), DType::Fp32, [outputs.len()].as_slice().into(), data)?])
+        }
+    }
+
+    fn batching(graph: Graph) -> Batching {
+        warm(&mut Scripted::new(graph), &[], None, MAX_SWEEP_ROWS, "m").unwrap().batching
+    }
+
+    #[test]
+    fn independent_rows_are_batched() {
+        let found = batching(|rows| {
+            std::thread::sleep(Duration::from_millis(1));
+            rows.iter().map(|row| row * 2.0).collect()
+        });
+        assert!(found.enabled && found.group >= 16, "{found:?}");
+    }
+
+    #[test]
+    fn a_model_that_batching_does_not_help_keeps_small_groups() {
+        let found = batching(|rows| {
+            std::thread::sleep(Duration::from_millis(2) * rows.len() as u32);
+            rows.to_vec()
+        });
+        assert!(found.enabled && found.group <= 2, "{found:?}");
+    }
+
+    #[test]
+    fn dependent_rows_are_not() {
+        let found = batching(|rows| rows.iter().map(|row| row + rows.iter().sum::<f32>()).collect());
+        assert!(!found.enabled);
+        assert!(found.reason.contains("not independent"), "{}", found.reason);
+        let found = batching(|rows| rows.iter().enumerate().map(|(place, row)| row + place as f32).collect());
+        assert!(!found.enabled);
+    }
+
+    #[test]
+    fn reduced_outputs_and_refused_batches_are_not() {
+        assert!(batching(|rows| vec![rows.iter().sum()]).reason.contains("one row for each"));
+        assert!(batching(|rows| if rows.len() > 1 { vec![] } else { rows.to_vec() }).reason.contains("refused"));
+        assert!(batching(|_| vec![]).reason.contains("made-up"));
+    }
+
+    #[test]
+    fn only_a_required_sample_fails_the_load() {
+        let inputs = made_up_rows(&Scripted::new(|rows| rows.to_vec()).signature, |_| [1].as_slice().into()).remove(0);
+        let warm_with = |required| {
+            let sample = Sample { name: "s.json".into(), inputs: inputs.clone(), required };
+            warm(&mut Scripted::new(|_| vec![]), &[sample], None, 8, "m").map(|warmed| warmed.batching.enabled)
+        };
+        assert_eq!(warm_with(false), Ok(false));
+        assert!(warm_with(true).unwrap_err().message.contains("s.json"));
+    }
+
+    #[test]
+    fn rows_are_compared_with_tolerance() {
+        let tensor = |value: f32| {
+            let data = Data::Plain(Bytes::copy_from_slice(&value.to_le_bytes()));
+            Tensor::new("y".into(), DType::Fp32, [1].as_slice().into(), data).unwrap()
+        };
+        assert!(agree(&tensor(1.0), &tensor(1.00005)));
+        assert!(agree(&tensor(f32::NAN), &tensor(f32::NAN)));
+        assert!(!agree(&tensor(1.0), &tensor(1.001)));
+    }
+}

@@ -1,0 +1,302 @@
+//! Builds every part in order, runs them, and drains them in reverse.
+
+use std::{
+    fs::{File, TryLockError},
+    io::{Read, Seek, Write},
+    net::SocketAddr,
+    path::Path,
+    sync::{Arc, atomic::AtomicBool, atomic::Ordering},
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use anyhow::{Context, bail};
+use axum::Router;
+use bytes::Bytes;
+use notify::{RecursiveMode, Watcher};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    api::{
+        self, App, grpc,
+        listen::{IoThreads, Port, Wire},
+        ops, rest,
+    },
+    backend::Backends,
+    config::Config,
+    control::{
+        self, ModelControl,
+        reconcile::{Loader, Reconciler},
+    },
+    engine::Engine,
+    error::Error,
+    metrics::Metrics,
+    model::catalog::{CatalogReader, CatalogWriter, catalog},
+    tensor::Tensor,
+};
+
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
+const UPKEEP_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A running server.
+pub struct Server {
+    pub rest: SocketAddr,
+    pub grpc: SocketAddr,
+    pub ops: SocketAddr,
+    app: Arc<App>,
+    stop: mpsc::Sender<Duration>,
+    control: JoinHandle<anyhow::Result<usize>>,
+    ops_thread: JoinHandle<()>,
+    ops_closing: CancellationToken,
+    /// Held for as long as the server runs.
+    _lock: File,
+}
+
+/// Asks a server to stop, from anywhere.
+#[derive(Clone)]
+pub struct Stopper(mpsc::Sender<Duration>);
+
+impl Stopper {
+    /// Unready at once, serving on for `delay`, then draining. A second call ends the delay.
+    pub fn stop(&self, delay: Duration) {
+        // A full channel holds two wishes to stop already.
+        let _ = self.0.try_send(delay);
+    }
+
+    /// Waits until everything is drained.
+    pub async fn stopped(&self) {
+        self.0.closed().await;
+    }
+}
+
+impl Server {
+    /// Starts all threads; the ports are open when it returns, the models load after that.
+    ///
+    /// # Errors
+    /// Naming the folder that cannot be read, the port in use, or the server that holds the data directory.
+    pub fn start(config: &Config, backends: Backends, onnxruntime_version: &str) -> anyhow::Result<Self> {
+        if !config.models.is_dir() {
+            bail!("the models folder {} does not exist; name another one with --models", config.models.display());
+        }
+        let mut lock = lock(&config.data_directory())?;
+        let rest_port = Port::bind(config.rest, "--rest")?;
+        let grpc_port = Port::bind(config.grpc, "--grpc")?;
+        let ops_port = Port::bind(config.ops, "--ops")?;
+        let (rest, grpc, ops) = (rest_port.address, grpc_port.address, ops_port.address);
+        describe(&mut lock, rest).context("cannot write to the data directory")?;
+
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let metrics = Metrics::new(env!("CARGO_PKG_VERSION"), onnxruntime_version);
+        let (reader, writer) = catalog();
+        let app = Arc::new(app(config, reader, metrics.clone(), onnxruntime_version));
+        let loader = Loader { backends, decode_sample, metrics };
+        let ops_closing = CancellationToken::new();
+        let ops_thread = start_ops(ops_port, ops::router(app.clone()), config, &ops_closing)?;
+
+        let (stop, stops) = mpsc::channel(2);
+        let parts = Parts {
+            app: app.clone(),
+            settings: settings(config, cores),
+            drain_timeout: config.shutdown.drain_timeout,
+            io_threads: config.io_threads.unwrap_or((cores / 2).max(1)),
+            rest_port,
+            grpc_port,
+            loader,
+            writer,
+            stops,
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let control =
+            std::thread::Builder::new().name("control".to_owned()).spawn(move || runtime.block_on(parts.run()))?;
+        Ok(Self { rest, grpc, ops, app, stop, control, ops_thread, ops_closing, _lock: lock })
+    }
+
+    /// What the request path sees of the models.
+    pub fn catalog(&self) -> &CatalogReader {
+        self.app.engine.catalog()
+    }
+
+    pub fn stopper(&self) -> Stopper {
+        Stopper(self.stop.clone())
+    }
+
+    /// Waits until the server was stopped and everything is drained; the number of requests that were cut short.
+    ///
+    /// # Errors
+    /// When a part of the server failed.
+    pub fn wait(self) -> anyhow::Result<usize> {
+        let cut = match self.control.join() {
+            Ok(result) => result,
+            Err(_) => bail!("the control thread panicked"),
+        };
+        // The operators' port answers until the very end.
+        self.ops_closing.cancel();
+        let _ = self.ops_thread.join();
+        cut
+    }
+}
+
+fn app(config: &Config, reader: CatalogReader, metrics: Arc<Metrics>, onnxruntime_version: &str) -> App {
+    App {
+        engine: Engine::new(reader),
+        metrics,
+        limits: config.limits.clone(),
+        json_nonfinite: config.json_nonfinite,
+        strict_readiness: config.strict_readiness,
+        onnxruntime_version: onnxruntime_version.to_owned(),
+        draining: AtomicBool::new(false),
+        closing: CancellationToken::new(),
+    }
+}
+
+fn settings(config: &Config, cores: usize) -> control::Settings {
+    control::Settings {
+        models: config.models.clone(),
+        control: config.model_control,
+        load_models: config.load_model.clone(),
+        profile: config.profile,
+        cores,
+        queue: (&config.queue).into(),
+        load_concurrency: config.load_concurrency.unwrap_or((cores / 2).max(1)),
+        drain_timeout: config.shutdown.drain_timeout,
+        poll_interval: POLL_INTERVAL,
+    }
+}
+
+/// The tensors of a sample request, which is a REST body.
+fn decode_sample(body: &[u8]) -> Result<Vec<Tensor>, Error> {
+    Ok(api::codec::decode_json(&Bytes::copy_from_slice(body), None)?.inputs)
+}
+
+/// Makes sure that no other server works in `directory`.
+fn lock(directory: &Path) -> anyhow::Result<File> {
+    let hint = || format!("cannot use the data directory {}; name another one with --data", directory.display());
+    std::fs::create_dir_all(directory).with_context(hint)?;
+    let path = directory.join("lock");
+    let mut file = File::options().create(true).truncate(false).read(true).write(true).open(path).with_context(hint)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => {
+            let mut holder = String::new();
+            let _ = file.read_to_string(&mut holder);
+            bail!("the data directory {} is in use by {}", directory.display(), holder.trim());
+        }
+        Err(TryLockError::Error(error)) => Err(error).with_context(hint),
+    }
+}
+
+/// Writes into the lock who holds it.
+fn describe(lock: &mut File, rest: SocketAddr) -> std::io::Result<()> {
+    lock.set_len(0)?;
+    lock.rewind()?;
+    writeln!(lock, "process {} (REST on {rest})", std::process::id())
+}
+
+fn start_ops(
+    port: Port,
+    router: Router,
+    config: &Config,
+    closing: &CancellationToken,
+) -> anyhow::Result<JoinHandle<()>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let (limits, closing) = (config.limits.clone(), closing.clone());
+    let thread = std::thread::Builder::new().name("ops".to_owned()).spawn(move || {
+        runtime.block_on(api::listen::serve_here(port, router, Wire::Http, limits, closing));
+    })?;
+    Ok(thread)
+}
+
+/// Everything that the control thread runs.
+struct Parts {
+    app: Arc<App>,
+    settings: control::Settings,
+    drain_timeout: Duration,
+    io_threads: usize,
+    rest_port: Port,
+    grpc_port: Port,
+    loader: Loader,
+    writer: CatalogWriter,
+    stops: mpsc::Receiver<Duration>,
+}
+
+impl Parts {
+    async fn run(mut self) -> anyhow::Result<usize> {
+        let app = self.app.clone();
+        let abort = CancellationToken::new();
+        let (io, io_threads) = IoThreads::start(self.io_threads, &app.limits, &app.closing, &abort)?;
+        let io = Arc::new(io);
+        let accepting = [
+            (self.rest_port, rest::router(app.clone()), Wire::Http),
+            (self.grpc_port, grpc::router(app.clone()), Wire::Grpc),
+        ]
+        .map(|(port, router, wire)| {
+            let (io, closing) = (io.clone(), app.closing.clone());
+            tokio::spawn(async move { io.accept(port, router, wire, closing).await })
+        });
+
+        let (kick, kicks) = mpsc::channel(1);
+        let _watcher = watch(&self.settings, kick);
+        let stop_reconciling = CancellationToken::new();
+        let reconciler = Reconciler::new(self.settings, self.loader, self.writer);
+        let reconciling = tokio::spawn(reconciler.run(kicks, stop_reconciling.clone()));
+        let upkeep = tokio::spawn(upkeep(app.metrics.clone()));
+
+        // 1 Not ready any more, and serving on until routers have noticed.
+        let delay = self.stops.recv().await.unwrap_or_default();
+        app.draining.store(true, Ordering::Relaxed);
+        tracing::info!(?delay, "stopping");
+        tokio::select! {
+            () = tokio::time::sleep(delay) => {}
+            _ = self.stops.recv() => {}
+        }
+        // 2 No new connections; those that are open finish what they have begun.
+        app.closing.cancel();
+        for task in accepting {
+            let _ = task.await;
+        }
+        let mut cut = 0;
+        io.connections.close();
+        if tokio::time::timeout(self.drain_timeout, io.connections.wait()).await.is_err() {
+            cut += io.connections.len();
+            tracing::warn!(connections = io.connections.len(), "drain timeout passed, closing connections");
+        }
+        abort.cancel();
+        let joined = tokio::task::spawn_blocking(move || io_threads.into_iter().for_each(|thread| drop(thread.join())));
+        let _ = joined.await;
+        // 3 The models.
+        stop_reconciling.cancel();
+        cut += reconciling.await.context("the reconciler panicked")?;
+        upkeep.abort();
+        tracing::info!(cut_short = cut, "stopped");
+        Ok(cut)
+    }
+}
+
+async fn upkeep(metrics: Arc<Metrics>) {
+    let mut tick = tokio::time::interval(UPKEEP_INTERVAL);
+    loop {
+        tick.tick().await;
+        metrics.upkeep();
+    }
+}
+
+/// Kicks the reconciler when the file system tells of a change. The poll finds what it misses.
+fn watch(settings: &control::Settings, kick: mpsc::Sender<()>) -> Option<notify::RecommendedWatcher> {
+    if settings.control != ModelControl::Watch {
+        return None;
+    }
+    let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+        // Reading changes nothing, and the reconciler reads. A full channel holds a kick already.
+        if event.is_ok_and(|event| !event.kind.is_access()) {
+            let _ = kick.try_send(());
+        }
+    });
+    let watched = watcher.and_then(|mut watcher| {
+        watcher.watch(&settings.models, RecursiveMode::Recursive)?;
+        Ok(watcher)
+    });
+    watched
+        .inspect_err(|error| tracing::warn!(%error, "no file notifications; the repository is polled every second"))
+        .ok()
+}

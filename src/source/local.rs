@@ -1,0 +1,207 @@
+//! A folder of models: `<name>/<version>/model.onnx`, or `<name>/model.onnx` as version 1.
+//!
+//! Symlinks are followed: hub caches and Kubernetes volumes are made of them. Whoever may write into the folder is
+//! trusted with what it points at.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use crate::id::{ModelName, Version};
+
+/// Settings of a model, beside its versions.
+pub const MODEL_FILE: &str = "model.toml";
+
+/// Folders deeper than this are not looked at: no model has them, and a loop of symlinks has no end.
+const MAX_DEPTH: usize = 8;
+
+/// What the folder held at one moment.
+pub type Scan = BTreeMap<ModelName, FoundModel>;
+
+#[derive(Clone, Debug)]
+pub struct FoundModel {
+    pub directory: PathBuf,
+    /// The settings file, when there is one.
+    pub settings: Option<PathBuf>,
+    /// By number, ascending.
+    pub versions: Vec<FoundVersion>,
+}
+
+#[derive(Clone, Debug)]
+pub struct FoundVersion {
+    pub version: Version,
+    pub files: PathBuf,
+    pub fingerprint: Fingerprint,
+}
+
+/// Stands for the files of a version and the model's settings: it changes when any of them does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fingerprint {
+    hash: u64,
+    newest: SystemTime,
+}
+
+impl Fingerprint {
+    /// Whether every file was last written at least `age` ago.
+    pub fn older_than(&self, age: Duration) -> bool {
+        self.newest.elapsed().is_ok_and(|elapsed| elapsed >= age)
+    }
+}
+
+/// Looks at `root`. `is_model` tells the names of model files that can be opened.
+///
+/// # Errors
+/// When `root` cannot be read; what lies inside it and cannot be read is left out with a warning.
+pub fn scan(root: &Path, is_model: impl Fn(&str) -> bool) -> io::Result<Scan> {
+    let mut found = Scan::new();
+    for entry in fs::read_dir(root)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let Some(name) = name.to_str().filter(|name| !name.starts_with('.')) else { continue };
+        let directory = entry.path();
+        if !directory.is_dir() {
+            continue;
+        }
+        match (ModelName::parse(name), scan_model(&directory, &is_model)) {
+            (Ok(name), Ok(Some(model))) => {
+                found.insert(name, model);
+            }
+            (_, Ok(None)) => {}
+            (Err(error), _) => tracing::debug!(folder = %directory.display(), %error, "folder is no model"),
+            (_, Err(error)) => tracing::warn!(folder = %directory.display(), %error, "model folder cannot be read"),
+        }
+    }
+    Ok(found)
+}
+
+/// The model in `directory`; `None` when nothing in there looks like one.
+fn scan_model(directory: &Path, is_model: &impl Fn(&str) -> bool) -> io::Result<Option<FoundModel>> {
+    let settings = Some(directory.join(MODEL_FILE)).filter(|path| path.is_file());
+    let mut versions = Vec::new();
+    let mut bare = false;
+    let mut folders = 0;
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
+        if path.is_file() && is_model(name) {
+            bare = true;
+        } else if path.is_dir() && name.bytes().all(|byte| byte.is_ascii_digit()) {
+            folders += 1;
+            match Version::parse(name).ok().filter(|version| version.number().is_some_and(|number| number > 0)) {
+                Some(version) => versions.push((version, path)),
+                None => tracing::debug!(folder = %path.display(), "not a version: numbers start with 1 to 9"),
+            }
+        }
+    }
+    if bare && folders == 0 {
+        versions.extend(Version::parse("1").ok().map(|version| (version, directory.to_path_buf())));
+    }
+    if versions.is_empty() && settings.is_none() {
+        return Ok(None);
+    }
+    versions.sort_by_key(|(version, _)| version.number());
+    let versions = versions
+        .into_iter()
+        .map(|(version, files)| {
+            let fingerprint = fingerprint(&files, settings.as_deref());
+            FoundVersion { version, files, fingerprint }
+        })
+        .collect();
+    Ok(Some(FoundModel { directory: directory.to_path_buf(), settings, versions }))
+}
+
+fn fingerprint(files: &Path, settings: Option<&Path>) -> Fingerprint {
+    let mut paths = Vec::new();
+    collect(files, 0, &mut paths);
+    paths.sort();
+    paths.extend(settings.map(Path::to_path_buf));
+    let mut hasher = DefaultHasher::new();
+    let mut newest = SystemTime::UNIX_EPOCH;
+    for path in paths {
+        path.hash(&mut hasher);
+        // A file that vanished between listing and looking changes the hash as well.
+        let Ok(metadata) = fs::metadata(&path) else { continue };
+        metadata.len().hash(&mut hasher);
+        let modified = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+        modified.hash(&mut hasher);
+        std::os::unix::fs::MetadataExt::ino(&metadata).hash(&mut hasher);
+        newest = newest.max(modified);
+    }
+    Fingerprint { hash: hasher.finish(), newest }
+}
+
+fn collect(directory: &Path, depth: usize, paths: &mut Vec<PathBuf>) {
+    if depth > MAX_DEPTH {
+        return;
+    }
+    let Ok(entries) = fs::read_dir(directory) else { return };
+    for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+        if path.is_dir() {
+            collect(&path, depth + 1, paths);
+        } else {
+            paths.push(path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(root: &Path, path: &str, text: &str) {
+        let path = root.join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+
+    fn look(root: &Path) -> Vec<String> {
+        let scan = scan(root, |name| name == "model.onnx").unwrap();
+        scan.iter()
+            .map(|(name, model)| {
+                let versions: Vec<&str> = model.versions.iter().map(|found| found.version.as_str()).collect();
+                format!("{name}: {}", versions.join(" "))
+            })
+            .collect()
+    }
+
+    #[test]
+    fn versions_are_positive_integers_in_numeric_order() {
+        let root = tempfile::tempdir().unwrap();
+        for path in ["a/10/model.onnx", "a/9/model.onnx", "a/01/model.onnx", "a/0/model.onnx", "a/v3/model.onnx"] {
+            write(root.path(), path, "");
+        }
+        write(root.path(), "bare/model.onnx", "");
+        write(root.path(), ".hidden/1/model.onnx", "");
+        write(root.path(), "notes/readme.md", "");
+        write(root.path(), "file", "");
+        assert_eq!(look(root.path()), ["a: 9 10", "bare: 1"]);
+    }
+
+    #[test]
+    fn symlinks_are_followed() {
+        let root = tempfile::tempdir().unwrap();
+        let elsewhere = tempfile::tempdir().unwrap();
+        write(elsewhere.path(), "blob", "weights");
+        fs::create_dir_all(root.path().join("m/1")).unwrap();
+        std::os::unix::fs::symlink(elsewhere.path().join("blob"), root.path().join("m/1/model.onnx")).unwrap();
+        let before = scan(root.path(), |_| true).unwrap()["m"].versions[0].fingerprint;
+        write(elsewhere.path(), "blob", "other weights");
+        assert_ne!(scan(root.path(), |_| true).unwrap()["m"].versions[0].fingerprint, before);
+    }
+
+    #[test]
+    fn settings_are_part_of_every_fingerprint() {
+        let root = tempfile::tempdir().unwrap();
+        write(root.path(), "m/1/model.onnx", "");
+        let look = || scan(root.path(), |_| true).unwrap()["m"].versions[0].fingerprint;
+        let before = look();
+        assert_eq!(before, look());
+        write(root.path(), "m/model.toml", "instances = 2");
+        assert_ne!(before, look());
+    }
+}

@@ -1,0 +1,3 @@
+//! Finding model files.
+
+pub mod local;

@@ -1,0 +1,152 @@
+//! Imports run only downward, and each foreign crate has one home.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+};
+
+/// Top-level modules by layer; a module may import only from layers below its own.
+const LAYERS: [(u8, &[&str]); 10] = [
+    (0, &["error"]),
+    (1, &["tensor", "id"]),
+    (2, &["metrics"]),
+    (3, &["backend", "source"]),
+    (4, &["model"]),
+    (5, &["engine", "control"]),
+    (6, &["api"]),
+    (7, &["config"]),
+    (8, &["server"]),
+    (9, &["cli", "main", "lib"]),
+];
+
+/// The only places (files, or folders and the file of the same name) that may name a foreign crate.
+const HOMES: [(&str, &[&str]); 14] = [
+    ("ort", &["backend/onnx"]),
+    ("half", &["backend/onnx", "model/warmup"]),
+    ("prost", &["backend/onnx", "api"]),
+    ("tonic", &["api"]),
+    ("tonic_health", &["api/health"]),
+    ("axum", &["api", "server"]),
+    ("hyper_util", &["api/listen", "cli"]),
+    ("socket2", &["api/listen"]),
+    ("flate2", &["api/compression"]),
+    ("metrics_exporter_prometheus", &["metrics"]),
+    ("metrics_process", &["metrics"]),
+    ("arc_swap", &["model/catalog"]),
+    ("notify", &["server"]),
+    ("clap", &["cli", "control"]),
+];
+
+fn sources() -> BTreeMap<String, String> {
+    fn collect(folder: &Path, files: &mut Vec<PathBuf>) {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() { collect(&path, files) } else { files.push(path) }
+        }
+    }
+    let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/src"));
+    let mut files = Vec::new();
+    collect(root, &mut files);
+    let name = |path: &Path| path.strip_prefix(root).unwrap().with_extension("").to_str().unwrap().to_owned();
+    files.iter().map(|path| (name(path), code(&std::fs::read_to_string(path).unwrap()))).collect()
+}
+
+/// The text without comments and without what follows the first test module.
+fn code(text: &str) -> String {
+    let end = text.find("#[cfg(test)]\nmod tests").unwrap_or(text.len());
+    text[..end].lines().map(|line| line.split("//").next().unwrap_or_default()).collect::<Vec<_>>().join("\n")
+}
+
+fn layer(module: &str) -> Option<u8> {
+    LAYERS.iter().find(|(_, modules)| modules.contains(&module)).map(|(layer, _)| *layer)
+}
+
+/// Top-level modules that `code` reaches through `crate::…` or `tidegate::…`, also inside braces.
+fn imports(code: &str) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    for start in ["crate::", "tidegate::"] {
+        for (position, _) in code.match_indices(start) {
+            let rest = &code[position + start.len()..];
+            if let Some(group) = rest.strip_prefix('{') {
+                let mut depth = 1;
+                let mut word = String::new();
+                for letter in group.chars() {
+                    match letter {
+                        '{' => depth += 1,
+                        '}' => depth -= 1,
+                        _ => {}
+                    }
+                    if depth == 0 || (depth == 1 && (letter == ',' || letter == ':')) {
+                        found.insert(word.trim().to_owned());
+                        word.clear();
+                    } else if depth == 1 && letter != '}' {
+                        word.push(letter);
+                    }
+                    if depth == 0 {
+                        break;
+                    }
+                }
+            } else {
+                found.insert(rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect());
+            }
+        }
+    }
+    found.retain(|module| layer(module).is_some());
+    found
+}
+
+#[test]
+fn every_module_has_a_layer() {
+    for file in sources().keys() {
+        let module = file.split('/').next().unwrap();
+        assert!(layer(module).is_some(), "src/{file}.rs: give {module} a layer in tests/architecture.rs");
+    }
+}
+
+#[test]
+fn imports_run_downward() {
+    let mut wrong = Vec::new();
+    for (file, code) in sources() {
+        let module = file.split('/').next().unwrap();
+        for import in imports(&code).iter().filter(|import| *import != module) {
+            if layer(import) >= layer(module) {
+                wrong.push(format!("src/{file}.rs imports {import}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn foreign_crates_have_one_home() {
+    let mut wrong = Vec::new();
+    for (file, code) in sources() {
+        for (name, homes) in HOMES {
+            let at_home = homes.iter().any(|home| file == *home || file.starts_with(&format!("{home}/")));
+            let named = code.match_indices(&format!("{name}::")).any(|(position, _)| {
+                !code[..position].ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == ':')
+                    || (code[..position].ends_with("::") && !code[..position - 2].ends_with(|c: char| c.is_alphanumeric()))
+            });
+            if named && !at_home {
+                wrong.push(format!("src/{file}.rs names {name}, whose home is {homes:?}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn files_say_what_they_are_for() {
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/src");
+    for file in sources().keys() {
+        let text = std::fs::read_to_string(format!("{root}/{file}.rs")).unwrap();
+        assert!(text.starts_with("//! "), "src/{file}.rs does not begin with a sentence about itself");
+    }
+}
+
+#[test]
+fn imports_are_found() {
+    let code = "use crate::{error::Error, model::{catalog::Catalog, load}, tensor};\nlet x = crate::id::shorten(y);";
+    let found: Vec<_> = imports(code).into_iter().collect();
+    assert_eq!(found, ["error", "id", "model", "tensor"]);
+}

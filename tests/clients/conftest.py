@@ -1,0 +1,44 @@
+"""Servers and repositories that the tests share.
+
+One server with every model runs for the whole session; tests that count, break or stop
+something start their own with `serve`.
+"""
+
+import pytest
+
+pytest.register_assert_rewrite("contract", "infer", "load")
+
+from models import Repository, add_small_models, magika  # noqa: E402
+from server import Server  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """Every model that tests only read from. It must end as it should: with exit code 0."""
+    home = tmp_path_factory.mktemp("shared")
+    repository = Repository(home / "models")
+    repository.ship("iris", "digits", "language")
+    repository.copy("magika", magika())
+    add_small_models(repository)
+    with Server(repository.path, home) as running:
+        yield running
+        assert running.stop() == 0, running.tail()
+
+
+@pytest.fixture
+def repository(tmp_path):
+    return Repository(tmp_path / "models")
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Starts servers that end with the test."""
+    started = []
+
+    def start(models, name="server", **options):
+        started.append(Server(models, tmp_path / name, **options))
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.__exit__()

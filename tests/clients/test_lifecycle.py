@@ -1,0 +1,280 @@
+"""The process itself: how it starts, how it stops under load, and what it leaves behind."""
+
+import http.client
+import itertools
+import json
+import re
+import signal
+import socket
+import threading
+import time
+import tomllib
+
+import grpc
+import pytest
+from tritonclient.grpc import service_pb2_grpc
+
+from health import watch
+from infer import Question, ask, ask_grpc, connect, grpc_request, rest_json
+from load import ClosedLoop
+from models import plus, slow
+from server import eventually, launch, run, serve_command
+from tensors import as_json, tensor
+from wire import TIMEOUT, call, send
+
+# How long the server goes on serving after SIGTERM, and a little less for our clock.
+DRAIN_DELAY = 5
+STILL_SERVING = DRAIN_DELAY - 0.5
+
+
+@pytest.fixture
+def models(repository):
+    repository.add("plus", plus(1))
+    repository.add("slow", slow())
+    return repository.path
+
+
+def works(server):
+    return ask(server, "rest_json", "plus", one_row(1)).outputs["y"].data == [2]
+
+
+def one_row(number):
+    return tensor("x", "FP32", [1, 1], [number])
+
+
+# --- SIGTERM under load -------------------------------------------------------------
+
+
+class Refused(Exception):
+    """The server was not there any more: nothing of the request was taken."""
+
+
+def rest_worker(server, log):
+    """Keeps its connection as long as the server does."""
+
+    def work(going_on):
+        connection = http.client.HTTPConnection(server.rest, timeout=TIMEOUT)
+        for number in itertools.count():
+            try:
+                reply = post(connection, number)
+            except (ConnectionError, http.client.RemoteDisconnected) as error:
+                # Nothing came back at all, so it was the connection that was closed, not the call.
+                log.append((time.monotonic(), repr(error)))
+                return
+            assert reply["outputs"][0]["data"] == [number + 1]
+
+    return work
+
+
+def post(connection, number):
+    body = json.dumps({"inputs": [as_json(one_row(number))]}).encode()
+    send(connection, "POST", "/v2/models/plus/infer", body)
+    response = connection.getresponse()
+    # Half an answer raises IncompleteRead here, and that is a failure.
+    reply = response.read()
+    assert response.status == 200, reply
+    return json.loads(reply)
+
+
+def grpc_worker(server, log):
+    """Calls until there is nobody left to connect to."""
+
+    def work(going_on):
+        with connect(server) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            for number in itertools.count():
+                request = grpc_request(Question("plus", [one_row(number)]))
+                request.raw_input_contents.append(one_row(number).packed())
+                try:
+                    reply = stub.ModelInfer(request, timeout=TIMEOUT)
+                except grpc.RpcError as error:
+                    assert refused_to_connect(error), f"{error.code()}: {error.details()}"
+                    log.append((time.monotonic(), error.details()))
+                    return
+                assert reply.raw_output_contents[0] == one_row(number + 1).packed()
+
+    return work
+
+
+def refused_to_connect(error):
+    """A call that was sent and then lost has other words than these."""
+    return error.code() == grpc.StatusCode.UNAVAILABLE and re.search(
+        "connection refused|failed to connect", error.details(), re.IGNORECASE
+    )
+
+
+def long_run(server, ask_in, answers):
+    """A request that is under way when the server stops to accept: about a second of work."""
+    answers.append(ask_in(server, tensor("iterations", "INT64", [1], [2500])))
+
+
+def long_rest(server, iterations):
+    return rest_json(server, Question("slow", [iterations]))
+
+
+def long_grpc(server, iterations):
+    request = grpc_request(Question("slow", [iterations]))
+    request.raw_input_contents.append(iterations.packed())
+    return ask_grpc(server, request)
+
+
+def test_sigterm_under_load_loses_nothing(models, serve):
+    server, ends, answers = serve(models), [], []
+    workers = [make(server, ends) for make in (rest_worker, grpc_worker) for _ in range(8)]
+    with watch(server) as watched, ClosedLoop(workers) as loop:
+        watched.until("SERVING")
+        time.sleep(1)
+        server.process.send_signal(signal.SIGTERM)
+        told = time.monotonic()
+
+        watched.until("NOT_SERVING")
+        eventually(lambda: call(server.rest, "GET", "/v2/health/ready").status == 503, timeout=2)
+        assert call(server.rest, "GET", "/v2/health/live").json() == {"live": True}
+        assert call(server.ops, "GET", "/readyz").status == 503
+        assert call(server.ops, "GET", "/healthz").status == 200
+        assert works(server)
+
+        time.sleep(max(0, told + STILL_SERVING - time.monotonic()))
+        runs = [
+            threading.Thread(target=long_run, args=[server, way, answers])
+            for way in (long_rest, long_grpc)
+        ]
+        for thread in runs:
+            thread.start()
+        for thread in runs:
+            thread.join()
+        loop.join()
+
+    loop.check()
+    assert [answer.status for answer in answers if answer.error] == []
+    assert len(answers) == 2
+    assert len(ends) == len(workers)
+    assert min(when for when, _ in ends) > told + STILL_SERVING, sorted(ends)[0]
+    assert server.process.wait(TIMEOUT) == 0, server.tail()
+
+
+def test_a_second_signal_skips_the_wait(models, serve):
+    server = serve(models)
+    start = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert server.is_running()
+    assert server.stop(signal.SIGTERM) == 0
+    assert time.monotonic() - start < STILL_SERVING
+
+
+def test_sigint_does_not_wait(models, serve):
+    server = serve(models)
+    start = time.monotonic()
+    assert server.stop(signal.SIGINT) == 0
+    assert time.monotonic() - start < STILL_SERVING
+
+
+def test_idle_connections_do_not_keep_it(models, serve):
+    """Half-open connections and an endless watch end with the server, long before their time."""
+    server = serve(models)
+    host, port = server.rest.split(":")
+    with socket.create_connection((host, int(port))) as idle, watch(server) as watched:
+        idle.sendall(b"POST /v2/mod")
+        watched.until("SERVING")
+        start = time.monotonic()
+        server.stop(signal.SIGINT)
+        assert time.monotonic() - start < 35
+
+
+# --- the data directory -------------------------------------------------------------
+
+
+def test_a_killed_server_starts_again(models, serve):
+    first = serve(models, name="one")
+    assert works(first)
+    first.kill()
+    assert works(serve(models, name="one"))
+
+
+def test_a_second_server_is_told_of_the_first(models, serve):
+    first = serve(models, name="one")
+    (first.home / "second").mkdir()
+    second = launch(serve_command(models, first.home), first.home / "second")
+    assert second.wait(TIMEOUT) != 0
+    message = (first.home / "second" / "stderr").read_text()
+    assert re.search(rf"\b{first.process.pid}\b", message), message
+    assert works(first)
+
+
+# --- a start that cannot be ---------------------------------------------------------
+
+
+def refused(tmp_path, *arguments):
+    """What a command says that must fail."""
+    done = run(*arguments, home=tmp_path)
+    assert done.returncode != 0
+    return done.stderr
+
+
+def test_a_port_in_use_is_named_with_its_flag(models, serve, tmp_path):
+    server = serve(models)
+    command = serve_command(models, tmp_path)[1:]
+    command[command.index("--grpc") + 1] = server.grpc
+    message = refused(tmp_path, *command)
+    assert server.grpc.split(":")[1] in message
+    assert "--grpc" in message
+
+
+def test_a_missing_runtime_is_named(models, tmp_path):
+    missing = tmp_path / "libonnxruntime.so"
+    command = serve_command(models, tmp_path, flags=["--onnxruntime", missing])
+    assert str(missing) in refused(tmp_path, *command[1:])
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ("model = 'models'\n", "model"),
+        ("[limits]\nmax_mesage_bytes = 1\n", "max_mesage_bytes"),
+        ("[rest]\njson_nonfinite = 'maybe'\n", "maybe"),
+    ],
+)
+def test_an_unknown_setting_is_named(models, tmp_path, config, name):
+    assert name in refused(tmp_path, *serve_command(models, tmp_path, config)[1:])
+
+
+# --- the other commands -------------------------------------------------------------
+
+
+def test_health(models, serve, tmp_path):
+    server = serve(models)
+    assert run("health", "--ops", server.ops, home=tmp_path).returncode == 0
+    server.stop()
+    assert run("health", "--ops", server.ops, home=tmp_path).returncode == 1
+
+
+def test_models(repository, models, serve, tmp_path):
+    repository.add("broken", b"this is no model")
+    server = serve(models)
+    done = run("models", "--ops", server.ops, home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0]: line.lower() for line in done.stdout.splitlines() if line.split()}
+    assert "ready" in lines["plus"]
+    assert "failed" in lines["broken"]
+    assert "first dimension" in done.stdout, "why the requests of `slow` are not batched"
+
+
+def test_the_default_config_is_complete(tmp_path):
+    done = run("config", "--defaults", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    defaults = tomllib.loads(done.stdout)
+    assert defaults["limits"]["max_message_bytes"] == 64 << 20
+    assert defaults["rest"]["json_nonfinite"] == "literal"
+
+
+def test_the_default_config_is_accepted(models, serve, tmp_path):
+    defaults = run("config", "--defaults", home=tmp_path).stdout
+    assert works(serve(models, config=defaults))
+
+
+def test_settings_from_the_environment_and_from_flags(tmp_path):
+    done = run("--help", home=tmp_path)
+    assert done.returncode == 0
+    for command in ("serve", "models", "health", "config"):
+        assert command in done.stdout
