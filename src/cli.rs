@@ -155,8 +155,7 @@ fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     runtime.block_on(attend(&server, &config))?;
     let cut = server.wait()?;
     if cut > 0 {
-        eprintln!("tidegate: {cut} requests or connections were cut short");
-        return Ok(ExitCode::FAILURE);
+        anyhow::bail!("{cut} requests or connections were cut short");
     }
     Ok(ExitCode::SUCCESS)
 }

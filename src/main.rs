@@ -7,7 +7,10 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     tidegate::cli::run().unwrap_or_else(|error| {
-        eprintln!("tidegate: {error:#}");
+        #[expect(clippy::print_stderr, reason = "whoever typed the command reads standard error")]
+        {
+            eprintln!("tidegate: {error:#}");
+        }
         ExitCode::FAILURE
     })
 }

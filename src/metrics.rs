@@ -445,7 +445,7 @@ mod tests {
 
     #[test]
     fn versions_share_families_and_vanish_alone() {
-        let metrics = Metrics::new("1", "2");
+        let metrics = Metrics::new("0.1.0", "1.31.1");
         let one = metrics.version("m", "1");
         let two = metrics.version("m", "2");
         one.request(Protocol::Rest, None, Duration::from_millis(3));
@@ -460,12 +460,12 @@ mod tests {
         assert!(text.contains(r#"tidegate_request_duration_seconds_bucket{model="m",version="1",le="0.005"} 1"#));
         drop(one);
         let text = metrics.render();
-        assert!(!text.contains(r#"version="1""#) && text.contains(r#"version="2""#), "{text}");
+        assert!(!text.contains(r#"model="m",version="1""#) && text.contains(r#"model="m",version="2""#), "{text}");
     }
 
     #[test]
     fn a_version_loaded_twice_counts_into_the_same_series() {
-        let metrics = Metrics::new("1", "2");
+        let metrics = Metrics::new("0.1.0", "1.31.1");
         let old = metrics.version("m", "1");
         old.request(Protocol::Rest, None, Duration::ZERO);
         let new = metrics.version("m", "1");
@@ -476,7 +476,7 @@ mod tests {
 
     #[test]
     fn statistics_count_requests_and_rows() {
-        let metrics = Metrics::new("1", "2");
+        let metrics = Metrics::new("0.1.0", "1.31.1");
         let version = metrics.version("m", "1");
         let phases = Phases { infer: Duration::from_nanos(10), ..Phases::default() };
         version.executed(3, 8, phases);

@@ -66,10 +66,9 @@ async fn deadlines_are_kept_over_both_protocols() {
 
     let mut message = infer_message("m", &[1.0]);
     let timeout = tidegate::api::pb::infer_parameter::ParameterChoice::Int64Param(50_000);
-    message.parameters.insert(
-        "timeout".to_owned(),
-        tidegate::api::pb::InferParameter { parameter_choice: Some(timeout) },
-    );
+    message
+        .parameters
+        .insert("timeout".to_owned(), tidegate::api::pb::InferParameter { parameter_choice: Some(timeout) });
     assert_eq!(grpc.model_infer(message).await.unwrap_err().code(), tonic::Code::DeadlineExceeded);
 
     let failed = |protocol: &str| {

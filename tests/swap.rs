@@ -8,7 +8,11 @@ use std::sync::{
 use crate::support::{Repository, Running, config, eventually, infer_message, message_values, start};
 
 /// Asks over both protocols until told to stop; every answer must be right for the version that gave it.
-fn load(running: &Arc<Running>, stop: &Arc<AtomicBool>, answered: &Arc<AtomicUsize>) -> Vec<tokio::task::JoinHandle<()>> {
+fn load(
+    running: &Arc<Running>,
+    stop: &Arc<AtomicBool>,
+    answered: &Arc<AtomicUsize>,
+) -> Vec<tokio::task::JoinHandle<()>> {
     let scale_of = |version: &str| version.parse::<f32>().unwrap();
     (0..16)
         .map(|client| {
@@ -42,11 +46,10 @@ async fn twenty_swaps_under_load_fail_and_misroute_nothing() {
     let (stop, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
     let clients = load(&running, &stop, &answered);
     for version in 2..=21 {
-        repository.put("m", &version.to_string(), &format!("scale = {version}.0\nsleep_ms = 1"));
-        eventually("the new version answers", async || {
-            running.infer("m", &[1.0]).await.body["model_version"] == version.to_string()
-        })
-        .await;
+        let name = version.to_string();
+        repository.put("m", &name, &format!("scale = {version}.0\nsleep_ms = 1"));
+        eventually("the new version answers", async || running.infer("m", &[1.0]).await.body["model_version"] == name)
+            .await;
     }
     stop.store(true, Ordering::Relaxed);
     for client in clients {

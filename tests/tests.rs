@@ -1,4 +1,5 @@
 //! Scenarios against a whole server, one module per topic.
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test that fails shall say where")]
 
 mod architecture;
 mod documentation;

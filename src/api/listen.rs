@@ -30,6 +30,8 @@ const MAX_FRAME: u32 = 1 << 20;
 /// Connections handed to an I/O runtime that it has not picked up; when full, accepting waits.
 const HANDOVER: usize = 256;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// How long a connection made just before the port closed may take to send something.
+const LAST_CHANCE: Duration = Duration::from_millis(200);
 
 /// How connections of a port speak.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,7 +120,8 @@ impl IoThreads {
             Ok(listener) => listener,
             Err(error) => return tracing::error!(address = %port.address, %error, "cannot listen"),
         };
-        while let Some(stream) = accept_one(&listener, &closing).await {
+        let mut last = BACKLOG;
+        while let Some(stream) = accept_one(&listener, &closing, &mut last).await {
             let turn = self.next.fetch_add(1, Ordering::Relaxed) % self.senders.len();
             let accepted = Accepted { stream, router: router.clone(), wire };
             if self.senders[turn].send(accepted).await.is_err() {
@@ -172,21 +175,31 @@ impl Context {
     async fn connection(self, accepted: Accepted) {
         let Ok(stream) = TcpStream::from_std(accepted.stream) else { return };
         // The HTTP timers start with the first byte; a connection that never sends one ends here.
-        let first_byte = tokio::select! {
-            readable = tokio::time::timeout(self.limits.header_timeout, stream.readable()) => readable,
-            () = self.closing.cancelled() => return,
+        let first_byte = tokio::time::timeout(self.limits.header_timeout, stream.readable());
+        let last_chance = async {
+            self.closing.cancelled().await;
+            tokio::time::sleep(LAST_CHANCE).await;
         };
-        if !matches!(first_byte, Ok(Ok(()))) {
-            return;
+        tokio::select! {
+            readable = first_byte => if !matches!(readable, Ok(Ok(()))) { return },
+            () = last_chance => return,
         }
         let io = TokioIo::new(stream);
         let service = TowerToHyperService::new(accepted.router);
         let builder = self.builder(accepted.wire);
         let connection = builder.serve_connection(io, service);
         tokio::pin!(connection);
+        let late = self.closing.is_cancelled() && accepted.wire == Wire::Http;
+        let end = async {
+            self.closing.cancelled().await;
+            if late {
+                // Its first request is on the way; the answer to that closes the connection.
+                self.abort.cancelled().await;
+            }
+        };
         let result = tokio::select! {
             result = connection.as_mut() => result,
-            () = self.closing.cancelled() => {
+            () = end => {
                 connection.as_mut().graceful_shutdown();
                 tokio::select! {
                     result = connection => result,
@@ -227,18 +240,32 @@ pub async fn serve_here(port: Port, router: Router, wire: Wire, limits: LimitsCo
     };
     // Whoever still talks when this port closes is cut off: it closes last, when nothing is left to say.
     let context = Context { limits, abort: closing.clone(), closing, connections: TaskTracker::new() };
-    while let Some(stream) = accept_one(&listener, &context.closing).await {
+    let mut last = 0;
+    while let Some(stream) = accept_one(&listener, &context.closing, &mut last).await {
         let accepted = Accepted { stream, router: router.clone(), wire };
         tokio::spawn(context.clone().connection(accepted));
     }
 }
 
-/// The next connection, ready to be handed on; `None` when `closing` was cancelled.
-async fn accept_one(listener: &tokio::net::TcpListener, closing: &CancellationToken) -> Option<std::net::TcpStream> {
+/// The next connection, ready to be handed on. Once `closing` was cancelled, the `last` ones that wait already, then
+/// `None`.
+async fn accept_one(
+    listener: &tokio::net::TcpListener,
+    closing: &CancellationToken,
+    last: &mut i32,
+) -> Option<std::net::TcpStream> {
     loop {
+        if closing.is_cancelled() {
+            if *last == 0 {
+                return None;
+            }
+            *last -= 1;
+        }
         let accepted = tokio::select! {
-            () = closing.cancelled() => return None,
+            biased;
+            // Accepting first: connections made before the port closed are served.
             accepted = listener.accept() => accepted,
+            () = closing.cancelled() => return None,
         };
         match accepted {
             Ok((stream, _)) => match prepare(stream) {

@@ -3,7 +3,7 @@
 use std::{
     collections::VecDeque,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     task::{Context, Poll},
     time::Duration,
 };
@@ -80,7 +80,20 @@ pub fn router(app: Arc<App>) -> Router {
         let refuse = move || async move { status::response(&Error::new(Code::Unimplemented, reason)) };
         router = router.route(path, axum::routing::any(refuse));
     }
-    router.fallback(unknown_path).method_not_allowed_fallback(wrong_verb).with_state(app)
+    router
+        .fallback(unknown_path)
+        .method_not_allowed_fallback(wrong_verb)
+        .layer(axum::middleware::map_response_with_state(app.clone(), say_goodbye))
+        .with_state(app)
+}
+
+/// While the server drains, answers ask clients to come back on another connection: to another replica, or at least
+/// not on one that is about to close.
+async fn say_goodbye(State(app): State<Arc<App>>, mut response: Response) -> Response {
+    if app.draining.load(Ordering::Relaxed) {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
 }
 
 async fn unknown_path(request: Request) -> Response {

@@ -30,7 +30,8 @@ use crate::{
     source::local::{self, Fingerprint, FoundModel, FoundVersion, Scan},
 };
 
-/// Files that did not change for so long are complete.
+/// Files that did not change for so long are complete, and versions not seen for so long are gone: whoever replaces
+/// a folder removes the old one first.
 const SETTLE_TIME: Duration = Duration::from_secs(1);
 
 /// How nice the threads are that load models: they take what the serving threads leave.
@@ -75,6 +76,8 @@ struct TrackedVersion {
     /// What serves, and the files it came from.
     serving: Option<(Arc<ModelVersion>, Fingerprint)>,
     progress: Progress,
+    /// Since when the repository does not hold it.
+    missing_since: Option<Instant>,
 }
 
 /// Where the newest files of a version are on their way.
@@ -184,14 +187,15 @@ impl Reconciler {
     }
 
     fn step(&mut self, scan: &Scan) {
-        let gone: Vec<ModelName> = self.models.keys().filter(|name| !scan.contains_key(*name)).cloned().collect();
-        for name in gone {
-            if let Some(model) = self.models.get_mut(&name) {
-                model.versions.iter_mut().for_each(|version| version.progress = Progress::Gone);
-                model.problem = None;
-            }
+        let missing: Vec<ModelName> = self.models.keys().filter(|name| !scan.contains_key(*name)).cloned().collect();
+        for name in missing {
+            let Some(model) = self.models.get_mut(&name) else { continue };
+            model.problem = None;
+            model.forget_missing(&[]);
             self.retire_unwanted(&name, true);
-            self.models.remove(&name);
+            if self.models.get(&name).is_some_and(|model| model.versions.is_empty()) {
+                self.models.remove(&name);
+            }
         }
         for (name, found) in scan {
             self.step_model(name, found);
@@ -232,16 +236,13 @@ impl Reconciler {
             }
         }
         for tracked in &mut model.versions {
-            if !targets.iter().any(|wanted| wanted.version == tracked.version)
-                && !matches!(tracked.progress, Progress::Failed { .. })
-            {
-                tracked.progress = Progress::Gone;
-            }
-            // A failed version that is no longer in the folder is forgotten.
-            if !found.versions.iter().any(|found| found.version == tracked.version) {
+            let wanted = targets.iter().any(|wanted| wanted.version == tracked.version);
+            let there = found.versions.iter().any(|found| found.version == tracked.version);
+            if there && !wanted && !matches!(tracked.progress, Progress::Failed { .. }) {
                 tracked.progress = Progress::Gone;
             }
         }
+        model.forget_missing(&found.versions);
         for wanted in to_load {
             self.start_load(name, found, wanted, spec.clone());
         }
@@ -383,6 +384,17 @@ impl Reconciler {
 }
 
 impl Tracked {
+    /// Gives up the versions that were not `found` for as long as files need to settle.
+    fn forget_missing(&mut self, found: &[FoundVersion]) {
+        for tracked in &mut self.versions {
+            if found.iter().any(|found| found.version == tracked.version) {
+                tracked.missing_since = None;
+            } else if tracked.missing_since.get_or_insert_with(Instant::now).elapsed() >= SETTLE_TIME {
+                tracked.progress = Progress::Gone;
+            }
+        }
+    }
+
     fn find(&mut self, version: &Version) -> Option<&mut TrackedVersion> {
         self.versions.iter_mut().find(|tracked| tracked.version == *version)
     }
@@ -394,6 +406,7 @@ impl Tracked {
                 metrics: metrics.version(name.as_str(), version.as_str()),
                 serving: None,
                 progress: Progress::Gone,
+                missing_since: None,
             };
             insert_in_order(&mut self.versions, fresh, |tracked| &tracked.version);
             self.versions.iter().position(|tracked| tracked.version == *version).unwrap_or_default()

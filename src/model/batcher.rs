@@ -166,8 +166,8 @@ impl<T> Batcher<T> {
                 }
                 continue;
             };
-            let joins = !entry.cost.alone && entry.cost.shape == first.cost.shape;
-            if joins && rows + entry.cost.rows <= self.group {
+            let same_shape = entry.cost.shape == first.cost.shape;
+            if same_shape && !entry.cost.alone && rows + entry.cost.rows <= self.group {
                 rows += entry.cost.rows;
                 self.forget(&entry.cost);
                 next.batch.push(entry);
@@ -177,9 +177,9 @@ impl<T> Batcher<T> {
                 }
                 continue;
             }
-            // A request of the batch's shape that does not fit ends the batch, or later ones would overtake it;
+            // A request of the batch's shape that cannot join ends the batch, or later ones would overtake it;
             // so does one that has been overtaken often enough.
-            let ends = joins || entry.passed_over >= MAX_PASSED_OVER;
+            let ends = same_shape || entry.passed_over >= MAX_PASSED_OVER;
             passed.push(entry);
             if ends {
                 break;

@@ -104,7 +104,7 @@ fn collect_samples(plan: &Plan, signature: &Signature, decode: DecodeSample) -> 
         match read(&path) {
             Ok(inputs) => samples.push(Sample { name: name(&path), inputs, required: false }),
             Err(error) => {
-                tracing::warn!(model = %plan.name, sample = %path.display(), %error, "warm-up sample skipped")
+                tracing::warn!(model = %plan.name, sample = %path.display(), %error, "warm-up sample skipped");
             }
         }
     }

@@ -99,11 +99,11 @@ pub fn warm(
     if let Some(reason) = objection {
         return Ok(Warmed { batching: off(reason), service, batches: single });
     }
-    if wanted.is_none() {
-        if let Err(reason) = prove_independence(session, &rows) {
-            tracing::info!(model, reason, "requests are not batched");
-            return Ok(Warmed { batching: off(reason), service, batches: single });
-        }
+    if wanted.is_none()
+        && let Err(reason) = prove_independence(session, &rows)
+    {
+        tracing::info!(model, reason, "requests are not batched");
+        return Ok(Warmed { batching: off(reason), service, batches: single });
     }
     let sweep = sweep(session, &rows, limit);
     batches.extend(sweep.batches);
@@ -216,8 +216,8 @@ fn normal(random: &mut impl Rng) -> f32 {
     StandardNormal.sample(random)
 }
 
-fn plain<const N: usize>(count: usize, mut element: impl FnMut(usize) -> [u8; N]) -> Data {
-    Data::Plain((0..count).flat_map(|index| element(index)).collect())
+fn plain<const N: usize>(count: usize, element: impl FnMut(usize) -> [u8; N]) -> Data {
+    Data::Plain((0..count).flat_map(element).collect())
 }
 
 /// # Errors
