@@ -86,6 +86,11 @@ impl Error {
     pub fn overloaded(message: impl Into<String>, retry_after: Duration) -> Self {
         Self { code: Code::Overloaded, message: message.into(), retry_after: Some(retry_after) }
     }
+
+    /// The same failure with the model named in front.
+    pub fn of_model(self, model: &str) -> Self {
+        Self { message: format!("model '{model}': {}", self.message), ..self }
+    }
 }
 
 impl fmt::Display for Error {

@@ -1,4 +1,46 @@
-//! Tidegate, a model inference server.
+//! Tidegate, a model inference server: a folder of models in, the Open Inference Protocol out.
+//!
+//! # Layers
+//! Imports run only downward; `tests/architecture.rs` reads them and keeps it so. Modules on one line do not see each
+//! other.
+//!
+//! | layer | modules | what they are |
+//! |---|---|---|
+//! | 10 | `main` | the exit code |
+//! | 9 | [`cli`] | commands |
+//! | 8 | [`server`] | builds every part in order, runs them, drains them in reverse |
+//! | 7 | [`config`] | one `Config`, composed of the modules' own |
+//! | 6 | [`api`] | the only code that knows HTTP, gRPC or JSON |
+//! | 5 | [`engine`] · [`control`] | the request path · the slow path; they meet only in the catalog |
+//! | 4 | [`model`] | a model in memory: load, warm-up, catalog, batcher, executors |
+//! | 3 | [`backend`] · [`source`] | running a graph · finding its files |
+//! | 2 | [`metrics`] | every metric there is |
+//! | 1 | [`tensor`] · [`id`] | bricks |
+//! | 0 | [`error`] | the closed list of ways to fail |
+//!
+//! # A request's way
+//! 1. `api::listen` accepts on one listener per port and hands the connection to an I/O thread.
+//! 2. `api::rest` or `api::grpc` opens a `Record`, finds the version (`engine` → `model::catalog`, one snapshot), and
+//!    decodes the body through `api::codec`; raw tensor bytes are not copied.
+//! 3. `engine` checks the inputs against the `Signature` and submits them.
+//! 4. `model::batcher` queues or refuses; an idle thread of `model::executor` takes what may run together, gathers it,
+//!    runs it on its own session, and hands each request its rows.
+//! 5. `api` encodes the answer, counts it, and only then sends it.
+//!
+//! # A version's way
+//! `control::reconcile` scans the folder (`source::local`), waits until files settle, and has `model::load` load and
+//! warm them on a low-priority thread. Warm-up proves that rows are independent before requests may share runs. Then
+//! one new catalog is published, the old version takes no more requests, finishes those it has, and is dropped off the
+//! serving threads. Everything that can fail happens before the publish.
+//!
+//! # Invariants
+//! - A request sees one catalog snapshot. Only when its version began to drain meanwhile does it look once more.
+//! - There is one `CatalogWriter`, and it is not `Clone`.
+//! - `model::batcher` and `model::service_time` are pure: time is passed in.
+//! - Every queue is bounded, and full means an answer.
+//! - A session belongs to one thread; its pool threads do not inherit the loader's low priority.
+//! - A request is counted exactly once, before its answer leaves; one that is given up counts as cancelled.
+//! - Files are read before they are run: changing them on disk cannot hurt a running version.
 
 pub mod api;
 pub mod backend;

@@ -24,6 +24,7 @@ use super::{
 use crate::{
     engine,
     error::{Code, Error},
+    id::shorten,
     metrics::Protocol,
 };
 use pb::grpc_inference_service_server::{GrpcInferenceService, GrpcInferenceServiceServer};
@@ -32,6 +33,7 @@ const INFER_PATH: &str = "/inference.GRPCInferenceService/ModelInfer";
 const ENCODING: &str = "grpc-encoding";
 const ACCEPT_ENCODING: &str = "grpc-accept-encoding";
 const GRPC_STATUS: &str = "grpc-status";
+const GRPC_MESSAGE: &str = "grpc-message";
 const GRPC_TIMEOUT: &str = "grpc-timeout";
 
 /// How much later than the handler the edge gives up, so that the handler's more exact answer comes first.
@@ -60,7 +62,8 @@ type Unclaimed = Arc<Mutex<Option<Record>>>;
 /// What happens to every call before and after tonic sees it.
 async fn edge(State(app): State<Arc<App>>, mut request: HttpRequest, next: Next) -> HttpResponse {
     answer_in_kind(request.headers_mut());
-    let infer = request.uri().path() == INFER_PATH;
+    let path = request.uri().path().to_owned();
+    let infer = path == INFER_PATH;
     let record = infer.then(|| Record::start(&app, Protocol::Grpc, request.headers()));
     let deadline = deadline(std::time::Instant::now(), [timeout(request.headers()), None]);
     let unclaimed: Unclaimed = Arc::new(Mutex::new(record));
@@ -79,6 +82,9 @@ async fn edge(State(app): State<Arc<App>>, mut request: HttpRequest, next: Next)
         return Status::from(error).into_http();
     };
     let Some(code) = refusal(response.headers()) else { return response };
+    if code == Code::Unimplemented && !response.headers().contains_key(GRPC_MESSAGE) {
+        return Status::unimplemented(format!("there is no method {}", shorten(&path))).into_http();
+    }
     // Only what no handler has answered was answered by the library; other services answer for themselves.
     if infer && record.is_none() {
         return response;
@@ -151,7 +157,7 @@ impl Service {
         record.request_id.clone_from(&message.id);
         let mut target = self.app.engine.resolve(&message.model_name, Some(&message.model_version))?;
         record.aim(&target);
-        let call = codec::decode_proto(message)?;
+        let call = codec::decode_proto(message).map_err(|error| error.of_model(target.version.name.as_str()))?;
         let names: Vec<Arc<str>> = call.outputs.iter().map(|output| output.name.clone()).collect();
         let deadline = deadline(record.started(), [call.timeout, grpc_timeout]);
         let request = engine::Request { inputs: call.inputs, outputs: &names, deadline };

@@ -212,9 +212,10 @@ async fn try_infer(app: &App, named: &Named, request: Request, record: &mut Reco
     let body = read_body(app, body, app.limits.max_message_bytes).await?;
     let body = compression::decode_body(encoding, body, app.limits.max_message_bytes)?;
     let call = match header_length {
-        Some(0) => codec::decode_raw(&body, &target.version.signature)?,
-        header_length => codec::decode_json(&body, header_length)?,
+        Some(0) => codec::decode_raw(&body, &target.version.signature),
+        header_length => codec::decode_json(&body, header_length),
     };
+    let call = call.map_err(|error| error.of_model(&named.model))?;
     if !call.id.is_empty() {
         record.request_id.clone_from(&call.id);
     }
@@ -230,7 +231,7 @@ async fn try_infer(app: &App, named: &Named, request: Request, record: &mut Reco
         InferReply { model: version.name.as_str(), version: version.version.as_str(), id: &call.id, outputs: &outputs };
     let options =
         JsonOptions { requested: &call.outputs, binary_output: call.binary_output, non_finite: app.json_nonfinite };
-    let encoded = codec::encode_json(&reply, &options)?;
+    let encoded = codec::encode_json(&reply, &options).map_err(|error| error.of_model(&named.model))?;
     respond(encoded, encoding, &headers)
 }
 

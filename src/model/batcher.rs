@@ -149,10 +149,8 @@ impl<T> Batcher<T> {
         // Entries before this index of `passed` have been overtaken by a member of this batch.
         let mut overtaken = 0;
         while let Some(entry) = self.queue.pop_front() {
-            let expired = entry.cost.deadline.is_some_and(|deadline| deadline <= now);
-            if expired || gone(&entry.item) {
+            if let Some(reason) = dead(&entry, now, &gone) {
                 self.forget(&entry.cost);
-                let reason = if expired { DropReason::Deadline } else { DropReason::Cancelled };
                 next.dropped.push((entry, reason));
                 continue;
             }
@@ -193,6 +191,21 @@ impl<T> Batcher<T> {
         next
     }
 
+    /// Takes the requests that are `gone` or past their deadline out of the queue, wherever they stand in it.
+    pub fn purge(&mut self, now: Instant, gone: impl Fn(&T) -> bool) -> Vec<(Entry<T>, DropReason)> {
+        let mut dropped = Vec::new();
+        for entry in std::mem::take(&mut self.queue) {
+            match dead(&entry, now, &gone) {
+                Some(reason) => {
+                    self.forget(&entry.cost);
+                    dropped.push((entry, reason));
+                }
+                None => self.queue.push_back(entry),
+            }
+        }
+        dropped
+    }
+
     /// Tells that the run of `rows` rows that started at `start` is over.
     pub fn finished(&mut self, start: Instant, rows: usize, took: Option<Duration>) {
         if let Some(index) = self.running.iter().position(|&run| run == (start, rows)) {
@@ -215,6 +228,14 @@ impl<T> Batcher<T> {
     pub fn is_empty(&self) -> bool {
         self.queue.is_empty()
     }
+}
+
+/// Why nobody waits for the request any more, if so.
+fn dead<T>(entry: &Entry<T>, now: Instant, gone: impl Fn(&T) -> bool) -> Option<DropReason> {
+    if entry.cost.deadline.is_some_and(|deadline| deadline <= now) {
+        return Some(DropReason::Deadline);
+    }
+    gone(&entry.item).then_some(DropReason::Cancelled)
 }
 
 #[cfg(test)]
@@ -294,6 +315,19 @@ mod tests {
         assert_eq!(items(&next), [2]);
         let dropped: Vec<_> = next.dropped.iter().map(|(entry, reason)| (entry.item, *reason)).collect();
         assert_eq!(dropped, [(0, DropReason::Deadline), (1, DropReason::Cancelled)]);
+    }
+
+    #[test]
+    fn the_dead_leave_room_for_the_living() {
+        let now = Instant::now();
+        let mut batcher = Batcher::new(Limits { max_requests: 2, ..LIMITS }, 1, 1, ServiceTime::default());
+        batcher.push(0, cost(1, 1), now).unwrap();
+        batcher.push(1, cost(1, 1), now).unwrap();
+        assert_eq!(batcher.purge(now, |&item| item == 0).len(), 1);
+        batcher.push(2, cost(1, 1), now).unwrap();
+        assert_eq!(items(&batcher.next(now, |_| false)), [1]);
+        assert_eq!(items(&batcher.next(now, |_| false)), [2]);
+        assert_eq!((batcher.rows, batcher.bytes), (0, 0));
     }
 
     #[test]

@@ -42,7 +42,11 @@ pub(super) struct Queue {
 struct State {
     batcher: Batcher<Job>,
     closed: bool,
+    purged_at: Instant,
 }
+
+/// How often a full queue is searched for requests that nobody waits for: rarely enough to keep refusals cheap.
+const PURGE_INTERVAL: Duration = Duration::from_millis(10);
 
 /// The answer to come.
 pub(super) struct Ticket {
@@ -51,7 +55,11 @@ pub(super) struct Ticket {
 
 impl Queue {
     pub fn new(batcher: Batcher<Job>, metrics: Arc<VersionMetrics>) -> Self {
-        Self { state: Mutex::new(State { batcher, closed: false }), work: Condvar::new(), metrics }
+        Self {
+            state: Mutex::new(State { batcher, closed: false, purged_at: Instant::now() }),
+            work: Condvar::new(),
+            metrics,
+        }
     }
 
     pub fn submit(&self, inputs: Vec<Tensor>, cost: Cost) -> Result<Ticket, Refused> {
@@ -60,7 +68,18 @@ impl Queue {
         if state.closed {
             return Err(Refused::Draining(inputs));
         }
-        match state.batcher.push(Job { inputs, reply: sender }, cost, Instant::now()) {
+        let now = Instant::now();
+        let mut pushed = state.batcher.push(Job { inputs, reply: sender }, cost.clone(), now);
+        if let Err((job, error)) = pushed {
+            pushed = if now.duration_since(state.purged_at) < PURGE_INTERVAL {
+                Err((job, error))
+            } else {
+                state.purged_at = now;
+                self.drop_dead(state.batcher.purge(now, |job| job.reply.is_closed()));
+                state.batcher.push(job, cost, now)
+            };
+        }
+        match pushed {
             Ok(()) => {
                 drop(state);
                 self.work.notify_one();
@@ -192,8 +211,7 @@ fn run_alone(queue: &Queue, session: &mut dyn Session, model: &str, job: Job, ro
             Some(took)
         }
         Err(error) => {
-            let message = format!("model '{model}': {}", error.message);
-            answer(job, Err(Error { message, ..error }));
+            answer(job, Err(error.of_model(model)));
             None
         }
     }

@@ -164,7 +164,10 @@ impl ModelVersion {
     /// `Refused::Draining` when the version takes no more requests (look for its successor), else what went wrong.
     pub async fn infer(&self, inputs: Vec<Tensor>, deadline: Option<Instant>) -> Result<Vec<Tensor>, Refused> {
         let cost = self.cost(&inputs, deadline).map_err(Refused::Error)?;
-        let ticket = self.queue.submit(inputs, cost)?;
+        let ticket = self.queue.submit(inputs, cost).map_err(|refused| match refused {
+            Refused::Error(error) => Refused::Error(error.of_model(self.name.as_str())),
+            draining => draining,
+        })?;
         let _pending = Pending::new(self);
         let answer = async { ticket.reply.await.unwrap_or_else(|_| Err(Error::internal("the executor is gone"))) };
         let answer = match deadline {

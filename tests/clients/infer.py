@@ -75,9 +75,7 @@ def rest_binary(server, question):
 
 
 def grpc_raw(server, question):
-    request = grpc_request(question)
-    request.raw_input_contents.extend(each.packed() for each in question.inputs)
-    return ask_grpc(server, request)
+    return ask_grpc(server, raw_request(question))
 
 
 def grpc_typed(server, question):
@@ -88,7 +86,7 @@ def grpc_typed(server, question):
 
 
 WAYS = {way.__name__: way for way in (rest_json, rest_binary, grpc_raw, grpc_typed)}
-# The ways that carry any bytes at all, and those that carry what JSON and typed fields can say.
+# The ways that carry every datatype.
 BINARY_WAYS = ["rest_binary", "grpc_raw"]
 
 
@@ -140,6 +138,12 @@ def grpc_request(question):
     for name, value in question.parameters.items():
         kind = {bool: "bool_param", int: "int64_param", str: "string_param", float: "double_param"}
         setattr(request.parameters[name], kind[type(value)], value)
+    return request
+
+
+def raw_request(question):
+    request = grpc_request(question)
+    request.raw_input_contents.extend(each.packed() for each in question.inputs)
     return request
 
 

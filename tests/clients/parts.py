@@ -8,7 +8,7 @@ import zlib
 from google.protobuf import json_format
 from tritonclient.grpc import service_pb2
 
-from infer import Question, grpc_request
+from infer import Question, raw_request
 from tensors import pack, tensor
 
 
@@ -47,9 +47,7 @@ def cut(data, part):
 
 def question(model, asked):
     """A `ModelInferRequest` that is right."""
-    request = grpc_request(Question(model, [asked]))
-    request.raw_input_contents.append(asked.packed())
-    return request.SerializeToString()
+    return raw_request(Question(model, [asked])).SerializeToString()
 
 
 def request_message(call, fields):

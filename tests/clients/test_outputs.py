@@ -19,9 +19,9 @@ SECONDS = 4
 # Name of the way → the client, and whether its tensors are binary.
 WAYS = {"rest_json": (HTTP, False), "rest_binary": (HTTP, True), "grpc": (GRPC, True)}
 
-# A batch adds up in another order than a row alone. Relative to the number itself, or to 1,
-# the largest that a probability can be: softmax writes 1e-12 with the noise of a 1.
-RELATIVE, ABSOLUTE = 1e-5, 1e-6
+RELATIVE = 1e-5
+# The last bits of numbers around 1, where a difference of large ones is almost nothing.
+ABSOLUTE = 1e-7
 
 
 @dataclass
@@ -38,6 +38,10 @@ class Subject:
 
     def expected(self, rows):
         return dict(zip(self.outputs(), self.session.run(None, {self.input: rows}), strict=True))
+
+    def one_by_one(self):
+        alone = [self.expected(self.rows[n : n + 1]) for n in range(len(self.rows))]
+        return {name: np.concatenate([each[name] for each in alone]) for name in self.outputs()}
 
 
 def iris_rows():
@@ -115,7 +119,7 @@ def test_the_sample_request(server, subject):
 
 def test_its_own_rows_under_load(server, subject):
     """Each of 64 clients asks for other rows, a few at a time, and looks at every one."""
-    expected = subject.expected(subject.rows)
+    references = [subject.one_by_one(), subject.expected(subject.rows)]
     asked = itertools.count()
 
     def worker(way, seed):
@@ -127,8 +131,9 @@ def test_its_own_rows_under_load(server, subject):
             start = rng.randrange(len(subject.rows) - count)
             part = slice(start, start + count)
             got = answers(client, subject, subject.rows[part], binary)
-            for name in expected:
-                same(got[name], expected[name][part], f"{subject.name}.{name} {way} {part}")
+            for name in got:
+                candidates = [reference[name][part] for reference in references]
+                same_as_any(got[name], candidates, f"{subject.name}.{name} {way} {part}")
             next(asked)
 
         return stock_worker(kit, getattr(server, kit.port), step)
@@ -137,6 +142,22 @@ def test_its_own_rows_under_load(server, subject):
         time.sleep(SECONDS)
     loop.check()
     assert next(asked) > WORKERS
+
+
+def same_as_any(got, candidates, what):
+    """ONNX Runtime has kernels of its own for one row, and they round in another way: `magika`
+    differs by up to 2e-4 from its own answer in company. So both of its answers are right."""
+    *others, last = candidates
+    if not any(is_same(got, expected, what) for expected in others):
+        same(got, last, what)
+
+
+def is_same(got, expected, what):
+    try:
+        same(got, expected, what)
+    except AssertionError:
+        return False
+    return True
 
 
 def clients_of_all_ways():

@@ -139,7 +139,7 @@ def test_nonfinite_numbers_every_way(server, way):
 def serve_nonfinite(repository, serve):
     def start(policy):
         repository.add("identity_fp32", identity("FP32"))
-        return serve(repository.path, config=f'[rest]\njson_nonfinite = "{policy}"\n')
+        return serve(repository.path, config=f'json_nonfinite = "{policy}"\n')
 
     return start
 

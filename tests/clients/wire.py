@@ -3,19 +3,24 @@
 import gzip
 import http.client
 import json
-import re
 import socket
 import struct
-import subprocess
-import tempfile
 import threading
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import unquote
 
 import grpc
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.events import (
+    DataReceived,
+    ResponseReceived,
+    StreamEnded,
+    StreamReset,
+    TrailersReceived,
+)
 
 TIMEOUT = 30
 
@@ -92,27 +97,52 @@ def send(connection, method, path, body=None, headers=()):
             connection.send(b"0\r\n\r\n")
 
 
-def call_frame(address, method, frame, headers=None):
-    """One gRPC call whose frame and headers no library would send.
+def call_frame(address, method, body, headers=None):
+    """One gRPC call whose frames and headers no gRPC library would send.
 
-    `method` is `Service/Method`; the call is curl's, because stock gRPC allows neither.
+    `method` is `Service/Method`; `body` is all that follows the head.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        sent, got, fields = (Path(folder) / name for name in ("sent", "got", "fields"))
-        sent.write_bytes(frame)
-        got.touch()
-        command = ["curl", "-sS", "--http2-prior-knowledge", "--max-time", str(TIMEOUT)]
-        command += ["--data-binary", f"@{sent}", "--output", got, "--dump-header", fields]
-        for name, value in {"content-type": "application/grpc", "te": "trailers"}.items():
-            command += ["--header", f"{name}: {value}"]
-        for name, value in (headers or {}).items():
-            command += ["--header", f"{name}: {value}"]
-        done = subprocess.run([*command, f"http://{address}/{method}"], capture_output=True)
-        # A refused upload is no error here as long as a status came back.
-        found = dict(re.findall(r"^([\w-]+): ?(.*?)\r?$", fields.read_text(), re.MULTILINE))
-        assert "grpc-status" in found, f"no status in {found}; curl: {done.stderr.decode()}"
-        name = status_name(int(found["grpc-status"]))
-        return FrameReply(name, unquote(found.get("grpc-message", "")), found, got.read_bytes())
+    fields = {":method": "POST", ":scheme": "http", ":path": f"/{method}", ":authority": address}
+    fields |= {"content-type": "application/grpc", "te": "trailers"} | (headers or {})
+    reply, data = {}, b""
+    for event in exchange(address, fields, body):
+        if isinstance(event, ResponseReceived | TrailersReceived):
+            reply |= dict(event.headers)
+        elif isinstance(event, DataReceived):
+            data += event.data
+    assert "grpc-status" in reply, f"no status in {reply}"
+    name = status_name(int(reply["grpc-status"]))
+    return FrameReply(name, unquote(reply.get("grpc-message", "")), reply, data)
+
+
+def exchange(address, fields, body):
+    """Everything that happens on an HTTP/2 stream until the server has ended it."""
+    host, port = address.split(":")
+    connection = H2Connection(H2Configuration(header_encoding="utf-8"))
+    connection.initiate_connection()
+    connection.send_headers(1, fields.items(), end_stream=not body)
+    with socket.create_connection((host, int(port)), TIMEOUT) as stream:
+        while True:
+            body = send_what_fits(connection, body)
+            stream.sendall(connection.data_to_send())
+            received = stream.recv(1 << 16)
+            for event in connection.receive_data(received):
+                yield event
+                if isinstance(event, StreamEnded | StreamReset):
+                    return
+            if not received:
+                return
+
+
+def send_what_fits(connection, body):
+    """Sends as much as the peer has room for; what is left."""
+    while body:
+        room = min(connection.local_flow_control_window(1), connection.max_outbound_frame_size)
+        if room == 0:
+            break
+        part, body = body[:room], body[room:]
+        connection.send_data(1, part, end_stream=not body)
+    return body
 
 
 def frame(message, compressed=False):
