@@ -6,6 +6,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     tonic_prost_build::configure()
         // Tensor contents stay slices of the received message instead of copies.
         .bytes(".inference")
+        .codec_path("crate::api::message::MessageCodec")
         .compile_fds(descriptors)?;
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! Commands: serve, models, health, config.
 
-use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+use std::{io::Write, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context, bail};
 use bytes::Bytes;
@@ -147,10 +147,10 @@ fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let version = onnx.version().to_owned();
     let backends = Backends::new([std::sync::Arc::new(onnx) as std::sync::Arc<dyn crate::backend::Backend>]);
     let server = Server::start(&config, backends, &version)?;
-    println!("tidegate {} with ONNX Runtime {version}", env!("CARGO_PKG_VERSION"));
-    println!("  REST  http://{}", server.rest);
-    println!("  gRPC  {}", server.grpc);
-    println!("  ops   http://{}", server.ops);
+    say(format_args!("tidegate {} with ONNX Runtime {version}", env!("CARGO_PKG_VERSION")));
+    say(format_args!("  REST  http://{}", server.rest));
+    say(format_args!("  gRPC  {}", server.grpc));
+    say(format_args!("  ops   http://{}", server.ops));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(attend(&server, &config))?;
     let cut = server.wait()?;
@@ -185,14 +185,19 @@ async fn attend(server: &Server, config: &Config) -> anyhow::Result<()> {
     }
 }
 
+/// Prints a line for people. Whoever closed standard output does not want it, and the server serves on.
+fn say(line: std::fmt::Arguments<'_>) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
 fn announce(catalog: &Catalog, config: &Config, rest: SocketAddr) {
     for (name, deployment) in &catalog.deployments {
         for entry in &deployment.entries {
             let reason = if entry.reason.is_empty() { String::new() } else { format!(" ({})", entry.reason) };
-            println!("  model {name} {} {}{reason}", entry.version, entry.state.as_str());
+            say(format_args!("  model {name} {} {}{reason}", entry.version, entry.state.as_str()));
         }
         if let Some(problem) = &deployment.problem {
-            println!("  model {name} {} ({problem})", State::Failed.as_str());
+            say(format_args!("  model {name} {} ({problem})", State::Failed.as_str()));
         }
     }
     let host = if rest.ip().is_unspecified() { format!("localhost:{}", rest.port()) } else { rest.to_string() };
@@ -202,9 +207,9 @@ fn announce(catalog: &Catalog, config: &Config, rest: SocketAddr) {
     });
     match sample {
         Some((name, sample)) => {
-            println!("  try   curl http://{host}/v2/models/{name}/infer -d @{}", sample.display());
+            say(format_args!("  try   curl http://{host}/v2/models/{name}/infer -d @{}", sample.display()));
         }
-        None => println!("  try   curl http://{host}/v2"),
+        None => say(format_args!("  try   curl http://{host}/v2")),
     }
 }
 

@@ -40,6 +40,9 @@ pub const DURATION_BUCKETS: [f64; 17] =
 /// Upper bounds of the batch size histogram, in rows.
 pub const BATCH_BUCKETS: [f64; 11] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0];
 
+/// Batches up to this many rows are told apart in the statistics.
+const MAX_EXACT_BATCH: u64 = 1024;
+
 /// A metric family as README documents it.
 pub struct Family {
     pub name: &'static str,
@@ -294,7 +297,8 @@ impl VersionMetrics {
 
     /// Makes the series of a version visible before its first request.
     pub fn prepare(&self) {
-        self.execution().pending.set(0.0);
+        // Not `set`: a version loaded anew shares the gauge with the one it replaces, which may have requests pending.
+        self.execution().pending.increment(0.0);
     }
 
     pub fn submitted(&self) {
@@ -392,7 +396,9 @@ impl Statistics {
         self.executions.fetch_add(1, Ordering::Relaxed);
         self.inferences.fetch_add(rows, Ordering::Relaxed);
         let mut batches = self.batches.lock();
-        let batch = batches.entry(rows).or_default();
+        // Large batches share an entry per power of two: how many rows there are is the clients' to choose.
+        let size = if rows <= MAX_EXACT_BATCH { rows } else { rows.checked_next_power_of_two().unwrap_or(rows) };
+        let batch = batches.entry(size).or_default();
         for ((tally, total), duration) in self.compute.iter().zip(batch).zip(durations) {
             tally.add(requests, duration);
             total.0 += 1;

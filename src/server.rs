@@ -5,16 +5,19 @@ use std::{
     io::{Read, Seek, Write},
     net::SocketAddr,
     path::Path,
-    sync::{Arc, atomic::AtomicBool, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
 use axum::Router;
 use bytes::Bytes;
 use notify::{RecursiveMode, Watcher};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -38,6 +41,10 @@ use crate::{
 
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(1);
+/// Connections without a request for so long are closed when the server stops.
+const QUIET: Duration = Duration::from_secs(3);
+/// What versions get to end their runs when the drain timeout is used up.
+const LAST_MOMENT: Duration = Duration::from_secs(1);
 
 /// A running server.
 pub struct Server {
@@ -145,6 +152,7 @@ fn app(config: &Config, reader: CatalogReader, metrics: Arc<Metrics>, onnxruntim
         json_nonfinite: config.json_nonfinite,
         strict_readiness: config.strict_readiness,
         onnxruntime_version: onnxruntime_version.to_owned(),
+        in_flight: AtomicUsize::new(0),
         draining: AtomicBool::new(false),
         closing: CancellationToken::new(),
     }
@@ -237,9 +245,9 @@ impl Parts {
 
         let (kick, kicks) = mpsc::channel(1);
         let _watcher = watch(&self.settings, kick);
-        let stop_reconciling = CancellationToken::new();
+        let (stop_reconciling, stopped) = oneshot::channel();
         let reconciler = Reconciler::new(self.settings, self.loader, self.writer);
-        let reconciling = tokio::spawn(reconciler.run(kicks, stop_reconciling.clone()));
+        let reconciling = tokio::spawn(reconciler.run(kicks, stopped));
         let upkeep = tokio::spawn(upkeep(app.metrics.clone()));
 
         // 1 Not ready any more, and serving on until routers have noticed.
@@ -255,21 +263,40 @@ impl Parts {
         for task in accepting {
             let _ = task.await;
         }
+        // With its senders gone, an I/O thread ends when its last connection does.
+        drop(io);
+        let deadline = Instant::now() + self.drain_timeout;
+        let mut joined =
+            tokio::task::spawn_blocking(move || io_threads.into_iter().for_each(|thread| drop(thread.join())));
         let mut cut = 0;
-        io.connections.close();
-        if tokio::time::timeout(self.drain_timeout, io.connections.wait()).await.is_err() {
-            cut += io.connections.len();
-            tracing::warn!(connections = io.connections.len(), "drain timeout passed, closing connections");
+        tokio::select! {
+            _ = &mut joined => {}
+            () = given_up(&app, deadline) => {
+                cut += app.in_flight.load(Ordering::Relaxed);
+                tracing::warn!(requests = cut, "closing the connections that are still open");
+                abort.cancel();
+                let _ = joined.await;
+            }
         }
-        abort.cancel();
-        let joined = tokio::task::spawn_blocking(move || io_threads.into_iter().for_each(|thread| drop(thread.join())));
-        let _ = joined.await;
-        // 3 The models.
-        stop_reconciling.cancel();
+        // 3 The models, in what is left of the time.
+        let left = deadline.saturating_duration_since(Instant::now()).max(LAST_MOMENT);
+        let _ = stop_reconciling.send(left);
         cut += reconciling.await.context("the reconciler panicked")?;
         upkeep.abort();
         tracing::info!(cut_short = cut, "stopped");
         Ok(cut)
+    }
+}
+
+/// Returns when it is no use to wait for open connections any longer: at the deadline, or when none of them has had a
+/// request for a while, such as those of clients that never finish their headers.
+async fn given_up(app: &App, deadline: Instant) {
+    let mut quiet_since = Instant::now();
+    while Instant::now() < deadline && quiet_since.elapsed() < QUIET {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        if app.in_flight.load(Ordering::Relaxed) > 0 {
+            quiet_since = Instant::now();
+        }
     }
 }
 

@@ -159,11 +159,11 @@ impl Tensor {
         self.shape.first().copied().unwrap_or(1)
     }
 
-    /// Bytes of payload held.
+    /// Bytes of memory held; for `BYTES` the elements' own and what it takes to tell them apart.
     pub fn byte_len(&self) -> usize {
         match &self.data {
             Data::Plain(bytes) => bytes.len(),
-            Data::Strings(strings) => strings.iter().map(Bytes::len).sum(),
+            Data::Strings(strings) => strings.iter().map(|text| text.len() + size_of::<Bytes>()).sum(),
         }
     }
 

@@ -64,6 +64,10 @@ async fn deadlines_are_kept_over_both_protocols() {
     request.set_timeout(Duration::from_millis(50));
     assert_eq!(grpc.model_infer(request).await.unwrap_err().code(), tonic::Code::DeadlineExceeded);
 
+    let mut garbled = tonic::Request::new(infer_message("m", &[1.0]));
+    garbled.metadata_mut().insert("grpc-timeout", "soon".parse().unwrap());
+    assert_eq!(grpc.model_infer(garbled).await.unwrap_err().code(), tonic::Code::InvalidArgument);
+
     let mut message = infer_message("m", &[1.0]);
     let timeout = tidegate::api::pb::infer_parameter::ParameterChoice::Int64Param(50_000);
     message
@@ -122,6 +126,8 @@ async fn readiness_waits_for_the_first_pass_only() {
     assert_eq!(running.infer("m", &[1.0]).await.status, 200);
     let reply = running.infer("broken", &[1.0]).await;
     assert_eq!(reply.status, 503);
+    let unready = r#"tidegate_requests_total{model="broken",version="1",protocol="rest",code="not_ready"}"#;
+    assert_eq!(running.metric(unready).await, 1.0);
     assert!(reply.error().contains("'broken'") && reply.error().contains("the script says so"), "{}", reply.error());
 
     running.stop().await;
@@ -138,8 +144,11 @@ async fn explicit_control_loads_what_is_named_and_none_stays_as_it_is() {
     repository.put("b", "1", "");
     let mut explicit = config(&repository);
     explicit.model_control = ModelControl::Explicit;
-    explicit.load_model = vec!["b".to_owned()];
+    explicit.load_model = vec!["b".to_owned(), "typo".to_owned()];
     let running = start(&explicit).await;
+    let reply = running.infer("typo", &[1.0]).await;
+    assert_eq!(reply.status, 503, "a model that was asked for and is not there shows as failed");
+    assert!(reply.error().contains("no version"), "{}", reply.error());
     assert_eq!(running.infer("a", &[1.0]).await.status, 404);
     assert_eq!(running.infer("b", &[1.0]).await.status, 200);
     running.stop().await;

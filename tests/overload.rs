@@ -91,6 +91,9 @@ async fn slow_clients_are_let_go_and_hold_nobody_up() {
     for address in silent {
         connections.push(TcpStream::connect(address).await.unwrap());
     }
+    let mut half_preface = TcpStream::connect(running.grpc_address).await.unwrap();
+    half_preface.write_all(b"PRI *").await.unwrap();
+    connections.push(half_preface);
     let mut half_header = TcpStream::connect(running.rest_address).await.unwrap();
     half_header.write_all(b"POST /v2/models/m/infer HTTP/1.1\r\nhost: a\r\n").await.unwrap();
     let mut half_body = TcpStream::connect(running.rest_address).await.unwrap();
@@ -103,7 +106,7 @@ async fn slow_clients_are_let_go_and_hold_nobody_up() {
     let mut answer = vec![0; 4096];
     let read = tokio::time::timeout(Duration::from_secs(5), half_body.read(&mut answer)).await.unwrap().unwrap();
     let text = String::from_utf8_lossy(&answer[..read]).into_owned();
-    assert!(text.starts_with("HTTP/1.1 504") && text.contains("limits.body_timeout"), "{text}");
+    assert!(text.starts_with("HTTP/1.1 408") && text.contains("limits.body_timeout"), "{text}");
     connections.push(half_header);
     for mut connection in connections {
         let closed = tokio::time::timeout(Duration::from_secs(5), async {

@@ -107,6 +107,31 @@ async fn files_replaced_in_place_are_loaded_anew() {
     })
     .await;
     assert_eq!(running.infer("m", &[2.0]).await.values(), [8.0]);
+    assert_eq!(running.metric(r#"tidegate_pending_requests{model="m",version="1"}"#).await, 0.0);
+
+    // A successor retires what still served, and what failed stays known.
+    repository.put("m", "2", "scale = 6.0");
+    eventually("the successor answers", async || running.infer("m", &[2.0]).await.values() == [12.0]).await;
+    eventually("the old files serve no more", async || {
+        let (_, model) = running.ops("/admin/v1/models/m").await;
+        model["versions"][0]["state"] == "failed" && model["versions"][1]["state"] == "ready"
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn files_that_change_during_a_load_are_loaded_again() {
+    let repository = Repository::with("m", "scale = 1.0\nload_ms = 1500");
+    let running = start(&config(&repository)).await;
+    repository.put("m", "2", "scale = 2.0\nload_ms = 1500");
+    eventually("version 2 loads", async || {
+        let (_, model) = running.ops("/admin/v1/models/m").await;
+        model["versions"][1]["state"] == "loading"
+    })
+    .await;
+    repository.put("m", "2", "scale = 3.0");
+    eventually("version 2 answers", async || running.infer("m", &[1.0]).await.body["model_version"] == "2").await;
+    assert_eq!(running.infer("m", &[1.0]).await.values(), [3.0], "the first files of version 2 never serve");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -8,18 +8,22 @@ use std::{sync::Arc, time::Duration};
 
 use axum::{
     Router,
+    body::Body,
     extract::{Request as HttpRequest, State},
     middleware::Next,
     response::Response as HttpResponse,
 };
 use http::{HeaderMap, HeaderValue};
+use http_body_util::BodyExt;
 use parking_lot::Mutex;
 use tonic::{Request, Response, Status, codec::CompressionEncoding, service::Routes};
 
 use super::{
-    App, EXTENSIONS, Record, SERVER_NAME,
+    App, EXTENSIONS, Record, SERVER_NAME, check_size,
     codec::{self, InferReply},
-    deadline, health, pb, triton,
+    deadline, health,
+    paced::{Broken, Paced},
+    pb, triton,
 };
 use crate::{
     engine,
@@ -65,7 +69,16 @@ async fn edge(State(app): State<Arc<App>>, mut request: HttpRequest, next: Next)
     let path = request.uri().path().to_owned();
     let infer = path == INFER_PATH;
     let record = infer.then(|| Record::start(&app, Protocol::Grpc, request.headers()));
-    let deadline = deadline(std::time::Instant::now(), [timeout(request.headers()), None]);
+    let Ok(timeout) = timeout(request.headers()) else {
+        let error = Error::invalid(format!("{GRPC_TIMEOUT} must be up to eight digits and one of H M S m u n"));
+        if let Some(record) = record {
+            record.finish(Some(error.code));
+        }
+        return Status::from(error).into_http();
+    };
+    let deadline = deadline(std::time::Instant::now(), [timeout, None]);
+    let limit = app.limits.body_timeout;
+    let mut request = request.map(|body| Body::new(Paced::new(body, limit).map_err(broken)));
     let unclaimed: Unclaimed = Arc::new(Mutex::new(record));
     request.extensions_mut().insert(unclaimed.clone());
     let call = next.run(request);
@@ -123,9 +136,25 @@ fn answer_in_kind(headers: &mut HeaderMap) {
     };
 }
 
-/// The `grpc-timeout` header: up to eight digits and a unit.
-fn timeout(headers: &HeaderMap) -> Option<Duration> {
-    let text = headers.get(GRPC_TIMEOUT)?.to_str().ok()?;
+/// What tonic shall answer when a body breaks off.
+fn broken(broken: Broken) -> Status {
+    match broken {
+        Broken::Paused(error) => error.into(),
+        lost @ Broken::Lost(_) => Status::cancelled(lost.to_string()),
+    }
+}
+
+/// A header that is there and cannot be read.
+struct Malformed;
+
+/// The `grpc-timeout` header.
+fn timeout(headers: &HeaderMap) -> Result<Option<Duration>, Malformed> {
+    let Some(value) = headers.get(GRPC_TIMEOUT) else { return Ok(None) };
+    value.to_str().ok().and_then(parse_timeout).map(Some).ok_or(Malformed)
+}
+
+/// Up to eight digits and a unit.
+fn parse_timeout(text: &str) -> Option<Duration> {
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
     if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
         return None;
@@ -152,17 +181,23 @@ impl Service {
         request: Request<pb::ModelInferRequest>,
         record: &mut Record,
     ) -> Result<pb::ModelInferResponse, Error> {
-        let grpc_timeout = timeout(request.metadata().as_ref());
+        let grpc_timeout = timeout(request.metadata().as_ref()).unwrap_or_default();
         let message = request.into_inner();
         record.request_id.clone_from(&message.id);
-        let mut target = self.app.engine.resolve(&message.model_name, Some(&message.model_version))?;
+        let version = Some(message.model_version.as_str());
+        let found = self.app.engine.resolve(&message.model_name, version);
+        let mut target = found.inspect_err(|_| record.aim_at_unready(&message.model_name, version))?;
         record.aim(&target);
-        let call = codec::decode_proto(message).map_err(|error| error.of_model(target.version.name.as_str()))?;
+        let call = codec::decode_proto(message)
+            .and_then(|call| check_size(call, self.app.limits.max_message_bytes))
+            .map_err(|error| error.of_model(target.version.name.as_str()))?;
         let names: Vec<Arc<str>> = call.outputs.iter().map(|output| output.name.clone()).collect();
         let deadline = deadline(record.started(), [call.timeout, grpc_timeout]);
         let request = engine::Request { inputs: call.inputs, outputs: &names, deadline };
-        let outputs = self.app.engine.infer(&mut target, request).await?;
+        let outputs = self.app.engine.infer(&mut target, request).await;
+        // It may have run on the successor of the version that was found first.
         record.aim(&target);
+        let outputs = outputs?;
         let version = &target.version;
         Ok(codec::encode_proto(&InferReply {
             model: version.name.as_str(),
@@ -340,16 +375,11 @@ mod tests {
 
     #[test]
     fn timeouts_parse() {
-        let parse = |text: &str| {
-            let mut headers = HeaderMap::new();
-            headers.insert(GRPC_TIMEOUT, HeaderValue::from_str(text).unwrap());
-            timeout(&headers)
-        };
-        assert_eq!(parse("15m"), Some(Duration::from_millis(15)));
-        assert_eq!(parse("99999999H"), Some(Duration::from_secs(99_999_999 * 3600)));
-        assert_eq!(parse("1S"), Some(Duration::from_secs(1)));
+        assert_eq!(parse_timeout("15m"), Some(Duration::from_millis(15)));
+        assert_eq!(parse_timeout("99999999H"), Some(Duration::from_secs(99_999_999 * 3600)));
+        assert_eq!(parse_timeout("1S"), Some(Duration::from_secs(1)));
         for broken in ["", "m", "5", "5x", "123456789m", "-1S"] {
-            assert_eq!(parse(broken), None, "{broken}");
+            assert_eq!(parse_timeout(broken), None, "{broken}");
         }
     }
 

@@ -30,6 +30,9 @@ const MAX_FRAME: u32 = 1 << 20;
 /// Connections handed to an I/O runtime that it has not picked up; when full, accepting waits.
 const HANDOVER: usize = 256;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Bytes that every HTTP/2 connection begins with.
+const HTTP2_PREFACE: usize = 24;
+const PEEK_INTERVAL: Duration = Duration::from_millis(20);
 /// How long a connection made just before the port closed may take to send something.
 const LAST_CHANCE: Duration = Duration::from_millis(200);
 
@@ -79,11 +82,10 @@ struct Accepted {
 pub struct IoThreads {
     senders: Vec<mpsc::Sender<Accepted>>,
     next: AtomicUsize,
-    pub connections: TaskTracker,
 }
 
 impl IoThreads {
-    /// Starts `count` threads; they end when `closing` was cancelled and their connections are done or aborted.
+    /// Starts `count` threads; they end when this is dropped and their connections are done or aborted.
     ///
     /// # Errors
     /// When the system gives no thread.
@@ -93,7 +95,6 @@ impl IoThreads {
         closing: &CancellationToken,
         abort: &CancellationToken,
     ) -> io::Result<(Self, Vec<JoinHandle<()>>)> {
-        let connections = TaskTracker::new();
         let mut senders = Vec::new();
         let mut threads = Vec::new();
         for index in 0..count.max(1) {
@@ -103,7 +104,7 @@ impl IoThreads {
                 limits: limits.clone(),
                 closing: closing.clone(),
                 abort: abort.clone(),
-                connections: connections.clone(),
+                connections: TaskTracker::new(),
             };
             let thread = std::thread::Builder::new().name(format!("io-{index}")).spawn(move || {
                 runtime.block_on(context.serve(receiver));
@@ -111,7 +112,7 @@ impl IoThreads {
             senders.push(sender);
             threads.push(thread);
         }
-        Ok((Self { senders, next: AtomicUsize::new(0), connections }, threads))
+        Ok((Self { senders, next: AtomicUsize::new(0) }, threads))
     }
 
     /// Accepts connections of `port` until `closing`.
@@ -149,20 +150,8 @@ struct Context {
 
 impl Context {
     async fn serve(self, mut receiver: mpsc::Receiver<Accepted>) {
-        loop {
-            tokio::select! {
-                () = self.closing.cancelled() => break,
-                accepted = receiver.recv() => match accepted {
-                    Some(accepted) => {
-                        tokio::spawn(self.connections.track_future(self.clone().connection(accepted)));
-                    }
-                    None => break,
-                },
-            }
-        }
-        // Connections accepted in the last moment are served like the others.
-        receiver.close();
-        while let Ok(accepted) = receiver.try_recv() {
+        // Whoever accepts drops the sender after the last connection; none is forgotten on the way.
+        while let Some(accepted) = receiver.recv().await {
             tokio::spawn(self.connections.track_future(self.clone().connection(accepted)));
         }
         self.connections.close();
@@ -174,14 +163,16 @@ impl Context {
 
     async fn connection(self, accepted: Accepted) {
         let Ok(stream) = TcpStream::from_std(accepted.stream) else { return };
-        // The HTTP timers start with the first byte; a connection that never sends one ends here.
-        let first_byte = tokio::time::timeout(self.limits.header_timeout, stream.readable());
+        // The timers of HTTP/1 start with the first byte, those of HTTP/2 after the preface; a connection that does
+        // not get so far ends here.
+        let needed = if accepted.wire == Wire::Grpc { HTTP2_PREFACE } else { 1 };
+        let first_bytes = tokio::time::timeout(self.limits.header_timeout, wait_for(&stream, needed));
         let last_chance = async {
             self.closing.cancelled().await;
             tokio::time::sleep(LAST_CHANCE).await;
         };
         tokio::select! {
-            readable = first_byte => if !matches!(readable, Ok(Ok(()))) { return },
+            there = first_bytes => if there != Ok(true) { return },
             () = last_chance => return,
         }
         let io = TokioIo::new(stream);
@@ -232,6 +223,19 @@ impl Context {
     }
 }
 
+/// Whether the peer sends at least `needed` bytes, which stay unread.
+async fn wait_for(stream: &TcpStream, needed: usize) -> bool {
+    let mut bytes = [0; HTTP2_PREFACE];
+    loop {
+        match stream.peek(&mut bytes[..needed]).await {
+            Ok(0) | Err(_) => return false,
+            Ok(there) if there >= needed => return true,
+            // There is no waiting for the next byte while the first ones are unread.
+            Ok(_) => tokio::time::sleep(PEEK_INTERVAL).await,
+        }
+    }
+}
+
 /// Accepts and serves connections of `port` on the calling thread's runtime until `closing`.
 pub async fn serve_here(port: Port, router: Router, wire: Wire, limits: LimitsConfig, closing: CancellationToken) {
     let listener = match tokio::net::TcpListener::from_std(port.listener) {
@@ -272,6 +276,7 @@ async fn accept_one(
                 Ok(stream) => return Some(stream),
                 Err(error) => tracing::debug!(%error, "a connection was gone before it was served"),
             },
+            Err(_) if closing.is_cancelled() => return None,
             Err(error) => {
                 // Out of descriptors, most likely: connections that end will free some.
                 tracing::warn!(%error, "cannot accept a connection");

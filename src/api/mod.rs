@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -14,8 +14,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     engine::{Engine, Target},
-    error::Code,
+    error::{Code, Error},
     metrics::{Metrics, Protocol, VersionMetrics},
+    model::ModelVersion,
+    tensor::Tensor,
 };
 
 pub mod codec;
@@ -23,7 +25,9 @@ pub mod compression;
 pub mod grpc;
 mod health;
 pub mod listen;
+mod message;
 pub mod ops;
+mod paced;
 pub mod pb;
 pub mod rest;
 pub mod status;
@@ -80,6 +84,8 @@ pub struct App {
     /// Whether a failed model makes the whole server unready.
     pub strict_readiness: bool,
     pub onnxruntime_version: String,
+    /// Inference requests that have arrived and are not answered.
+    pub in_flight: AtomicUsize,
     /// Set when the server was told to stop: not ready any more, still serving.
     pub draining: AtomicBool,
     /// Cancelled when connections and streams shall end.
@@ -95,25 +101,27 @@ impl App {
 
 /// One inference request's entry in metrics and log; dropped unfinished, it counts as cancelled.
 pub struct Record {
+    app: Arc<App>,
     protocol: Protocol,
     start: Instant,
+    /// Where the request counts: with its version as soon as that is known.
     metrics: Arc<VersionMetrics>,
-    model: String,
-    version: String,
+    version: Option<Arc<ModelVersion>>,
     pub request_id: String,
     pub traceparent: Option<String>,
     finished: bool,
 }
 
 impl Record {
-    pub fn start(app: &App, protocol: Protocol, headers: &http::HeaderMap) -> Self {
+    pub fn start(app: &Arc<App>, protocol: Protocol, headers: &http::HeaderMap) -> Self {
         let traceparent = headers.get("traceparent").and_then(|value| value.to_str().ok()).map(str::to_owned);
+        app.in_flight.fetch_add(1, Ordering::Relaxed);
         Self {
+            app: app.clone(),
             protocol,
             start: Instant::now(),
             metrics: app.metrics.unknown().clone(),
-            model: String::new(),
-            version: String::new(),
+            version: None,
             request_id: String::new(),
             traceparent,
             finished: false,
@@ -123,8 +131,18 @@ impl Record {
     /// From here on the request counts for `target`.
     pub fn aim(&mut self, target: &Target) {
         self.metrics = target.version.metrics.clone();
-        self.model = target.version.name.to_string();
-        self.version = target.version.version.to_string();
+        self.version = Some(target.version.clone());
+    }
+
+    /// The request was for a version that is known and does not serve.
+    pub fn aim_at_unready(&mut self, model: &str, version: Option<&str>) {
+        let catalog = self.app.engine.catalog().load();
+        let Ok(deployment) = catalog.deployment(model) else { return };
+        let named = version.filter(|version| !version.is_empty());
+        let entry = named.map_or(deployment.entries.last(), |version| deployment.entry(version));
+        if let Some(entry) = entry {
+            self.metrics = entry.metrics.clone();
+        }
     }
 
     pub fn started(&self) -> Instant {
@@ -139,13 +157,14 @@ impl Record {
     fn count(&mut self, failure: Option<Code>) {
         self.finished = true;
         let took = self.start.elapsed();
+        let version = self.version.as_deref();
         self.metrics.request(self.protocol, failure, took);
         let code = failure.map_or("ok", Code::as_str);
         macro_rules! log {
             ($level:ident) => {
                 tracing::$level!(
-                    model = self.model,
-                    version = self.version,
+                    model = version.map(|version| version.name.as_str()),
+                    version = version.map(|version| version.version.as_str()),
                     protocol = ?self.protocol,
                     request_id = self.request_id,
                     traceparent = self.traceparent,
@@ -164,10 +183,27 @@ impl Drop for Record {
         if !self.finished {
             self.count(Some(Code::Cancelled));
         }
+        self.app.in_flight.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 /// The earliest of the ways a client may say how long it waits.
 pub fn deadline(start: Instant, timeouts: [Option<Duration>; 2]) -> Option<Instant> {
     timeouts.into_iter().flatten().min().and_then(|timeout| start.checked_add(timeout))
+}
+
+/// How many times the bytes of its message a request's tensors may take in memory.
+const MAX_EXPANSION: usize = 2;
+
+/// Refuses requests that are small on the wire and huge in memory: a `BYTES` element takes many times the bytes of a
+/// short text.
+fn check_size(call: codec::InferCall, limit: usize) -> Result<codec::InferCall, Error> {
+    let held: usize = call.inputs.iter().map(Tensor::byte_len).sum();
+    if held <= limit.saturating_mul(MAX_EXPANSION) {
+        return Ok(call);
+    }
+    Err(Error::new(
+        Code::TooLarge,
+        format!("the inputs take {held} bytes in memory, more than {MAX_EXPANSION} times limits.max_message_bytes"),
+    ))
 }

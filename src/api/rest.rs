@@ -11,20 +11,22 @@ use std::{
 use axum::{
     Json, Router,
     body::Body,
-    extract::{Path, Request, State},
+    extract::{FromRequestParts, Path, Request, State},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, HeaderValue, StatusCode, header};
+use http::{HeaderMap, HeaderValue, StatusCode, header, request::Parts};
 use http_body_util::BodyExt;
 use serde_json::json;
 
 use super::{
-    App, EXTENSIONS, Record, SERVER_NAME,
+    App, EXTENSIONS, Record, SERVER_NAME, check_size,
     codec::{self, Encoded, InferReply, JsonOptions},
     compression::{self, Encoding},
-    deadline, status, triton,
+    deadline,
+    paced::{Broken, Paced},
+    status, triton,
 };
 use crate::{
     engine,
@@ -112,6 +114,15 @@ struct Named {
     version: Option<String>,
 }
 
+impl FromRequestParts<Arc<App>> for Named {
+    type Rejection = RestError;
+
+    async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, RestError> {
+        let path = Path::<Named>::from_request_parts(parts, app).await;
+        path.map(|Path(named)| named).map_err(|rejection| Error::not_found(rejection.body_text()).into())
+    }
+}
+
 async fn server_metadata() -> Response {
     Json(json!({ "name": SERVER_NAME, "version": env!("CARGO_PKG_VERSION"), "extensions": EXTENSIONS })).into_response()
 }
@@ -122,7 +133,7 @@ async fn server_ready(State(app): State<Arc<App>>) -> Response {
     (code, Json(json!({ "ready": ready }))).into_response()
 }
 
-async fn model_ready(State(app): State<Arc<App>>, Path(named): Path<Named>) -> Response {
+async fn model_ready(State(app): State<Arc<App>>, named: Named) -> Response {
     let answer =
         |code: StatusCode, ready: bool| (code, Json(json!({ "name": named.model, "ready": ready }))).into_response();
     match app.engine.resolve(&named.model, named.version.as_deref()) {
@@ -132,7 +143,7 @@ async fn model_ready(State(app): State<Arc<App>>, Path(named): Path<Named>) -> R
     }
 }
 
-async fn model_metadata(State(app): State<Arc<App>>, Path(named): Path<Named>) -> Result<Response, RestError> {
+async fn model_metadata(State(app): State<Arc<App>>, named: Named) -> Result<Response, RestError> {
     let version = app.engine.resolve(&named.model, named.version.as_deref())?.version;
     let catalog = app.engine.catalog().load();
     let tensors = |specs: &[crate::backend::TensorSpec]| -> serde_json::Value {
@@ -151,12 +162,12 @@ async fn model_metadata(State(app): State<Arc<App>>, Path(named): Path<Named>) -
     .into_response())
 }
 
-async fn model_config(State(app): State<Arc<App>>, Path(named): Path<Named>) -> Result<Response, RestError> {
+async fn model_config(State(app): State<Arc<App>>, named: Named) -> Result<Response, RestError> {
     let version = app.engine.resolve(&named.model, named.version.as_deref())?.version;
     Ok(Json(triton::config_json(&version, version.model_file)).into_response())
 }
 
-async fn model_statistics(State(app): State<Arc<App>>, Path(named): Path<Named>) -> Result<Response, RestError> {
+async fn model_statistics(State(app): State<Arc<App>>, named: Named) -> Result<Response, RestError> {
     let catalog = app.engine.catalog().load();
     let entries = triton::statistics_of(&catalog, &named.model, named.version.as_deref().unwrap_or_default())?;
     Ok(Json(triton::statistics_json(&entries)).into_response())
@@ -183,9 +194,13 @@ async fn repository_index(State(app): State<Arc<App>>, request: Request) -> Resu
     Ok(Json(triton::index_json(&app.engine.catalog().load(), filter.ready)).into_response())
 }
 
-async fn infer(State(app): State<Arc<App>>, Path(named): Path<Named>, request: Request) -> Response {
+async fn infer(State(app): State<Arc<App>>, named: Result<Named, RestError>, request: Request) -> Response {
     let mut record = Record::start(&app, Protocol::Rest, request.headers());
-    match try_infer(&app, &named, request, &mut record).await {
+    let answer = match named {
+        Ok(named) => try_infer(&app, &named, request, &mut record).await,
+        Err(error) => Err(error),
+    };
+    match answer {
         Ok(response) => {
             record.finish(None);
             response
@@ -203,7 +218,9 @@ async fn try_infer(app: &App, named: &Named, request: Request, record: &mut Reco
     if let Some(id) = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok()) {
         id.clone_into(&mut record.request_id);
     }
-    let mut target = app.engine.resolve(&named.model, named.version.as_deref())?;
+    let version = named.version.as_deref();
+    let found = app.engine.resolve(&named.model, version);
+    let mut target = found.inspect_err(|_| record.aim_at_unready(&named.model, version))?;
     record.aim(&target);
 
     let encoding = content_encoding(&headers)?;
@@ -215,6 +232,7 @@ async fn try_infer(app: &App, named: &Named, request: Request, record: &mut Reco
         Some(0) => codec::decode_raw(&body, &target.version.signature),
         header_length => codec::decode_json(&body, header_length),
     };
+    let call = call.and_then(|call| check_size(call, app.limits.max_message_bytes));
     let call = call.map_err(|error| error.of_model(&named.model))?;
     if !call.id.is_empty() {
         record.request_id.clone_from(&call.id);
@@ -223,8 +241,10 @@ async fn try_infer(app: &App, named: &Named, request: Request, record: &mut Reco
     let names: Vec<Arc<str>> = call.outputs.iter().map(|output| output.name.clone()).collect();
     let deadline = deadline(record.started(), [call.timeout, waits]);
     let request = engine::Request { inputs: call.inputs, outputs: &names, deadline };
-    let outputs = app.engine.infer(&mut target, request).await?;
+    let outputs = app.engine.infer(&mut target, request).await;
+    // It may have run on the successor of the version that was found first.
     record.aim(&target);
+    let outputs = outputs?;
 
     let version = &target.version;
     let reply =
@@ -300,26 +320,23 @@ impl http_body::Body for Pieces {
 }
 
 /// Reads a whole body, which may take at most `limit` bytes and pause at most `limits.body_timeout`.
-async fn read_body(app: &App, body: Body, limit: usize) -> Result<Bytes, Error> {
+async fn read_body(app: &App, body: Body, limit: usize) -> Result<Bytes, RestError> {
     let too_large =
         || Error::new(Code::TooLarge, format!("the body is larger than the {limit} bytes of limits.max_message_bytes"));
     let announced = http_body::Body::size_hint(&body).lower();
     if announced > limit as u64 {
-        return Err(too_large());
+        return Err(too_large().into());
     }
-    let mut body = body;
+    let mut body = Paced::new(body, app.limits.body_timeout);
     let mut first: Option<Bytes> = None;
     let mut rest = BytesMut::new();
     loop {
-        let frame = tokio::time::timeout(app.limits.body_timeout, body.frame()).await.map_err(|_| {
-            let waited = app.limits.body_timeout;
-            Error::new(
-                Code::DeadlineExceeded,
-                format!("the body paused for more than {waited:?} (limits.body_timeout)"),
-            )
+        let Some(frame) = body.frame().await else { break };
+        let frame = frame.map_err(|broken| match broken {
+            // Not 504: nothing behind this server is late.
+            Broken::Paused(error) => RestError { error, status: Some(StatusCode::REQUEST_TIMEOUT) },
+            lost @ Broken::Lost(_) => Error::invalid(lost.to_string()).into(),
         })?;
-        let Some(frame) = frame else { break };
-        let frame = frame.map_err(|error| Error::invalid(format!("the body broke off: {error}")))?;
         let Ok(data) = frame.into_data() else { continue };
         match &first {
             None => first = Some(data),
@@ -332,7 +349,7 @@ async fn read_body(app: &App, body: Body, limit: usize) -> Result<Bytes, Error> 
             }
         }
         if rest.len().max(first.as_ref().map_or(0, Bytes::len)) > limit {
-            return Err(too_large());
+            return Err(too_large().into());
         }
     }
     Ok(if rest.is_empty() { first.unwrap_or_default() } else { rest.freeze() })

@@ -56,6 +56,9 @@ struct OnnxSession {
     session: ort::session::Session,
     run: RunOptions<HasSelectedOutputs>,
     signature: Arc<Signature>,
+    device: Device,
+    /// Whether a run has succeeded: then the model works, and what fails later is most likely the input's doing.
+    proven: bool,
 }
 
 impl OnnxRuntime {
@@ -162,23 +165,23 @@ impl Backend for OnnxRuntime {
                 .push("flush_to_zero reaches the operator threads, not the thread that runs the graph".into());
         }
         let signature = Arc::new(signature);
-        let mut sessions = vec![OnnxSession::new(first, &signature).map_err(named)?];
+        let mut sessions = vec![OnnxSession::new(first, &signature, options.device).map_err(named)?];
         while sessions.len() < instances {
             let session = commit(&mut builder, &bytes, options.device).map_err(named)?;
-            sessions.push(OnnxSession::new(session, &signature).map_err(named)?);
+            sessions.push(OnnxSession::new(session, &signature, options.device).map_err(named)?);
         }
         Ok(sessions.into_iter().map(|session| Box::new(session) as Box<dyn Session>).collect())
     }
 }
 
 impl OnnxSession {
-    fn new(session: ort::session::Session, signature: &Arc<Signature>) -> Result<Self, Error> {
+    fn new(session: ort::session::Session, signature: &Arc<Signature>, device: Device) -> Result<Self, Error> {
         let names = signature.outputs.iter().map(|spec| &*spec.name);
         let outputs = names.fold(OutputSelector::no_default(), OutputSelector::with);
         let run = RunOptions::new()
             .map_err(|error| Error::internal(format!("cannot create run options: {error}")))?
             .with_outputs(outputs);
-        Ok(Self { session, run, signature: Arc::clone(signature) })
+        Ok(Self { session, run, signature: Arc::clone(signature), device, proven: false })
     }
 }
 
@@ -189,19 +192,29 @@ impl Session for OnnxSession {
 
     fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, Error> {
         let values = inputs.iter().map(values::to_value).collect::<Result<Vec<SessionInputValue<'_>>, Error>>()?;
+        let (device, proven) = (self.device, self.proven);
         let outputs = self.session.run_with_options(values.as_slice(), &self.run).map_err(|error| {
-            let code = match error.code() {
-                ErrorCode::InvalidArgument => Code::InvalidArgument,
-                _ => Code::Internal,
-            };
+            let code = if blames_input(&error, device, proven) { Code::InvalidArgument } else { Code::Internal };
             Error::new(code, format!("the model failed: {}", tidy(error.message())))
         })?;
-        self.signature
-            .outputs
-            .iter()
-            .zip(outputs.values())
-            .map(|(spec, value)| values::from_value(spec, &value))
-            .collect()
+        let specs = self.signature.outputs.iter();
+        let results = specs.zip(outputs.values()).map(|(spec, value)| values::from_value(spec, &value)).collect();
+        drop(outputs);
+        self.proven = true;
+        results
+    }
+}
+
+/// Whether a failed run is the caller's doing. Operators report shapes and values that they cannot work with as one
+/// failure or another, so a model that has run before is trusted more than the input; a device that fails, or memory
+/// that runs out, is nobody's input.
+fn blames_input(error: &ort::Error, device: Device, proven: bool) -> bool {
+    match error.code() {
+        ErrorCode::InvalidArgument => true,
+        ErrorCode::GenericFailure | ErrorCode::RuntimeException => {
+            proven && device == Device::Cpu && !error.message().to_lowercase().contains("alloc")
+        }
+        _ => false,
     }
 }
 
@@ -576,11 +589,14 @@ mod tests {
         let nodes = vec![testing::node("Add", &["a", "b"], &["y"])];
         let directory = testing::directory(testing::graph(nodes, inputs, vec![testing::value("y", kind)]));
         let mut session = load(directory.path(), &Options::default()).unwrap();
-        let error = session.run(&[floats("a", &[2], &[0.0; 2]), floats("b", &[3], &[0.0; 3])]).unwrap_err();
+        let uneven = [floats("a", &[2], &[0.0; 2]), floats("b", &[3], &[0.0; 3])];
+        let error = session.run(&uneven).unwrap_err();
+        assert_eq!(error.code, Code::Internal, "nothing says that the model works");
         assert!(error.message.starts_with("the model failed: "), "{error}");
         assert!(error.message.contains("2 by 3") && !error.message.contains("::"), "{error}");
         let outputs = session.run(&[floats("a", &[1], &[1.0]), floats("b", &[1], &[2.0])]).unwrap();
         assert_eq!(values(&outputs[0]), [3.0]);
+        assert_eq!(session.run(&uneven).unwrap_err().code, Code::InvalidArgument);
     }
 
     #[test]

@@ -11,10 +11,9 @@ use std::{
 };
 
 use tokio::{
-    sync::{Semaphore, mpsc},
+    sync::{Semaphore, mpsc, oneshot},
     task::JoinSet,
 };
-use tokio_util::sync::CancellationToken;
 
 use super::{ModelControl, Settings, spec::ModelSpec, spec::VersionPolicy};
 use crate::{
@@ -53,6 +52,7 @@ pub struct Reconciler {
     models: BTreeMap<ModelName, Tracked>,
     events: (mpsc::Sender<Event>, mpsc::Receiver<Event>),
     loads: Arc<Semaphore>,
+    loading: JoinSet<()>,
     drains: JoinSet<usize>,
     first_scan: Option<Scan>,
     complete: bool,
@@ -60,7 +60,14 @@ pub struct Reconciler {
 
 /// Something that happened off the reconciler's task.
 enum Event {
-    Loaded { name: ModelName, version: Version, fingerprint: Fingerprint, result: Result<Box<Loaded>, Error> },
+    Loaded {
+        name: ModelName,
+        version: Version,
+        fingerprint: Fingerprint,
+        /// What the files are like after the load; another fingerprint means that they changed while they were read.
+        after: std::io::Result<Fingerprint>,
+        result: Result<Box<Loaded>, Error>,
+    },
 }
 
 /// A model the repository holds, or held until its versions are drained.
@@ -76,6 +83,8 @@ struct TrackedVersion {
     /// What serves, and the files it came from.
     serving: Option<(Arc<ModelVersion>, Fingerprint)>,
     progress: Progress,
+    /// Whether the version policy selects it.
+    wanted: bool,
     /// Since when the repository does not hold it.
     missing_since: Option<Instant>,
 }
@@ -123,31 +132,33 @@ impl Reconciler {
             models: BTreeMap::new(),
             events: mpsc::channel(64),
             loads,
+            loading: JoinSet::new(),
             drains: JoinSet::new(),
             first_scan: None,
             complete: false,
         }
     }
 
-    /// Reconciles on every tick, kick and event. On cancellation it drains all versions and returns how many
-    /// requests were cut short.
-    pub async fn run(mut self, mut kicks: mpsc::Receiver<()>, stop: CancellationToken) -> usize {
+    /// Reconciles on every tick, kick and event. When told to stop it drains all versions, which may take as long as
+    /// `stop` says, and returns how many requests were cut short.
+    pub async fn run(mut self, mut kicks: mpsc::Receiver<()>, mut stop: oneshot::Receiver<Duration>) -> usize {
         let mut tick = tokio::time::interval(self.settings.poll_interval);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
+        let limit = loop {
             tokio::select! {
-                () = stop.cancelled() => break,
+                limit = &mut stop => break limit.unwrap_or_default(),
                 _ = tick.tick() => {}
                 Some(()) = kicks.recv() => {}
                 Some(event) = self.events.1.recv() => self.handle(event),
                 Some(_) = self.drains.join_next() => {}
+                Some(_) = self.loading.join_next() => {}
             }
             while let Ok(event) = self.events.1.try_recv() {
                 self.handle(event);
             }
             self.pass().await;
-        }
-        self.shut_down().await
+        };
+        self.shut_down(limit).await
     }
 
     async fn pass(&mut self) {
@@ -175,8 +186,12 @@ impl Reconciler {
             .map_err(std::io::Error::other)??;
         let wanted = &self.settings.load_models;
         if self.settings.control == ModelControl::Explicit {
-            for name in wanted.iter().filter(|name| *name != "*" && !scan.contains_key(name.as_str())) {
-                tracing::error!(model = name, "the model to load is not in the repository");
+            for text in wanted.iter().filter(|text| *text != "*") {
+                // A model that is not there shall show as one that failed.
+                if let Ok(name) = ModelName::parse(text) {
+                    let directory = self.settings.models.join(text);
+                    scan.entry(name).or_insert(FoundModel { directory, settings: None, versions: Vec::new() });
+                }
             }
             scan.retain(|name, _| wanted.iter().any(|wanted| wanted == "*" || wanted == name.as_str()));
         }
@@ -210,7 +225,7 @@ impl Reconciler {
         let Some(model) = self.models.get_mut(name) else { return };
         model.problem = match &spec {
             Err(error) if found.versions.is_empty() => Some(error.message.clone()),
-            _ if found.versions.is_empty() => Some("the folder holds no version (1, 2, …)".to_owned()),
+            _ if found.versions.is_empty() => Some("the repository holds no version of it (1, 2, …)".to_owned()),
             _ if targets.is_empty() && found.versions.iter().all(|found| model.find(&found.version).is_none()) => {
                 Some("the version policy selects none of the versions in the folder".to_owned())
             }
@@ -238,6 +253,7 @@ impl Reconciler {
         for tracked in &mut model.versions {
             let wanted = targets.iter().any(|wanted| wanted.version == tracked.version);
             let there = found.versions.iter().any(|found| found.version == tracked.version);
+            tracked.wanted = wanted;
             if there && !wanted && !matches!(tracked.progress, Progress::Failed { .. }) {
                 tracked.progress = Progress::Gone;
             }
@@ -249,15 +265,22 @@ impl Reconciler {
         self.retire_unwanted(name, found.versions.is_empty());
     }
 
-    fn start_load(&self, name: &ModelName, found: &FoundModel, wanted: FoundVersion, spec: Result<ModelSpec, Error>) {
+    fn start_load(
+        &mut self,
+        name: &ModelName,
+        found: &FoundModel,
+        wanted: FoundVersion,
+        spec: Result<ModelSpec, Error>,
+    ) {
         let events = self.events.0.clone();
         let loads = self.loads.clone();
         let loader = self.loader.clone();
         let name = name.clone();
         let FoundVersion { version, files, fingerprint } = wanted;
-        let plan = spec.map(|spec| self.plan(&name, &version, files, found, spec));
+        let directory = found.directory.clone();
+        let plan = spec.map(|spec| self.plan(&name, &version, files.clone(), found, spec));
         tracing::info!(model = %name, %version, "loading");
-        tokio::spawn(async move {
+        self.loading.spawn(async move {
             // The semaphore lives as long as the reconciler; closed only with it.
             let _permit = loads.acquire_owned().await;
             let result = match plan {
@@ -265,8 +288,9 @@ impl Reconciler {
                 Ok(plan) => on_loader_thread(move || load::load(plan, &loader.backends, loader.decode_sample)).await,
             };
             let result = result.map(Box::new);
+            let after = local::fingerprint(&files, &directory);
             // The receiver is gone only when the server stops; then nobody wants the model any more.
-            let _ = events.send(Event::Loaded { name, version, fingerprint, result }).await;
+            let _ = events.send(Event::Loaded { name, version, fingerprint, after, result }).await;
         });
     }
 
@@ -293,12 +317,19 @@ impl Reconciler {
     }
 
     fn handle(&mut self, event: Event) {
-        let Event::Loaded { name, version, fingerprint, result } = event;
+        let Event::Loaded { name, version, fingerprint, after, result } = event;
         let tracked = self.models.get_mut(&name).and_then(|model| model.find(&version));
         let Some(tracked) = tracked.filter(|tracked| tracked.progress == Progress::Loading { fingerprint }) else {
             tracing::info!(model = %name, %version, "loaded in vain: its files changed or went away meanwhile");
             return;
         };
+        if let Ok(after) = after
+            && after != fingerprint
+        {
+            tracing::info!(model = %name, %version, "its files changed while they were read; loading again");
+            tracked.progress = Progress::Settling { fingerprint: after, since: Instant::now() };
+            return;
+        }
         let started =
             result.and_then(|loaded| ModelVersion::start(*loaded, self.settings.queue, tracked.metrics.clone()));
         match started {
@@ -327,14 +358,18 @@ impl Reconciler {
         let may_retire = nothing_wanted || (ready && successor);
         let mut retired = Vec::new();
         model.versions.retain_mut(|tracked| {
-            if tracked.progress != Progress::Gone {
+            let gone = tracked.progress == Progress::Gone;
+            let failed = matches!(tracked.progress, Progress::Failed { .. });
+            let unwanted = gone || (failed && !tracked.wanted);
+            if !unwanted || (tracked.serving.is_some() && !may_retire) {
                 return true;
             }
-            if tracked.serving.is_some() && !may_retire {
-                return true;
+            if let Some((old, _)) = tracked.serving.take() {
+                tracked.metrics.state(State::Draining.as_str(), &State::NAMES);
+                retired.push(old);
             }
-            retired.extend(tracked.serving.take().map(|(old, _)| old));
-            false
+            // What failed stays known, so that operators see why.
+            failed
         });
         if !retired.is_empty() {
             self.publish();
@@ -370,14 +405,20 @@ impl Reconciler {
         self.writer.publish(Catalog { deployments, complete: self.complete });
     }
 
-    async fn shut_down(mut self) -> usize {
+    async fn shut_down(mut self, limit: Duration) -> usize {
         self.events.1.close();
+        self.settings.drain_timeout = limit;
         let serving: Vec<_> =
             self.models.values_mut().flat_map(|model| &mut model.versions).filter_map(|v| v.serving.take()).collect();
         serving.into_iter().for_each(|(version, _)| self.retire(Some(version)));
         let mut cut = 0;
         while let Some(drained) = self.drains.join_next().await {
             cut += drained.unwrap_or(0);
+        }
+        // A load cannot be stopped, and a library that is being used is not to be torn down.
+        let loads = async { while self.loading.join_next().await.is_some() {} };
+        if tokio::time::timeout(limit, loads).await.is_err() {
+            tracing::warn!("a model was still loading");
         }
         cut
     }
@@ -406,6 +447,7 @@ impl Tracked {
                 metrics: metrics.version(name.as_str(), version.as_str()),
                 serving: None,
                 progress: Progress::Gone,
+                wanted: false,
                 missing_since: None,
             };
             insert_in_order(&mut self.versions, fresh, |tracked| &tracked.version);
@@ -466,6 +508,7 @@ fn targets(tracked: &[TrackedVersion], found: &FoundModel, spec: &Result<ModelSp
     let failed = |found: &&FoundVersion| {
         tracked.iter().any(|tracked| {
             tracked.version == found.version
+                && tracked.serving.is_none()
                 && matches!(&tracked.progress, Progress::Failed { fingerprint, .. } if *fingerprint == found.fingerprint)
         })
     };

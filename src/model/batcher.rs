@@ -97,7 +97,7 @@ impl<T> Batcher<T> {
         }
         if let Some(deadline) = cost.deadline {
             let run = if wait.is_zero() { Duration::ZERO } else { self.service.estimate(cost.rows) };
-            if now + wait + run > deadline {
+            if wait.saturating_add(run) > deadline.saturating_duration_since(now) {
                 let message = format!("the deadline cannot be met: the estimated wait is {wait:.0?}");
                 return Err((item, Error::new(crate::error::Code::DeadlineExceeded, message)));
             }

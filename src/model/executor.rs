@@ -188,6 +188,10 @@ fn execute(queue: &Queue, session: &mut dyn Session, model: &str, mut jobs: Vec<
             // Only the offender shall get the error: its neighbours run again, each by itself.
             tracing::debug!(model, requests = jobs.len(), %error, "batch failed, running its requests one by one");
             for job in jobs {
+                if job.reply.is_closed() {
+                    queue.metrics.dropped(DropReason::Cancelled);
+                    continue;
+                }
                 let rows = job_rows(&job);
                 run_alone(queue, session, model, job, rows);
             }
@@ -202,7 +206,7 @@ fn run_alone(queue: &Queue, session: &mut dyn Session, model: &str, job: Job, ro
     let took = start.elapsed();
     match result {
         Ok(mut outputs) => {
-            if rows == 0 {
+            if job.inputs.first().is_some_and(|input| input.shape.first() == Some(&0)) {
                 // Some graphs give rows where none were asked for.
                 outputs.iter_mut().filter(|output| output.rows() > 0).for_each(|output| *output = output.slice(0, 0));
             }

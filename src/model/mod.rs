@@ -99,6 +99,8 @@ pub struct ModelVersion {
     pub name: ModelName,
     pub version: Version,
     pub signature: Signature,
+    /// Whether the first dimension of everything is the request's to choose, so that requests have rows.
+    has_rows: bool,
     pub platform: &'static str,
     /// The file the graph came from.
     pub model_file: &'static str,
@@ -127,6 +129,7 @@ impl ModelVersion {
         let version = Self {
             name: loaded.name,
             version: loaded.version,
+            has_rows: loaded.signature.unbatchable().is_none(),
             signature: loaded.signature,
             platform: loaded.platform,
             model_file: loaded.model_file,
@@ -184,10 +187,10 @@ impl ModelVersion {
     }
 
     fn cost(&self, inputs: &[Tensor], deadline: Option<Instant>) -> Result<Cost, Error> {
-        let batched = self.signature.unbatchable().is_none();
-        let rows = if batched { inputs.first().map_or(1, Tensor::rows) } else { 1 };
+        let rows = if self.has_rows { inputs.first().map_or(1, Tensor::rows) } else { 1 };
         let uneven = inputs.iter().any(|input| input.rows() != rows);
-        if let Some(limit) = self.max_batch_size.filter(|&limit| batched && rows > limit) {
+        let empty = inputs.iter().any(|input| input.shape.contains(&0));
+        if let Some(limit) = self.max_batch_size.filter(|&limit| self.has_rows && rows > limit) {
             return Err(Error::invalid(format!(
                 "model '{}': a request may have {limit} rows at most (max_batch_size), got {rows}",
                 self.name
@@ -195,10 +198,11 @@ impl ModelVersion {
         }
         let trailing = |input: &Tensor| input.shape.iter().skip(1).copied().collect::<ShapeKey>();
         Ok(Cost {
-            rows,
+            // An empty tensor may claim any number of rows.
+            rows: if empty { 0 } else { rows },
             bytes: inputs.iter().map(Tensor::byte_len).sum(),
             shape: inputs.iter().flat_map(trailing).collect(),
-            alone: !self.batching.enabled || uneven || rows == 0,
+            alone: !self.batching.enabled || uneven || empty,
             deadline,
         })
     }

@@ -2,101 +2,69 @@
 
 use std::time::Duration;
 
-/// Weight that each run loses when a newer one is seen: the last fifty or so count.
-const DECAY: f64 = 0.98;
+/// How much of the past each new run replaces: the last twenty or so count.
+const FRESHNESS: f64 = 0.05;
 
-/// A line `fixed + per_row · rows` through the runs seen, newer ones counting more.
-#[derive(Clone, Debug, Default)]
+/// A line `fixed + per_row · rows` from the warm-up sweep, times how much slower or faster runs have been since.
+///
+/// Only the factor is learned online: recent runs are often all of one size, which says nothing of a slope.
+#[derive(Clone, Debug)]
 pub struct ServiceTime {
-    recent: Moments,
-    /// The warm-up sweep never decays, so the line keeps its slope when all recent runs have one size.
-    sweep: Moments,
+    /// Seconds.
+    fixed: f64,
+    /// Seconds per row.
+    per_row: f64,
+    factor: f64,
 }
 
-/// Weighted sums for a least-squares line.
-#[derive(Clone, Copy, Debug, Default)]
-struct Moments {
-    weight: f64,
-    x: f64,
-    y: f64,
-    xx: f64,
-    xy: f64,
-}
-
-impl Moments {
-    fn add(&mut self, x: f64, y: f64) {
-        self.weight += 1.0;
-        self.x += x;
-        self.y += y;
-        self.xx += x * x;
-        self.xy += x * y;
-    }
-
-    fn scaled(self, factor: f64) -> Self {
-        Self {
-            weight: self.weight * factor,
-            x: self.x * factor,
-            y: self.y * factor,
-            xx: self.xx * factor,
-            xy: self.xy * factor,
-        }
-    }
-
-    fn plus(self, other: Self) -> Self {
-        Self {
-            weight: self.weight + other.weight,
-            x: self.x + other.x,
-            y: self.y + other.y,
-            xx: self.xx + other.xx,
-            xy: self.xy + other.xy,
-        }
+impl Default for ServiceTime {
+    fn default() -> Self {
+        Self { fixed: 0.0, per_row: 0.0, factor: 1.0 }
     }
 }
 
 impl ServiceTime {
-    /// From pairs of rows and the time a run of so many took.
+    /// The least-squares line through pairs of rows and the time a run of so many took.
     pub fn from_sweep(runs: &[(usize, Duration)]) -> Self {
-        let mut sweep = Moments::default();
-        runs.iter().for_each(|&(rows, took)| sweep.add(rows as f64, took.as_secs_f64()));
-        Self { recent: Moments::default(), sweep }
+        if runs.is_empty() {
+            return Self::default();
+        }
+        let count = runs.len() as f64;
+        let points = || runs.iter().map(|&(rows, took)| (rows as f64, took.as_secs_f64()));
+        let mean_x = points().map(|(x, _)| x).sum::<f64>() / count;
+        let mean_y = points().map(|(_, y)| y).sum::<f64>() / count;
+        let variance: f64 = points().map(|(x, _)| (x - mean_x).powi(2)).sum();
+        let covariance: f64 = points().map(|(x, y)| (x - mean_x) * (y - mean_y)).sum();
+        // Runs of one size only say what that size costs; take all of it as cost per row.
+        let most = mean_y / mean_x.max(1.0);
+        let per_row = if variance > 0.0 { (covariance / variance).clamp(0.0, most) } else { most };
+        Self { fixed: (mean_y - per_row * mean_x).max(0.0), per_row, factor: 1.0 }
     }
 
     pub fn observe(&mut self, rows: usize, took: Duration) {
-        self.recent = self.recent.scaled(DECAY);
-        self.recent.add(rows as f64, took.as_secs_f64());
-    }
-
-    /// Seconds a run takes whatever its size, and seconds per row; neither negative.
-    fn line(&self) -> (f64, f64) {
-        let all = self.recent.plus(self.sweep);
-        if all.weight == 0.0 {
-            return (0.0, 0.0);
+        let expected = self.fixed + self.per_row * rows as f64;
+        if expected > 0.0 {
+            self.factor += FRESHNESS * (took.as_secs_f64() / expected - self.factor);
+        } else {
+            // Nothing was measured at warm-up: the first run stands for all.
+            self.per_row = took.as_secs_f64() / rows.max(1) as f64;
         }
-        let (mean_x, mean_y) = (all.x / all.weight, all.y / all.weight);
-        let variance = all.xx / all.weight - mean_x * mean_x;
-        let covariance = all.xy / all.weight - mean_x * mean_y;
-        // Runs of one size only say what that size costs; take all of it as cost per row.
-        let slope = if variance > 1e-9 { covariance / variance } else { mean_y / mean_x.max(1.0) };
-        let per_row = slope.clamp(0.0, mean_y / mean_x.max(f64::MIN_POSITIVE));
-        ((mean_y - per_row * mean_x).max(0.0), per_row)
     }
 
     /// The expected time of one run of `rows` rows; zero before anything was seen.
     pub fn estimate(&self, rows: usize) -> Duration {
-        let (fixed, per_row) = self.line();
-        duration(fixed + per_row * rows as f64)
+        duration(self.factor * (self.fixed + self.per_row * rows as f64))
     }
 
     /// The expected time to run `requests` requests of together `rows` rows in groups of at most `group` rows.
     pub fn estimate_queue(&self, rows: usize, requests: usize, group: usize) -> Duration {
-        let (fixed, per_row) = self.line();
         let runs = if group <= 1 { requests } else { rows.div_ceil(group).min(requests) };
-        duration(fixed * runs as f64 + per_row * rows as f64)
+        duration(self.factor * (self.fixed * runs as f64 + self.per_row * rows as f64))
     }
 }
 
 fn duration(seconds: f64) -> Duration {
-    Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX / 2)
+    Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX / 4)
 }
 
 #[cfg(test)]
@@ -121,14 +89,20 @@ mod tests {
     }
 
     #[test]
-    fn it_follows_a_model_that_slows_down() {
-        let mut service = ServiceTime::from_sweep(&[(1, ms(1)), (2, ms(2))]);
-        (0..200).for_each(|_| service.observe(1, ms(10)));
-        assert!(service.estimate(1) > ms(8), "{:?}", service.estimate(1));
+    fn it_follows_a_model_that_turns_out_slower_or_faster() {
+        let sweep: Vec<_> = [1usize, 8, 64].iter().map(|&rows| (rows, ms(10 * rows as u64))).collect();
+        let mut service = ServiceTime::from_sweep(&sweep);
+        (0..200).for_each(|_| service.observe(1, ms(1)));
+        assert!(close(service.estimate(1), ms(1)), "{:?}", service.estimate(1));
+        (0..200).for_each(|_| service.observe(1, ms(50)));
+        assert!(close(service.estimate(2), ms(100)), "{:?}", service.estimate(2));
     }
 
     #[test]
-    fn nothing_seen_costs_nothing() {
-        assert_eq!(ServiceTime::default().estimate(100), Duration::ZERO);
+    fn nothing_seen_costs_nothing_and_the_first_run_stands_for_all() {
+        let mut service = ServiceTime::default();
+        assert_eq!(service.estimate(100), Duration::ZERO);
+        service.observe(2, ms(4));
+        assert!(close(service.estimate(10), ms(20)));
     }
 }

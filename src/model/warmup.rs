@@ -1,7 +1,7 @@
 //! Warm-up: the first runs of a session, the proof that rows are independent, and the sweep of batch sizes.
 //!
-//! A silently wrong batch is the worst bug a server can have, so grouping requests is switched on only after three
-//! different rows gave the same answers alone, together and in reverse order.
+//! A silently wrong batch is the worst bug a server can have, so grouping requests is switched on only after at least
+//! three different rows, with different answers, gave the same answers alone, together and in reverse order.
 
 use std::{
     sync::Arc,
@@ -26,7 +26,10 @@ pub const MAX_SWEEP_ROWS: usize = 64;
 const WORTHWHILE_GROWTH: f64 = 1.02;
 const SWEEP_BUDGET: Duration = Duration::from_millis(500);
 const RUNS_PER_SIZE: usize = 3;
+/// Rows that the proof needs at least.
 const PROOF_ROWS: usize = 3;
+/// Made-up rows that are tried to find some that the outputs tell apart.
+const CANDIDATES: usize = 16;
 const RELATIVE_TOLERANCE: f64 = 1e-4;
 const ABSOLUTE_TOLERANCE: f64 = 1e-5;
 /// Sizes tried for a free dimension that is not the batch.
@@ -77,33 +80,31 @@ pub fn warm(
         }
     }
 
-    let found = find_rows(session, &signature, batches.first());
-    let rows = match found {
-        Ok(rows) => rows,
-        Err(error) => {
-            tracing::warn!(model, %error, "made-up warm-up inputs failed; a sample in warmup/*.json helps");
-            let batching = off(format!("made-up warm-up inputs failed: {error}"));
-            return Ok(Warmed { batching, service, batches });
-        }
-    };
-    let single = vec![rows[0].clone()];
-    let start = Instant::now();
-    if session.run(&rows[0]).is_ok() {
-        service = ServiceTime::from_sweep(&[(1, start.elapsed())]);
-    }
     let objection = match wanted {
         Some(false) => Some("switched off by model.toml".to_owned()),
         _ if limit <= 1 => Some("max_batch_size is 1".to_owned()),
         _ => signature.unbatchable(),
     };
-    if let Some(reason) = objection {
-        return Ok(Warmed { batching: off(reason), service, batches: single });
+    let runs = match warm_rows(session, &signature, batches.first()) {
+        Ok(runs) => runs,
+        Err(reason) => {
+            tracing::warn!(model, reason, "made-up warm-up inputs did not work out");
+            return Ok(Warmed { batching: off(objection.unwrap_or(reason)), service, batches });
+        }
+    };
+    let rows: Vec<Vec<Tensor>> = runs.rows.iter().map(|run| run.inputs.clone()).collect();
+    if let Some(run) = runs.rows.last() {
+        service = ServiceTime::from_sweep(&[(1, run.took)]);
     }
-    if wanted.is_none()
-        && let Err(reason) = prove_independence(session, &rows)
-    {
+    let mut proof = || match (&wanted, &runs.told_apart) {
+        (Some(true), _) => Ok(()),
+        (_, Err(reason)) => Err(reason.clone()),
+        (_, Ok(())) => prove_independence(session, &runs.rows),
+    };
+    if let Some(reason) = objection.map_or_else(|| proof().err(), Some) {
         tracing::info!(model, reason, "requests are not batched");
-        return Ok(Warmed { batching: off(reason), service, batches: single });
+        batches.extend(rows.into_iter().take(1));
+        return Ok(Warmed { batching: off(reason), service, batches });
     }
     let sweep = sweep(session, &rows, limit);
     batches.extend(sweep.batches);
@@ -124,49 +125,102 @@ fn off(reason: String) -> Batching {
     Batching { group: 1, enabled: false, reason }
 }
 
-/// Three single rows (or whole inputs, without a batch dimension) that run.
-fn find_rows(
-    session: &mut dyn Session,
-    signature: &Signature,
-    sample: Option<&Vec<Tensor>>,
-) -> Result<Vec<Vec<Tensor>>, Error> {
-    if let Some(sample) = sample {
-        return Ok(rows_of_sample(signature, sample));
-    }
-    let mut failure = Error::internal("nothing was run");
-    for free in FREE_DIMENSIONS {
-        let rows = made_up_rows(signature, |spec| fill(&spec.shape, free));
-        match rows.iter().try_for_each(|row| session.run(row).map(|_| ())) {
-            Ok(()) => return Ok(rows),
-            Err(error) => failure = error,
-        }
-    }
-    Err(failure)
+/// One row that was run by itself.
+struct Run {
+    inputs: Vec<Tensor>,
+    outputs: Vec<Tensor>,
+    took: Duration,
 }
 
-/// The first rows of the sample; made-up ones of the same shapes when it has too few.
+/// Rows (or whole inputs, without a batch dimension) that run.
+struct Runs {
+    rows: Vec<Run>,
+    /// Whether the outputs tell the rows apart: what is the same for every row proves nothing.
+    told_apart: Result<(), String>,
+}
+
+/// Runs rows one by one: those of the sample first, then made-up ones of its shapes; without a sample, made-up ones of
+/// the sizes in `FREE_DIMENSIONS` until one works and tells rows apart.
+///
+/// # Errors
+/// The reason why no made-up row ran.
+fn warm_rows(session: &mut dyn Session, signature: &Signature, sample: Option<&Vec<Tensor>>) -> Result<Runs, String> {
+    if let Some(sample) = sample {
+        return run_alone(session, rows_of_sample(signature, sample));
+    }
+    let mut outcome = Err("nothing was run".to_owned());
+    for free in FREE_DIMENSIONS {
+        let runs = run_alone(session, made_up_rows(signature, |spec| fill(&spec.shape, free)));
+        match &runs {
+            Ok(Runs { told_apart: Ok(()), .. }) => return runs,
+            // A size that runs is better than one that does not, though it proves nothing.
+            Ok(_) => outcome = runs,
+            Err(_) if outcome.is_err() => outcome = runs,
+            Err(_) => {}
+        }
+    }
+    outcome
+}
+
+/// Runs candidates until at least three have run and every float output differs between some of them.
+fn run_alone(session: &mut dyn Session, candidates: Vec<Vec<Tensor>>) -> Result<Runs, String> {
+    let start = Instant::now();
+    let mut rows: Vec<Run> = Vec::new();
+    let mut told_apart = Err("warm-up ran no row".to_owned());
+    for inputs in candidates {
+        let run_start = Instant::now();
+        match session.run(&inputs) {
+            Ok(outputs) => rows.push(Run { inputs, outputs, took: run_start.elapsed() }),
+            Err(error) if rows.is_empty() => return Err(format!("made-up warm-up inputs failed: {error}")),
+            Err(error) => {
+                told_apart = Err(format!("a warm-up run failed: {error}"));
+                break;
+            }
+        }
+        told_apart = tell_apart(&rows);
+        if rows.len() >= PROOF_ROWS && (told_apart.is_ok() || start.elapsed() > SWEEP_BUDGET) {
+            break;
+        }
+    }
+    Ok(Runs { rows, told_apart })
+}
+
+/// Float outputs must each differ, in finite values, between some rows; without any, one of the others must. Labels
+/// often agree by chance, and they come from the same arithmetic as the scores beside them.
+fn tell_apart(rows: &[Run]) -> Result<(), String> {
+    let Some(first) = rows.first() else { return Err("warm-up ran no row".to_owned()) };
+    let is_float = |output: &Tensor| matches!(output.dtype, DType::Fp32 | DType::Fp64 | DType::Fp16 | DType::Bf16);
+    let any_float = first.outputs.iter().any(is_float);
+    let differs = |index: usize| rows.iter().any(|row| distinct(&row.outputs[index], &first.outputs[index]));
+    let unclear = |name: &str| {
+        Err(format!("warm-up could not tell rows apart by output '{name}'; a sample in warmup/*.json helps"))
+    };
+    if !any_float && !(0..first.outputs.len()).any(differs) {
+        return unclear(first.outputs.first().map_or("", |output| &output.name));
+    }
+    let same = first.outputs.iter().enumerate().find(|(index, output)| is_float(output) && !differs(*index));
+    same.map_or(Ok(()), |(_, output)| unclear(&output.name))
+}
+
+/// The rows of the sample, then made-up ones of the same shapes.
 fn rows_of_sample(signature: &Signature, sample: &[Tensor]) -> Vec<Vec<Tensor>> {
-    let batched = signature.unbatchable().is_none();
-    let count = sample.iter().map(Tensor::rows).min().unwrap_or(0);
-    if !batched {
+    if signature.unbatchable().is_some() {
         return vec![sample.to_vec()];
     }
+    let count = sample.iter().map(Tensor::rows).min().unwrap_or(0);
     let row = |index: usize| sample.iter().map(|input| input.slice(index, 1)).collect::<Vec<_>>();
     let mut rows: Vec<Vec<Tensor>> = Vec::new();
-    for candidate in (0..count).map(row) {
-        if rows.len() < PROOF_ROWS && !rows.contains(&candidate) {
+    for candidate in (0..count.min(CANDIDATES)).map(row) {
+        if !rows.contains(&candidate) {
             rows.push(candidate);
         }
     }
-    let shapes: Vec<Shape> = sample.iter().map(|input| input.shape.clone()).collect();
-    let mut shapes_of = shapes.iter().cycle();
-    let made_up = made_up_rows(signature, |_| {
-        let mut shape = shapes_of.next().cloned().unwrap_or_default();
+    let mut shapes = sample.iter().map(|input| &input.shape).cycle();
+    rows.extend(made_up_rows(signature, |_| {
+        let mut shape = shapes.next().cloned().unwrap_or_default();
         shape[0] = 1;
         shape
-    });
-    rows.extend(made_up);
-    rows.truncate(PROOF_ROWS);
+    }));
     rows
 }
 
@@ -185,7 +239,7 @@ fn fill(declared: &[i64], free: usize) -> Shape {
 
 fn made_up_rows(signature: &Signature, mut shape: impl FnMut(&TensorSpec) -> Shape) -> Vec<Vec<Tensor>> {
     let mut random = StdRng::seed_from_u64(42);
-    (0..PROOF_ROWS)
+    (0..CANDIDATES)
         .map(|row| {
             let tensor = |spec: &TensorSpec| made_up(spec, shape(spec), row, &mut random);
             signature.inputs.iter().map(tensor).collect()
@@ -196,8 +250,8 @@ fn made_up_rows(signature: &Signature, mut shape: impl FnMut(&TensorSpec) -> Sha
 /// Floats from N(0,1), integers 0 and 1, texts of the letter a; different for each `row` where the type allows.
 fn made_up(spec: &TensorSpec, shape: Shape, row: usize, random: &mut StdRng) -> Tensor {
     let count = elements(&shape).unwrap_or(0);
-    // One-element integers have two values for three rows; larger ones differ by chance.
-    let mut bit = |index: usize| if index == 0 { row % 2 == 1 } else { random.random() };
+    // The first three rows differ from themselves in reverse order, whatever the others are by chance.
+    let mut bit = |index: usize| if index == 0 && row < PROOF_ROWS { row > 0 } else { random.random() };
     let data = match spec.dtype {
         DType::Bytes => Data::Strings(vec![Bytes::from("a".repeat(row + 1)); count]),
         DType::Fp32 => plain(count, |_| normal(random).to_le_bytes()),
@@ -222,17 +276,16 @@ fn plain<const N: usize>(count: usize, element: impl FnMut(usize) -> [u8; N]) ->
 
 /// # Errors
 /// The reason why rows may depend on each other.
-fn prove_independence(session: &mut dyn Session, rows: &[Vec<Tensor>]) -> Result<(), String> {
-    let mut run = |inputs: &[Tensor], what: &str| {
-        session.run(inputs).map_err(|error| format!("a warm-up run of {what} failed: {error}"))
-    };
-    let alone = rows.iter().map(|row| run(row, "one row")).collect::<Result<Vec<_>, _>>()?;
+fn prove_independence(session: &mut dyn Session, rows: &[Run]) -> Result<(), String> {
+    let inputs: Vec<Vec<Tensor>> = rows.iter().map(|row| row.inputs.clone()).collect();
     let forward: Vec<usize> = (0..rows.len()).collect();
     let reverse: Vec<usize> = forward.iter().rev().copied().collect();
     for (order, what) in [(forward, "together"), (reverse, "together in reverse order")] {
-        let together = run(&stack(rows, &order), &format!("{} rows {what}", rows.len()))?;
+        let together = session
+            .run(&stack(&inputs, &order))
+            .map_err(|error| format!("a warm-up run of {} rows {what} failed: {error}", rows.len()))?;
         for (place, &row) in order.iter().enumerate() {
-            for (output, expected) in together.iter().zip(&alone[row]) {
+            for (output, expected) in together.iter().zip(&rows[row].outputs) {
                 let whole = !output.shape.is_empty() && output.rows() == rows.len();
                 if !whole || expected.shape.is_empty() || expected.rows() != 1 {
                     return Err(format!("output '{}' does not have one row for each input row", output.name));
@@ -252,26 +305,39 @@ fn stack(rows: &[Vec<Tensor>], order: &[usize]) -> Vec<Tensor> {
 
 /// Floats within the tolerances, everything else equal.
 fn agree(left: &Tensor, right: &Tensor) -> bool {
-    if left.shape != right.shape || left.dtype != right.dtype {
-        return false;
+    left.shape == right.shape
+        && match (floats(left), floats(right)) {
+            (Some(left), Some(right)) => left.iter().zip(&right).all(|(&left, &right)| close(left, right)),
+            _ => left.data == right.data,
+        }
+}
+
+/// Whether two outputs differ in a way that a mix-up of rows could not hide.
+fn distinct(left: &Tensor, right: &Tensor) -> bool {
+    match (floats(left), floats(right)) {
+        (Some(left), Some(right)) => {
+            let clear = |(&left, &right): (&f64, &f64)| left.is_finite() && right.is_finite() && !close(left, right);
+            left.iter().zip(&right).any(clear)
+        }
+        _ => left.data != right.data,
     }
-    let (Data::Plain(left_bytes), Data::Plain(right_bytes)) = (&left.data, &right.data) else {
-        return left.data == right.data;
-    };
-    let close = |left: f64, right: f64| {
-        left == right
-            || (left.is_nan() && right.is_nan())
-            || (left - right).abs() <= ABSOLUTE_TOLERANCE + RELATIVE_TOLERANCE * right.abs()
-    };
-    let floats = |size: usize, read: fn(&[u8]) -> f64| {
-        left_bytes.chunks_exact(size).zip(right_bytes.chunks_exact(size)).all(|(a, b)| close(read(a), read(b)))
-    };
-    match left.dtype {
-        DType::Fp32 => floats(4, |b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]).into()),
-        DType::Fp64 => floats(8, |b| f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]])),
-        DType::Fp16 => floats(2, |b| half::f16::from_le_bytes([b[0], b[1]]).into()),
-        DType::Bf16 => floats(2, |b| half::bf16::from_le_bytes([b[0], b[1]]).into()),
-        _ => left_bytes == right_bytes,
+}
+
+fn close(left: f64, right: f64) -> bool {
+    let near = || (left - right).abs() <= ABSOLUTE_TOLERANCE + RELATIVE_TOLERANCE * right.abs();
+    left == right || (left.is_nan() && right.is_nan()) || (left.is_finite() && right.is_finite() && near())
+}
+
+/// The elements of a float tensor.
+fn floats(tensor: &Tensor) -> Option<Vec<f64>> {
+    let Data::Plain(bytes) = &tensor.data else { return None };
+    let read = |size: usize, read: fn(&[u8]) -> f64| Some(bytes.chunks_exact(size).map(read).collect());
+    match tensor.dtype {
+        DType::Fp32 => read(4, |b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]).into()),
+        DType::Fp64 => read(8, |b| f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]])),
+        DType::Fp16 => read(2, |b| half::f16::from_le_bytes([b[0], b[1]]).into()),
+        DType::Bf16 => read(2, |b| half::bf16::from_le_bytes([b[0], b[1]]).into()),
+        _ => None,
     }
 }
 
@@ -385,6 +451,22 @@ mod tests {
     }
 
     #[test]
+    fn outputs_that_prove_nothing_do_not_count() {
+        let constant = batching(|rows| vec![1.0; rows.len()]);
+        assert!(constant.reason.contains("tell rows apart"), "{}", constant.reason);
+        let nothing = batching(|rows| vec![f32::NAN; rows.len()]);
+        assert!(nothing.reason.contains("tell rows apart"), "{}", nothing.reason);
+    }
+
+    #[test]
+    fn made_up_bits_are_not_the_same_backwards() {
+        let spec = TensorSpec { name: "x".into(), dtype: DType::Int64, shape: vec![-1] };
+        let signature = Signature { inputs: vec![spec], ..Signature::default() };
+        let rows = made_up_rows(&signature, |_| [1].as_slice().into());
+        assert_ne!(rows[0], rows[2]);
+    }
+
+    #[test]
     fn reduced_outputs_and_refused_batches_are_not() {
         assert!(batching(|rows| vec![rows.iter().sum()]).reason.contains("one row for each"));
         assert!(batching(|rows| if rows.len() > 1 { vec![] } else { rows.to_vec() }).reason.contains("refused"));
@@ -411,5 +493,8 @@ mod tests {
         assert!(agree(&tensor(1.0), &tensor(1.00005)));
         assert!(agree(&tensor(f32::NAN), &tensor(f32::NAN)));
         assert!(!agree(&tensor(1.0), &tensor(1.001)));
+        assert!(agree(&tensor(f32::INFINITY), &tensor(f32::INFINITY)));
+        assert!(!agree(&tensor(5.0), &tensor(f32::INFINITY)), "no tolerance covers infinity");
+        assert!(!distinct(&tensor(f32::NAN), &tensor(1.0)) && distinct(&tensor(2.0), &tensor(1.0)));
     }
 }

@@ -56,7 +56,8 @@ impl Fingerprint {
 /// Looks at `root`. `is_model` tells the names of model files that can be opened.
 ///
 /// # Errors
-/// When `root` cannot be read; what lies inside it and cannot be read is left out with a warning.
+/// When anything cannot be read for a reason that may pass, such as a lack of file descriptors: half a look at a
+/// repository must not be taken for the disappearance of the other half. What is forbidden or gone is left out.
 pub fn scan(root: &Path, is_model: impl Fn(&str) -> bool) -> io::Result<Scan> {
     let mut found = Scan::new();
     for entry in fs::read_dir(root)? {
@@ -64,16 +65,12 @@ pub fn scan(root: &Path, is_model: impl Fn(&str) -> bool) -> io::Result<Scan> {
         let name = entry.file_name();
         let Some(name) = name.to_str().filter(|name| !name.starts_with('.')) else { continue };
         let directory = entry.path();
-        if !directory.is_dir() {
+        if !look(&directory)?.is_some_and(|metadata| metadata.is_dir()) {
             continue;
         }
-        match (ModelName::parse(name), scan_model(&directory, &is_model)) {
-            (Ok(name), Ok(Some(model))) => {
-                found.insert(name, model);
-            }
-            (_, Ok(None)) => {}
-            (Err(error), _) => tracing::debug!(folder = %directory.display(), %error, "folder is no model"),
-            (_, Err(error)) => tracing::warn!(folder = %directory.display(), %error, "model folder cannot be read"),
+        match ModelName::parse(name) {
+            Ok(name) => found.extend(scan_model(&directory, &is_model)?.map(|model| (name, model))),
+            Err(error) => tracing::debug!(folder = %directory.display(), %error, "folder is no model"),
         }
     }
     Ok(found)
@@ -85,12 +82,12 @@ fn scan_model(directory: &Path, is_model: &impl Fn(&str) -> bool) -> io::Result<
     let mut versions = Vec::new();
     let mut bare = false;
     let mut folders = 0;
-    for entry in fs::read_dir(directory)? {
-        let path = entry?.path();
+    for path in list(directory)? {
         let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
-        if path.is_file() && is_model(name) {
+        let Some(metadata) = look(&path)? else { continue };
+        if metadata.is_file() && is_model(name) {
             bare = true;
-        } else if path.is_dir() && name.bytes().all(|byte| byte.is_ascii_digit()) {
+        } else if metadata.is_dir() && name.bytes().all(|byte| byte.is_ascii_digit()) {
             folders += 1;
             match Version::parse(name).ok().filter(|version| version.number().is_some_and(|number| number > 0)) {
                 Some(version) => versions.push((version, path)),
@@ -108,44 +105,75 @@ fn scan_model(directory: &Path, is_model: &impl Fn(&str) -> bool) -> io::Result<
     let versions = versions
         .into_iter()
         .map(|(version, files)| {
-            let fingerprint = fingerprint(&files, settings.as_deref());
-            FoundVersion { version, files, fingerprint }
+            let fingerprint = fingerprint(&files, directory)?;
+            Ok(FoundVersion { version, files, fingerprint })
         })
-        .collect();
+        .collect::<io::Result<Vec<_>>>()?;
     Ok(Some(FoundModel { directory: directory.to_path_buf(), settings, versions }))
 }
 
-fn fingerprint(files: &Path, settings: Option<&Path>) -> Fingerprint {
+/// The fingerprint of a version whose files lie in `files`, in the model folder `model`: of these files, and of what
+/// lies in the model folder beside its versions, such as settings and sample requests.
+///
+/// # Errors
+/// When something cannot be read for a reason that may pass.
+pub fn fingerprint(files: &Path, model: &Path) -> io::Result<Fingerprint> {
     let mut paths = Vec::new();
-    collect(files, 0, &mut paths);
+    collect(files, 0, &mut paths)?;
+    for path in list(model)? {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let version = name.bytes().all(|byte| byte.is_ascii_digit());
+        if !version && !name.starts_with('.') {
+            collect(&path, 0, &mut paths)?;
+        }
+    }
     paths.sort();
-    paths.extend(settings.map(Path::to_path_buf));
+    paths.dedup();
     let mut hasher = DefaultHasher::new();
     let mut newest = SystemTime::UNIX_EPOCH;
     for path in paths {
         path.hash(&mut hasher);
         // A file that vanished between listing and looking changes the hash as well.
-        let Ok(metadata) = fs::metadata(&path) else { continue };
+        let Some(metadata) = look(&path)? else { continue };
         metadata.len().hash(&mut hasher);
         let modified = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
         modified.hash(&mut hasher);
         std::os::unix::fs::MetadataExt::ino(&metadata).hash(&mut hasher);
         newest = newest.max(modified);
     }
-    Fingerprint { hash: hasher.finish(), newest }
+    Ok(Fingerprint { hash: hasher.finish(), newest })
 }
 
-fn collect(directory: &Path, depth: usize, paths: &mut Vec<PathBuf>) {
-    if depth > MAX_DEPTH {
-        return;
+/// Every file at or below `path`.
+fn collect(path: &Path, depth: usize, paths: &mut Vec<PathBuf>) -> io::Result<()> {
+    if depth > MAX_DEPTH || !look(path)?.is_some_and(|metadata| metadata.is_dir()) {
+        paths.push(path.to_path_buf());
+        return Ok(());
     }
-    let Ok(entries) = fs::read_dir(directory) else { return };
-    for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
-        if path.is_dir() {
-            collect(&path, depth + 1, paths);
-        } else {
-            paths.push(path);
+    list(path)?.iter().try_for_each(|path| collect(path, depth + 1, paths))
+}
+
+/// What a path points at; `None` when nothing is there that we may see.
+fn look(path: &Path) -> io::Result<Option<fs::Metadata>> {
+    settled(fs::metadata(path).map(Some))
+}
+
+/// What a folder holds; nothing when it is gone or closed to us.
+fn list(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    settled(fs::read_dir(directory).and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect()))
+}
+
+/// Takes errors that will not pass by themselves for an empty answer.
+fn settled<T: Default>(result: io::Result<T>) -> io::Result<T> {
+    use io::ErrorKind::{NotADirectory, NotFound, PermissionDenied};
+    match result {
+        Err(error)
+            if matches!(error.kind(), NotFound | PermissionDenied | NotADirectory)
+                || rustix::io::Errno::from_io_error(&error) == Some(rustix::io::Errno::LOOP) =>
+        {
+            Ok(T::default())
         }
+        result => result,
     }
 }
 
@@ -195,13 +223,26 @@ mod tests {
     }
 
     #[test]
-    fn settings_are_part_of_every_fingerprint() {
+    fn settings_and_samples_are_part_of_every_fingerprint() {
         let root = tempfile::tempdir().unwrap();
         write(root.path(), "m/1/model.onnx", "");
         let look = || scan(root.path(), |_| true).unwrap()["m"].versions[0].fingerprint;
-        let before = look();
+        let mut before = look();
         assert_eq!(before, look());
-        write(root.path(), "m/model.toml", "instances = 2");
-        assert_ne!(before, look());
+        for file in ["m/model.toml", "m/warmup/a.json", "m/1/weights.bin"] {
+            write(root.path(), file, "x");
+            assert_ne!(before, look(), "{file}");
+            before = look();
+        }
+        write(root.path(), "m/2/model.onnx", "");
+        assert_eq!(before, look(), "another version is another matter");
+    }
+
+    #[test]
+    fn half_a_look_is_none() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert!(scan(file.path(), |_| true).is_err(), "the root itself must be a folder");
+        assert!(settled(io::Result::<Vec<u8>>::Err(io::Error::from_raw_os_error(24))).is_err(), "too many open files");
+        assert!(settled(io::Result::<Vec<u8>>::Err(io::ErrorKind::NotFound.into())).unwrap().is_empty());
     }
 }
