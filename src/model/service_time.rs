@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-/// How much of the past each new run replaces: the last twenty or so count.
+/// How much of the past each new run replaces once there is some: the last twenty or so count.
 const FRESHNESS: f64 = 0.05;
 
 /// A line `fixed + per_row · rows` from the warm-up sweep, times how much slower or faster runs have been since.
@@ -15,11 +15,13 @@ pub struct ServiceTime {
     /// Seconds per row.
     per_row: f64,
     factor: f64,
+    /// Runs seen; until there are enough, all of them and the sweep count alike.
+    seen: u32,
 }
 
 impl Default for ServiceTime {
     fn default() -> Self {
-        Self { fixed: 0.0, per_row: 0.0, factor: 1.0 }
+        Self { fixed: 0.0, per_row: 0.0, factor: 1.0, seen: 0 }
     }
 }
 
@@ -38,13 +40,15 @@ impl ServiceTime {
         // Runs of one size only say what that size costs; take all of it as cost per row.
         let most = mean_y / mean_x.max(1.0);
         let per_row = if variance > 0.0 { (covariance / variance).clamp(0.0, most) } else { most };
-        Self { fixed: (mean_y - per_row * mean_x).max(0.0), per_row, factor: 1.0 }
+        Self { fixed: (mean_y - per_row * mean_x).max(0.0), per_row, factor: 1.0, seen: 0 }
     }
 
     pub fn observe(&mut self, rows: usize, took: Duration) {
         let expected = self.fixed + self.per_row * rows as f64;
         if expected > 0.0 {
-            self.factor += FRESHNESS * (took.as_secs_f64() / expected - self.factor);
+            self.seen = self.seen.saturating_add(1);
+            let share = FRESHNESS.max(1.0 / f64::from(self.seen.saturating_add(1)));
+            self.factor += share * (took.as_secs_f64() / expected - self.factor);
         } else {
             // Nothing was measured at warm-up: the first run stands for all.
             self.per_row = took.as_secs_f64() / rows.max(1) as f64;
@@ -92,6 +96,8 @@ mod tests {
     fn it_follows_a_model_that_turns_out_slower_or_faster() {
         let sweep: Vec<_> = [1usize, 8, 64].iter().map(|&rows| (rows, ms(10 * rows as u64))).collect();
         let mut service = ServiceTime::from_sweep(&sweep);
+        (0..3).for_each(|_| service.observe(1, ms(1000)));
+        assert!(service.estimate(1) > ms(700), "a few runs are enough to be careful");
         (0..200).for_each(|_| service.observe(1, ms(1)));
         assert!(close(service.estimate(1), ms(1)), "{:?}", service.estimate(1));
         (0..200).for_each(|_| service.observe(1, ms(50)));
