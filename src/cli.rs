@@ -143,7 +143,7 @@ fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         tracing::warn!(variables = unknown.join(" "), "environment variables that no key goes by are ignored");
     }
     let dylib = std::env::var_os("ORT_DYLIB_PATH").filter(|path| !path.is_empty()).map(PathBuf::from);
-    let onnx = OnnxRuntime::open(config.onnxruntime.clone().or(dylib).as_deref())?;
+    let onnx = OnnxRuntime::open(config.onnxruntime.clone().or(dylib).as_deref(), config.shared_threads)?;
     let version = onnx.version().to_owned();
     let backends = Backends::new([std::sync::Arc::new(onnx) as std::sync::Arc<dyn crate::backend::Backend>]);
     let server = Server::start(&config, backends, &version)?;

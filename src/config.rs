@@ -44,6 +44,9 @@ pub struct Config {
     pub onnxruntime: Option<PathBuf>,
     /// How instances and threads divide the cores: "latency" (one instance on all) or "throughput" (one per core).
     pub profile: Profile,
+    /// Operator threads of one pool that all models share; then their own thread counts do not count. Default: a pool
+    /// per instance.
+    pub shared_threads: Option<usize>,
     /// Whether one failed model makes the whole server unready.
     pub strict_readiness: bool,
     /// How NaN and infinities are written in JSON: "literal" (as Triton does), "null" or "error".
@@ -75,6 +78,7 @@ impl Default for Config {
             load_model: Vec::new(),
             onnxruntime: None,
             profile: Profile::default(),
+            shared_threads: None,
             strict_readiness: false,
             json_nonfinite: NonFinite::default(),
             io_threads: None,
@@ -169,6 +173,7 @@ impl Config {
     fn validate(&self) -> anyhow::Result<()> {
         let positive = [
             ("io_threads", self.io_threads.unwrap_or(1)),
+            ("shared_threads", self.shared_threads.unwrap_or(1)),
             ("load_concurrency", self.load_concurrency.unwrap_or(1)),
             ("limits.max_message_bytes", self.limits.max_message_bytes),
             ("queue.max_requests", self.queue.max_requests),

@@ -1,6 +1,11 @@
 //! Running a graph: the one trait every model format implements, and what a graph says of its inputs and outputs.
 
-use std::{collections::HashMap, fmt, path::Path, sync::Arc};
+use std::{
+    collections::HashMap,
+    fmt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -153,8 +158,10 @@ pub struct Options {
     pub memory_pattern: Option<bool>,
     /// Whether subnormal floats count as zero (faster, less exact).
     pub flush_to_zero: bool,
-    /// Whether the sessions of one version share the weights they repack for speed.
+    /// Whether the sessions of one version share a container for repacked weights. Default: with several instances.
     pub share_prepacked_weights: Option<bool>,
+    /// Where the rewritten graph is written, to be served later with optimization = "disable", which loads faster.
+    pub optimized_model: Option<PathBuf>,
     /// Further ONNX Runtime session configuration entries, such as "session.set_denormal_as_zero" = "1".
     pub session_config: HashMap<String, String>,
 }

@@ -65,12 +65,13 @@ impl OnnxRuntime {
     /// Loads the library: `explicit` (a file, or a directory that holds it), or else the first that works of the one
     /// beside the binary, the one in `.onnxruntime/` (which `make setup` unpacks) and the system's.
     ///
+    /// With `shared_threads` all sessions share one pool of so many threads, and their own thread counts do not count.
     /// Call it from a thread of ordinary priority: operator threads inherit that thread's.
     ///
     /// # Errors
     /// `NotReady` when there is none, naming every file that was tried and what to do.
-    pub fn open(explicit: Option<&Path>) -> Result<Self, Error> {
-        Ok(Self { library: Library::open(explicit)? })
+    pub fn open(explicit: Option<&Path>, shared_threads: Option<usize>) -> Result<Self, Error> {
+        Ok(Self { library: Library::open(explicit, shared_threads)? })
     }
 
     /// The version of the loaded library, `1.31.1` for instance.
@@ -118,6 +119,9 @@ impl OnnxRuntime {
         }
         if options.share_prepacked_weights.unwrap_or(instances > 1) {
             builder = builder.with_prepacked_weights(&PrepackedWeights::new())?;
+        }
+        if let Some(path) = &options.optimized_model {
+            builder = builder.with_optimized_model_path(path)?;
         }
         for (key, value) in &options.session_config {
             builder = builder.with_config_entry(key, value)?;
@@ -597,6 +601,18 @@ mod tests {
         let outputs = session.run(&[floats("a", &[1], &[1.0]), floats("b", &[1], &[2.0])]).unwrap();
         assert_eq!(values(&outputs[0]), [3.0]);
         assert_eq!(session.run(&uneven).unwrap_err().code, Code::InvalidArgument);
+    }
+
+    #[test]
+    fn the_rewritten_graph_can_be_kept_and_loaded() {
+        let folder = tempfile::tempdir().unwrap();
+        let kept = folder.path().join("model.onnx");
+        let options = Options { optimized_model: Some(kept.clone()), ..Options::default() };
+        let digits = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/digits/1");
+        let signature = load(&digits, &options).unwrap().signature().clone();
+        assert!(kept.is_file());
+        let options = Options { optimization: OptimizationLevel::Disable, ..Options::default() };
+        assert_eq!(*load(folder.path(), &options).unwrap().signature(), signature);
     }
 
     #[test]

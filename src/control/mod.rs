@@ -2,6 +2,7 @@
 
 pub mod reconcile;
 pub mod spec;
+mod tracked;
 
 use std::{path::PathBuf, time::Duration};
 

@@ -15,23 +15,23 @@ use tokio::{
     task::JoinSet,
 };
 
-use super::{ModelControl, Settings, spec::ModelSpec, spec::VersionPolicy};
+use super::{
+    ModelControl, Settings,
+    spec::ModelSpec,
+    tracked::{Progress, SETTLE_TIME, Tracked, targets},
+};
 use crate::{
     backend::Backends,
     error::Error,
     id::{ModelName, Version},
-    metrics::{Metrics, VersionMetrics},
+    metrics::Metrics,
     model::{
         ModelVersion, State,
-        catalog::{Catalog, CatalogWriter, Deployment, Entry, insert_in_order},
+        catalog::{Catalog, CatalogWriter},
         load::{self, DecodeSample, Loaded, Plan},
     },
     source::local::{self, Fingerprint, FoundModel, FoundVersion, Scan},
 };
-
-/// Files that did not change for so long are complete, and versions not seen for so long are gone: whoever replaces
-/// a folder removes the old one first.
-const SETTLE_TIME: Duration = Duration::from_secs(1);
 
 /// How nice the threads are that load models: they take what the serving threads leave.
 const LOADER_NICENESS: i32 = 10;
@@ -68,58 +68,6 @@ enum Event {
         after: std::io::Result<Fingerprint>,
         result: Result<Box<Loaded>, Error>,
     },
-}
-
-/// A model the repository holds, or held until its versions are drained.
-#[derive(Default)]
-struct Tracked {
-    versions: Vec<TrackedVersion>,
-    problem: Option<String>,
-}
-
-struct TrackedVersion {
-    version: Version,
-    metrics: Arc<VersionMetrics>,
-    /// What serves, and the files it came from.
-    serving: Option<(Arc<ModelVersion>, Fingerprint)>,
-    progress: Progress,
-    /// Whether the version policy selects it.
-    wanted: bool,
-    /// Since when the repository does not hold it.
-    missing_since: Option<Instant>,
-}
-
-/// Where the newest files of a version are on their way.
-#[derive(Clone, Debug, PartialEq)]
-enum Progress {
-    Settling {
-        fingerprint: Fingerprint,
-        since: Instant,
-    },
-    Loading {
-        fingerprint: Fingerprint,
-    },
-    Done {
-        fingerprint: Fingerprint,
-    },
-    Failed {
-        fingerprint: Fingerprint,
-        error: Error,
-    },
-    /// No longer in the repository, or not wanted.
-    Gone,
-}
-
-impl Progress {
-    fn fingerprint(&self) -> Option<Fingerprint> {
-        match self {
-            Progress::Settling { fingerprint, .. }
-            | Progress::Loading { fingerprint }
-            | Progress::Done { fingerprint }
-            | Progress::Failed { fingerprint, .. } => Some(*fingerprint),
-            Progress::Gone => None,
-        }
-    }
 }
 
 impl Reconciler {
@@ -406,6 +354,7 @@ impl Reconciler {
     }
 
     async fn shut_down(mut self, limit: Duration) -> usize {
+        let deadline = Instant::now() + limit;
         self.events.1.close();
         self.settings.drain_timeout = limit;
         let serving: Vec<_> =
@@ -417,78 +366,11 @@ impl Reconciler {
         }
         // A load cannot be stopped, and a library that is being used is not to be torn down.
         let loads = async { while self.loading.join_next().await.is_some() {} };
-        if tokio::time::timeout(limit, loads).await.is_err() {
+        if tokio::time::timeout_at(deadline.into(), loads).await.is_err() {
             tracing::warn!("a model was still loading");
         }
         cut
     }
-}
-
-impl Tracked {
-    /// Gives up the versions that were not `found` for as long as files need to settle.
-    fn forget_missing(&mut self, found: &[FoundVersion]) {
-        for tracked in &mut self.versions {
-            if found.iter().any(|found| found.version == tracked.version) {
-                tracked.missing_since = None;
-            } else if tracked.missing_since.get_or_insert_with(Instant::now).elapsed() >= SETTLE_TIME {
-                tracked.progress = Progress::Gone;
-            }
-        }
-    }
-
-    fn find(&mut self, version: &Version) -> Option<&mut TrackedVersion> {
-        self.versions.iter_mut().find(|tracked| tracked.version == *version)
-    }
-
-    fn find_or_insert(&mut self, name: &ModelName, version: &Version, metrics: &Metrics) -> &mut TrackedVersion {
-        let index = self.versions.iter().position(|tracked| tracked.version == *version).unwrap_or_else(|| {
-            let fresh = TrackedVersion {
-                version: version.clone(),
-                metrics: metrics.version(name.as_str(), version.as_str()),
-                serving: None,
-                progress: Progress::Gone,
-                wanted: false,
-                missing_since: None,
-            };
-            insert_in_order(&mut self.versions, fresh, |tracked| &tracked.version);
-            self.versions.iter().position(|tracked| tracked.version == *version).unwrap_or_default()
-        });
-        &mut self.versions[index]
-    }
-
-    fn deployment(&self) -> Deployment {
-        let entries: Vec<Entry> = self.versions.iter().map(TrackedVersion::entry).collect();
-        let default = entries.iter().rev().find(|entry| entry.serving.is_some()).map(|entry| entry.version.clone());
-        Deployment { entries, default, problem: self.problem.clone() }
-    }
-}
-
-impl TrackedVersion {
-    fn entry(&self) -> Entry {
-        let (state, reason) = match (&self.serving, &self.progress) {
-            (Some(_), Progress::Failed { error, .. }) => {
-                (State::Ready, format!("its new files failed to load: {error}"))
-            }
-            (Some(_), Progress::Gone) => (State::Ready, "serves until its successor is ready".to_owned()),
-            (Some((version, _)), _) => (State::Ready, note(version)),
-            (None, Progress::Settling { .. }) => (State::Settling, "waiting for its files to be complete".to_owned()),
-            (None, Progress::Loading { .. }) => (State::Loading, String::new()),
-            (None, Progress::Failed { error, .. }) => (State::Failed, error.message.clone()),
-            (None, Progress::Done { .. } | Progress::Gone) => (State::Draining, String::new()),
-        };
-        self.metrics.state(state.as_str(), &State::NAMES);
-        Entry {
-            version: self.version.clone(),
-            state,
-            reason,
-            serving: self.serving.as_ref().map(|(version, _)| version.clone()),
-            metrics: self.metrics.clone(),
-        }
-    }
-}
-
-fn note(version: &ModelVersion) -> String {
-    if version.batching.enabled { String::new() } else { format!("not batched: {}", version.batching.reason) }
 }
 
 fn log_ready(version: &ModelVersion) {
@@ -500,32 +382,6 @@ fn log_ready(version: &ModelVersion) {
         batching = version.batching.reason,
         "ready"
     );
-}
-
-/// The versions that shall serve: what the policy selects, passing over those whose present files failed before, so
-/// that a broken new version leaves the one before it in place, also after a restart.
-fn targets(tracked: &[TrackedVersion], found: &FoundModel, spec: &Result<ModelSpec, Error>) -> Vec<FoundVersion> {
-    let failed = |found: &&FoundVersion| {
-        tracked.iter().any(|tracked| {
-            tracked.version == found.version
-                && tracked.serving.is_none()
-                && matches!(&tracked.progress, Progress::Failed { fingerprint, .. } if *fingerprint == found.fingerprint)
-        })
-    };
-    // Broken settings fail each version by name, so that they show wherever versions show.
-    let policy = spec.as_ref().map(|spec| spec.versions.clone()).unwrap_or_default();
-    match policy {
-        VersionPolicy::Latest(count) => {
-            found.versions.iter().rev().filter(|found| !failed(found)).take(count).cloned().collect()
-        }
-        VersionPolicy::All => found.versions.iter().filter(|found| !failed(found)).cloned().collect(),
-        VersionPolicy::Specific(list) => found
-            .versions
-            .iter()
-            .filter(|found| list.iter().any(|wanted| wanted == found.version.as_str()) && !failed(found))
-            .cloned()
-            .collect(),
-    }
 }
 
 /// Runs `work` on a thread of its own that takes only what others leave of the processor.

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 import tomllib
+from pathlib import Path
 
 import grpc
 import pytest
@@ -18,7 +19,7 @@ from health import watch
 from infer import Question, ask, connect, grpc_raw, raw_request, rest_json
 from load import ClosedLoop
 from models import plus, slow
-from server import eventually, launch, run, serve_command
+from server import ROOT, eventually, launch, run, serve_command
 from tensors import as_json, tensor
 from wire import TIMEOUT, call, send
 
@@ -269,3 +270,14 @@ def test_help_names_the_commands(tmp_path):
     assert done.returncode == 0
     for command in ("serve", "models", "health", "config"):
         assert command in done.stdout
+
+
+def test_models_can_share_one_thread_pool(repository, serve):
+    repository.ship("iris", "digits", "language")
+    server = serve(repository.path, config="shared_threads = 3\n")
+    for name in ("iris", "digits", "language"):
+        body = (ROOT / "models" / name / "request.json").read_bytes()
+        assert call(server.rest, "POST", f"/v2/models/{name}/infer", body).status == 200
+    tasks = Path(f"/proc/{server.process.pid}/task").iterdir()
+    names = [(task / "comm").read_text().strip() for task in tasks]
+    assert names.count("ort-pool") == 2, "three threads, of which one is whoever runs the graph"

@@ -9,7 +9,11 @@ use std::{
     sync::Arc,
 };
 
-use ort::{LoadDynamicError, environment::Environment, logging::LogLevel};
+use ort::{
+    LoadDynamicError,
+    environment::{Environment, EnvironmentBuilder, GlobalThreadPoolOptions},
+    logging::LogLevel,
+};
 use parking_lot::Mutex;
 
 use super::threads::PoolThreads;
@@ -42,12 +46,12 @@ enum Place {
 }
 
 impl Library {
-    /// The process's library, loaded if this is the first call.
+    /// The process's library, loaded if this is the first call; only then `shared_threads` counts.
     ///
     /// # Errors
     /// `NotReady` when no library can be loaded, naming every file that was tried, or when `explicit` is not the
     /// library that the process has already loaded.
-    pub fn open(explicit: Option<&Path>) -> Result<Arc<Self>, Error> {
+    pub fn open(explicit: Option<&Path>, shared_threads: Option<usize>) -> Result<Arc<Self>, Error> {
         let mut loaded = LOADED.lock();
         let places = match explicit {
             // Made absolute here because `ort` takes a relative path as relative to the binary.
@@ -63,12 +67,12 @@ impl Library {
                 Some(_) => library.check(&places).map(|()| Arc::clone(library)),
             };
         }
-        let library = Arc::new(Self::load(&places)?);
+        let library = Arc::new(Self::load(&places, shared_threads)?);
         *loaded = Some(Arc::clone(&library));
         Ok(library)
     }
 
-    fn load(places: &[Place]) -> Result<Self, Error> {
+    fn load(places: &[Place], shared_threads: Option<usize>) -> Result<Self, Error> {
         let mut tried = Vec::new();
         for place in places {
             let path = match place.resolve() {
@@ -79,14 +83,25 @@ impl Library {
                 }
             };
             match ort::init_from(&path) {
-                Ok(builder) => return Self::start(builder, place, path),
+                Ok(builder) => return Self::start(builder, place, path, shared_threads),
                 Err(error) => tried.push(describe(&path, &error)),
             }
         }
         Err(not_found(&tried))
     }
 
-    fn start(builder: ort::environment::EnvironmentBuilder, place: &Place, path: PathBuf) -> Result<Self, Error> {
+    fn start(
+        mut builder: EnvironmentBuilder,
+        place: &Place,
+        path: PathBuf,
+        shared_threads: Option<usize>,
+    ) -> Result<Self, Error> {
+        let pool = PoolThreads::start()?;
+        if let Some(threads) = shared_threads {
+            let options = shared_pool(threads, &pool)
+                .map_err(|error| Error::invalid(format!("onnxruntime does not take {threads} threads: {error}")))?;
+            builder = builder.with_global_thread_pool(options);
+        }
         let environment = builder
             .with_name("tidegate")
             .with_telemetry(false)
@@ -100,7 +115,7 @@ impl Library {
             _ => path,
         };
         let version = version(&path);
-        Ok(Self { environment, pool: PoolThreads::start()?, path, version })
+        Ok(Self { environment, pool, path, version })
     }
 
     /// Whether the loaded library is the one that `places` asks for.
@@ -216,6 +231,15 @@ fn log(level: LogLevel, category: &str, id: &str, location: &str, message: &str)
     }
 }
 
+/// One pool of operator threads for all sessions.
+fn shared_pool(threads: usize, pool: &PoolThreads) -> ort::Result<GlobalThreadPoolOptions> {
+    GlobalThreadPoolOptions::default()
+        .with_intra_threads(threads)?
+        .with_inter_threads(1)?
+        .with_spin_control(false)?
+        .with_thread_manager(pool.clone())
+}
+
 #[cfg(test)]
 mod tests {
     use std::process::Command;
@@ -248,7 +272,7 @@ mod tests {
 
     #[test]
     fn a_missing_library_says_what_was_tried_and_what_to_do() {
-        let error = Library::open(Some(Path::new("/nowhere/lib.so"))).err().unwrap();
+        let error = Library::open(Some(Path::new("/nowhere/lib.so")), None).err().unwrap();
         assert_eq!(error.code, Code::NotReady);
         assert_eq!(
             error.message,
@@ -256,7 +280,7 @@ mod tests {
              run `make setup`, or name the library with ORT_DYLIB_PATH or --onnxruntime"
         );
         let directory = tempfile::tempdir().unwrap();
-        let message = Library::open(Some(directory.path())).err().unwrap().message;
+        let message = Library::open(Some(directory.path()), None).err().unwrap().message;
         let expected = format!("tried {}/libonnxruntime.so: no such file", directory.path().display());
         assert!(message.contains(&expected), "{message}");
     }
@@ -264,7 +288,7 @@ mod tests {
     #[test]
     fn a_file_that_is_no_library_is_refused() {
         if let Some(path) = std::env::var_os(CHILD) {
-            let error = Library::open(Some(Path::new(&path))).err().unwrap();
+            let error = Library::open(Some(Path::new(&path)), None).err().unwrap();
             assert_eq!(error.code, Code::NotReady);
             assert!(error.message.contains(&*path.to_string_lossy()), "{error}");
             assert!(error.message.contains("make setup"), "{error}");
@@ -298,9 +322,9 @@ mod tests {
         let runtime = testing::runtime();
         let (path, version) = (runtime.path(), runtime.version());
         assert!(version.starts_with("1."), "{version}");
-        assert_eq!(Library::open(Some(path)).unwrap().path, path);
-        assert_eq!(Library::open(None).unwrap().path, path);
-        let message = Library::open(Some(&mapped_path("libc.so").unwrap())).err().unwrap().message;
+        assert_eq!(Library::open(Some(path), None).unwrap().path, path);
+        assert_eq!(Library::open(None, None).unwrap().path, path);
+        let message = Library::open(Some(&mapped_path("libc.so").unwrap()), None).err().unwrap().message;
         assert!(message.contains("already loaded"), "{message}");
     }
 }

@@ -18,7 +18,7 @@ pub fn runtime() -> &'static OnnxRuntime {
     RUNTIME.get_or_init(|| {
         let path = std::env::var_os("ORT_DYLIB_PATH").filter(|path| !path.is_empty()).map(PathBuf::from);
         let path = path.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join(".onnxruntime"));
-        OnnxRuntime::open(Some(&path)).unwrap()
+        OnnxRuntime::open(Some(&path), None).unwrap()
     })
 }
 
