@@ -96,3 +96,28 @@ async fn under_load_only_whole_answers_or_closed_connections() {
     assert!(answered > 100);
     assert_eq!(Arc::into_inner(running).unwrap().stop().await, 0);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_drain_timeout_is_kept_and_what_it_cuts_is_told() {
+    let repository = Repository::with("m", "sleep_ms = 4000");
+    repository.settings("m", "batching = false");
+    let mut impatient = config(&repository);
+    impatient.shutdown.drain_timeout = Duration::from_millis(500);
+    let running = Arc::new(start(&impatient).await);
+    let requests: Vec<_> = (0..2)
+        .map(|_| {
+            let running = running.clone();
+            tokio::spawn(async move { running.send(running.infer_request("m", &[1.0], &[])).await.is_ok() })
+        })
+        .collect();
+    let pending = r#"tidegate_pending_requests{model="m",version="1"}"#;
+    eventually("both are there", async || running.metric(pending).await == 2.0).await;
+    let begin = Instant::now();
+    running.stopper.stop(Duration::ZERO);
+    for request in requests {
+        assert!(!request.await.unwrap(), "nobody could answer in time");
+    }
+    let running = Arc::into_inner(running).unwrap();
+    assert!(running.stop().await >= 2);
+    assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
+}

@@ -4,6 +4,7 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
+        mpsc::{Receiver, RecvTimeoutError, channel},
     },
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -111,8 +112,15 @@ pub struct ModelVersion {
     pub load_duration: Duration,
     pub metrics: Arc<VersionMetrics>,
     queue: Arc<Queue>,
-    executors: Mutex<Vec<JoinHandle<()>>>,
+    executors: Mutex<Executors>,
     in_flight: Arc<AtomicUsize>,
+}
+
+/// The threads of a version.
+struct Executors {
+    threads: Vec<JoinHandle<()>>,
+    /// Disconnected once all of them have ended.
+    ended: Receiver<()>,
 }
 
 impl ModelVersion {
@@ -126,6 +134,7 @@ impl ModelVersion {
         let queue = Arc::new(Queue::new(batcher, metrics.clone()));
         metrics.loaded(loaded.took);
         metrics.prepare();
+        let (alive, ended) = channel();
         let version = Self {
             name: loaded.name,
             version: loaded.version,
@@ -139,17 +148,19 @@ impl ModelVersion {
             load_duration: loaded.took,
             metrics,
             queue,
-            executors: Mutex::default(),
+            executors: Mutex::new(Executors { threads: Vec::with_capacity(instances), ended }),
             in_flight: Arc::default(),
         };
         for (index, mut session) in loaded.sessions.into_iter().enumerate() {
             let queue = version.queue.clone();
             let name = version.name.clone();
-            let spawned = std::thread::Builder::new()
-                .name(format!("run-{index}-{name}"))
-                .spawn(move || executor::run(&queue, session.as_mut(), name.as_str()));
+            let alive = alive.clone();
+            let spawned = std::thread::Builder::new().name(format!("run-{index}-{name}")).spawn(move || {
+                executor::run(&queue, session.as_mut(), name.as_str());
+                drop((session, alive));
+            });
             match spawned {
-                Ok(thread) => version.executors.lock().push(thread),
+                Ok(thread) => version.executors.lock().threads.push(thread),
                 Err(error) => {
                     version.queue.close();
                     return Err(Error::internal(format!("cannot start an executor thread: {error}")));
@@ -216,27 +227,21 @@ impl ModelVersion {
     /// up what still waits. Blocks: not for I/O threads. Returns the number of requests that were cut short.
     pub fn drain(&self, limit: Duration) -> usize {
         self.close();
-        let deadline = Instant::now() + limit;
-        let executors = std::mem::take(&mut *self.executors.lock());
-        while Instant::now() < deadline && executors.iter().any(|thread| !thread.is_finished()) {
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        let mut cut = 0;
-        if executors.iter().any(|thread| !thread.is_finished()) {
-            let waiting = self.queue.len();
-            tracing::warn!(model = %self.name, version = %self.version, waiting, "drain deadline passed");
-            cut = self.queue.abandon(&Error::new(
-                Code::NotReady,
-                format!("model '{}' version '{}' was unloaded before the request could run", self.name, self.version),
-            ));
-        }
-        for thread in executors {
-            // A thread that is inside a run cannot be stopped; it ends by itself after it.
-            if thread.is_finished() {
+        let mut executors = self.executors.lock();
+        if executors.ended.recv_timeout(limit) != Err(RecvTimeoutError::Timeout) {
+            for thread in executors.threads.drain(..) {
+                // A panic was answered where it happened.
                 let _ = thread.join();
             }
+            return 0;
         }
-        cut
+        // Threads that are inside a run cannot be stopped; they end by themselves after it.
+        let waiting = self.queue.len();
+        tracing::warn!(model = %self.name, version = %self.version, waiting, "drain deadline passed");
+        self.queue.abandon(&Error::new(
+            Code::NotReady,
+            format!("model '{}' version '{}' was unloaded before the request could run", self.name, self.version),
+        ))
     }
 
     /// Requests submitted and not yet answered.
