@@ -41,8 +41,6 @@ use crate::{
 
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(1);
-/// Connections without a request for so long are closed when the server stops.
-const QUIET: Duration = Duration::from_secs(3);
 /// What versions get to end their runs when the drain timeout is used up.
 const LAST_MOMENT: Duration = Duration::from_secs(1);
 
@@ -271,7 +269,7 @@ impl Parts {
         let mut cut = 0;
         tokio::select! {
             _ = &mut joined => {}
-            () = given_up(&app, deadline) => {
+            () = tokio::time::sleep_until(deadline.into()) => {
                 cut += app.in_flight.load(Ordering::Relaxed);
                 tracing::warn!(requests = cut, "closing the connections that are still open");
                 abort.cancel();
@@ -285,18 +283,6 @@ impl Parts {
         upkeep.abort();
         tracing::info!(cut_short = cut, "stopped");
         Ok(cut)
-    }
-}
-
-/// Returns when it is no use to wait for open connections any longer: at the deadline, or when none of them has had a
-/// request for a while, such as those of clients that never finish their headers.
-async fn given_up(app: &App, deadline: Instant) {
-    let mut quiet_since = Instant::now();
-    while Instant::now() < deadline && quiet_since.elapsed() < QUIET {
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        if app.in_flight.load(Ordering::Relaxed) > 0 {
-            quiet_since = Instant::now();
-        }
     }
 }
 

@@ -181,6 +181,17 @@ async fn model_settings_are_honoured() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn empty_requests_harm_nobody() {
+    let repository = Repository::with("m", "sleep_ms = 5");
+    let running = start(&config(&repository)).await;
+    for _ in 0..3 {
+        assert_eq!(running.infer("m", &[]).await.values(), [0.0; 0]);
+    }
+    assert_eq!(running.infer("m", &[2.0]).await.values(), [2.0]);
+    assert_eq!(running.metric(r#"tidegate_inferences_total{model="m",version="1"}"#).await, 1.0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_second_server_is_told_about_the_first() {
     let repository = Repository::with("m", "");
     let running = start(&config(&repository)).await;

@@ -121,3 +121,15 @@ async fn the_drain_timeout_is_kept_and_what_it_cuts_is_told() {
     assert!(running.stop().await >= 2);
     assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_that_never_came_holds_nothing_up() {
+    let repository = Repository::with("m", "");
+    let running = start(&config(&repository)).await;
+    let mut half = tokio::net::TcpStream::connect(running.rest_address).await.unwrap();
+    tokio::io::AsyncWriteExt::write_all(&mut half, b"POST /v2/models/m/infer HTTP/1.1\r\nhost:").await.unwrap();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let begin = Instant::now();
+    assert_eq!(running.stop().await, 0);
+    assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
+}

@@ -6,7 +6,10 @@
 use std::{
     io,
     net::{SocketAddr, TcpListener},
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
     thread::JoinHandle,
     time::Duration,
 };
@@ -19,6 +22,7 @@ use hyper_util::{
 };
 use tokio::{net::TcpStream, sync::mpsc};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tower::ServiceExt;
 
 use super::LimitsConfig;
 
@@ -176,7 +180,14 @@ impl Context {
             () = last_chance => return,
         }
         let io = TokioIo::new(stream);
-        let service = TowerToHyperService::new(accepted.router);
+        let begun = Arc::new(AtomicBool::new(false));
+        let service = TowerToHyperService::new(accepted.router.map_request({
+            let begun = begun.clone();
+            move |request: http::Request<hyper::body::Incoming>| {
+                begun.store(true, Ordering::Relaxed);
+                request
+            }
+        }));
         let builder = self.builder(accepted.wire);
         let connection = builder.serve_connection(io, service);
         tokio::pin!(connection);
@@ -192,9 +203,17 @@ impl Context {
             result = connection.as_mut() => result,
             () = end => {
                 connection.as_mut().graceful_shutdown();
+                let useless = async {
+                    tokio::time::sleep(LAST_CHANCE).await;
+                    if begun.load(Ordering::Relaxed) {
+                        std::future::pending::<()>().await;
+                    }
+                };
                 tokio::select! {
                     result = connection => result,
                     () = self.abort.cancelled() => Ok(()),
+                    // It has not even sent a request's headers.
+                    () = useless => Ok(()),
                 }
             }
         };

@@ -17,7 +17,7 @@ use crate::{
     error::{Code, Error},
     metrics::{Metrics, Protocol, VersionMetrics},
     model::ModelVersion,
-    tensor::Tensor,
+    tensor::{DType, Tensor},
 };
 
 pub mod codec;
@@ -192,18 +192,19 @@ pub fn deadline(start: Instant, timeouts: [Option<Duration>; 2]) -> Option<Insta
     timeouts.into_iter().flatten().min().and_then(|timeout| start.checked_add(timeout))
 }
 
-/// How many times the bytes of its message a request's tensors may take in memory.
+/// How many times the largest message a request's texts may take in memory.
 const MAX_EXPANSION: usize = 2;
 
 /// Refuses requests that are small on the wire and huge in memory: a `BYTES` element takes many times the bytes of a
 /// short text.
 fn check_size(call: codec::InferCall, limit: usize) -> Result<codec::InferCall, Error> {
-    let held: usize = call.inputs.iter().map(Tensor::byte_len).sum();
+    let texts = call.inputs.iter().filter(|input| input.dtype == DType::Bytes);
+    let held: usize = texts.map(Tensor::byte_len).sum();
     if held <= limit.saturating_mul(MAX_EXPANSION) {
         return Ok(call);
     }
     Err(Error::new(
         Code::TooLarge,
-        format!("the inputs take {held} bytes in memory, more than {MAX_EXPANSION} times limits.max_message_bytes"),
+        format!("the texts take {held} bytes in memory, more than {MAX_EXPANSION} times limits.max_message_bytes"),
     ))
 }

@@ -160,7 +160,8 @@ pub struct Options {
     pub flush_to_zero: bool,
     /// Whether the sessions of one version share a container for repacked weights. Default: with several instances.
     pub share_prepacked_weights: Option<bool>,
-    /// Where the rewritten graph is written, to be served later with optimization = "disable", which loads faster.
+    /// Where the rewritten graph is written, outside the model's folder, to be served later with
+    /// optimization = "disable", which loads faster.
     pub optimized_model: Option<PathBuf>,
     /// Further ONNX Runtime session configuration entries, such as "session.set_denormal_as_zero" = "1".
     pub session_config: HashMap<String, String>,

@@ -136,9 +136,12 @@ impl Reconciler {
         if self.settings.control == ModelControl::Explicit {
             for text in wanted.iter().filter(|text| *text != "*") {
                 // A model that is not there shall show as one that failed.
-                if let Ok(name) = ModelName::parse(text) {
-                    let directory = self.settings.models.join(text);
-                    scan.entry(name).or_insert(FoundModel { directory, settings: None, versions: Vec::new() });
+                match ModelName::parse(text) {
+                    Ok(name) => {
+                        let directory = self.settings.models.join(text);
+                        scan.entry(name).or_insert(FoundModel { directory, ..FoundModel::default() });
+                    }
+                    Err(error) => tracing::error!(%error, "this model cannot be loaded"),
                 }
             }
             scan.retain(|name, _| wanted.iter().any(|wanted| wanted == "*" || wanted == name.as_str()));
@@ -166,6 +169,12 @@ impl Reconciler {
     }
 
     fn step_model(&mut self, name: &ModelName, found: &FoundModel) {
+        if let Some(error) = &found.unreadable {
+            // What runs keeps running; whether its files are still there, nobody knows.
+            tracing::warn!(model = %name, error, "the model's folder cannot be read");
+            self.models.entry(name.clone()).or_default().problem = Some(error.clone());
+            return;
+        }
         let spec = ModelSpec::read(found.settings.as_deref());
         let targets = targets(&self.models.entry(name.clone()).or_default().versions, found, &spec);
         let first_pass = !self.complete;
@@ -229,8 +238,8 @@ impl Reconciler {
         let plan = spec.map(|spec| self.plan(&name, &version, files.clone(), found, spec));
         tracing::info!(model = %name, %version, "loading");
         self.loading.spawn(async move {
-            // The semaphore lives as long as the reconciler; closed only with it.
-            let _permit = loads.acquire_owned().await;
+            // Closed when the server stops: what has not begun to load need not.
+            let Ok(_permit) = loads.acquire_owned().await else { return };
             let result = match plan {
                 Err(error) => Err(error),
                 Ok(plan) => on_loader_thread(move || load::load(plan, &loader.backends, loader.decode_sample)).await,
@@ -259,7 +268,7 @@ impl Reconciler {
             max_batch_size: spec.max_batch_size,
             batching: spec.batching,
             configured_samples: spec.warmup.iter().map(|path| found.directory.join(path)).collect(),
-            sample_folders: vec![files.join("warmup"), found.directory.join("warmup")],
+            sample_folders: vec![files.join(local::SAMPLES), found.directory.join(local::SAMPLES)],
             files,
         }
     }
@@ -276,6 +285,12 @@ impl Reconciler {
         {
             tracing::info!(model = %name, %version, "its files changed while they were read; loading again");
             tracked.progress = Progress::Settling { fingerprint: after, since: Instant::now() };
+            // Without watching, the first look is all there is; it shall know of the files as they are now.
+            let first_look = self.first_scan.as_mut().and_then(|scan| scan.get_mut(&name));
+            let seen = first_look.and_then(|model| model.versions.iter_mut().find(|found| found.version == version));
+            if let Some(seen) = seen {
+                seen.fingerprint = after;
+            }
             return;
         }
         let started =
@@ -356,6 +371,7 @@ impl Reconciler {
     async fn shut_down(mut self, limit: Duration) -> usize {
         let deadline = Instant::now() + limit;
         self.events.1.close();
+        self.loads.close();
         self.settings.drain_timeout = limit;
         let serving: Vec<_> =
             self.models.values_mut().flat_map(|model| &mut model.versions).filter_map(|v| v.serving.take()).collect();

@@ -67,6 +67,14 @@ impl ModelSpec {
         let text = std::fs::read_to_string(path).map_err(|error| named(error.to_string()))?;
         let spec: ModelSpec = toml::from_str(&text).map_err(|error| named(error.to_string()))?;
         spec.validate().map_err(named)?;
+        let kept = spec.options.optimized_model.as_ref().map(std::path::absolute).transpose();
+        let folder = path.parent().map(std::path::absolute).transpose();
+        if let (Ok(Some(kept)), Ok(Some(folder))) = (kept, folder)
+            && kept.starts_with(folder)
+        {
+            // Each load would change the files that it loads.
+            return Err(named("options.optimized_model must lie outside the model's folder".to_owned()));
+        }
         Ok(spec)
     }
 

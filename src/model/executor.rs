@@ -206,9 +206,13 @@ fn run_alone(queue: &Queue, session: &mut dyn Session, model: &str, job: Job, ro
     let took = start.elapsed();
     match result {
         Ok(mut outputs) => {
-            if job.inputs.first().is_some_and(|input| input.shape.first() == Some(&0)) {
+            let no_rows = job.inputs.first().is_some_and(|input| input.shape.first() == Some(&0));
+            if no_rows && session.signature().unbatchable().is_none() {
                 // Some graphs give rows where none were asked for.
-                outputs.iter_mut().filter(|output| output.rows() > 0).for_each(|output| *output = output.slice(0, 0));
+                outputs
+                    .iter_mut()
+                    .filter(|output| !output.shape.is_empty())
+                    .for_each(|output| *output = output.slice(0, 0));
             }
             queue.metrics.executed(1, rows, Phases { infer: took, ..Phases::default() });
             answer(job, Ok(outputs));

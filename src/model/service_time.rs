@@ -44,6 +44,10 @@ impl ServiceTime {
     }
 
     pub fn observe(&mut self, rows: usize, took: Duration) {
+        if rows == 0 {
+            // An empty run says nothing of the others.
+            return;
+        }
         let expected = self.fixed + self.per_row * rows as f64;
         if expected > 0.0 {
             self.seen = self.seen.saturating_add(1);
@@ -51,7 +55,7 @@ impl ServiceTime {
             self.factor += share * (took.as_secs_f64() / expected - self.factor);
         } else {
             // Nothing was measured at warm-up: the first run stands for all.
-            self.per_row = took.as_secs_f64() / rows.max(1) as f64;
+            self.per_row = took.as_secs_f64() / rows as f64;
         }
     }
 
@@ -108,6 +112,8 @@ mod tests {
     fn nothing_seen_costs_nothing_and_the_first_run_stands_for_all() {
         let mut service = ServiceTime::default();
         assert_eq!(service.estimate(100), Duration::ZERO);
+        service.observe(0, ms(1000));
+        assert_eq!(service.estimate(100), Duration::ZERO, "an empty run says nothing");
         service.observe(2, ms(4));
         assert!(close(service.estimate(10), ms(20)));
     }

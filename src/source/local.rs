@@ -17,19 +17,24 @@ use crate::id::{ModelName, Version};
 /// Settings of a model, beside its versions.
 pub const MODEL_FILE: &str = "model.toml";
 
+/// The folder of sample requests, beside the versions or inside one.
+pub const SAMPLES: &str = "warmup";
+
 /// Folders deeper than this are not looked at: no model has them, and a loop of symlinks has no end.
 const MAX_DEPTH: usize = 8;
 
 /// What the folder held at one moment.
 pub type Scan = BTreeMap<ModelName, FoundModel>;
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct FoundModel {
     pub directory: PathBuf,
     /// The settings file, when there is one.
     pub settings: Option<PathBuf>,
     /// By number, ascending.
     pub versions: Vec<FoundVersion>,
+    /// Why nothing else is known of the model: its folder is there and cannot be read at present.
+    pub unreadable: Option<String>,
 }
 
 #[derive(Clone, Debug)]
@@ -56,8 +61,9 @@ impl Fingerprint {
 /// Looks at `root`. `is_model` tells the names of model files that can be opened.
 ///
 /// # Errors
-/// When anything cannot be read for a reason that may pass, such as a lack of file descriptors: half a look at a
-/// repository must not be taken for the disappearance of the other half. What is forbidden or gone is left out.
+/// When `root` cannot be read, or the process lacks what it takes to look, such as file descriptors: half a look at a
+/// repository must not be taken for the disappearance of the other half. A model that cannot be read for another
+/// reason is found `unreadable`; what is forbidden or gone is left out.
 pub fn scan(root: &Path, is_model: impl Fn(&str) -> bool) -> io::Result<Scan> {
     let mut found = Scan::new();
     for entry in fs::read_dir(root)? {
@@ -65,12 +71,20 @@ pub fn scan(root: &Path, is_model: impl Fn(&str) -> bool) -> io::Result<Scan> {
         let name = entry.file_name();
         let Some(name) = name.to_str().filter(|name| !name.starts_with('.')) else { continue };
         let directory = entry.path();
-        if !look(&directory)?.is_some_and(|metadata| metadata.is_dir()) {
-            continue;
-        }
-        match ModelName::parse(name) {
-            Ok(name) => found.extend(scan_model(&directory, &is_model)?.map(|model| (name, model))),
-            Err(error) => tracing::debug!(folder = %directory.display(), %error, "folder is no model"),
+        let name = match ModelName::parse(name) {
+            Ok(name) => name,
+            Err(error) => {
+                tracing::debug!(folder = %directory.display(), %error, "folder is no model");
+                continue;
+            }
+        };
+        match scan_model(&directory, &is_model) {
+            Ok(model) => found.extend(model.map(|model| (name, model))),
+            Err(error) if is_shortage(&error) => return Err(error),
+            Err(error) => {
+                let unreadable = Some(format!("{}: {error}", directory.display()));
+                found.insert(name, FoundModel { directory, unreadable, ..FoundModel::default() });
+            }
         }
     }
     Ok(found)
@@ -78,6 +92,9 @@ pub fn scan(root: &Path, is_model: impl Fn(&str) -> bool) -> io::Result<Scan> {
 
 /// The model in `directory`; `None` when nothing in there looks like one.
 fn scan_model(directory: &Path, is_model: &impl Fn(&str) -> bool) -> io::Result<Option<FoundModel>> {
+    if !look(directory)?.is_some_and(|metadata| metadata.is_dir()) {
+        return Ok(None);
+    }
     let settings = Some(directory.join(MODEL_FILE)).filter(|path| path.is_file());
     let mut versions = Vec::new();
     let mut bare = false;
@@ -109,11 +126,11 @@ fn scan_model(directory: &Path, is_model: &impl Fn(&str) -> bool) -> io::Result<
             Ok(FoundVersion { version, files, fingerprint })
         })
         .collect::<io::Result<Vec<_>>>()?;
-    Ok(Some(FoundModel { directory: directory.to_path_buf(), settings, versions }))
+    Ok(Some(FoundModel { directory: directory.to_path_buf(), settings, versions, unreadable: None }))
 }
 
-/// The fingerprint of a version whose files lie in `files`, in the model folder `model`: of these files, and of what
-/// lies in the model folder beside its versions, such as settings and sample requests.
+/// The fingerprint of a version whose files lie in `files`, in the model folder `model`: of these files, and of the
+/// settings and sample requests beside the versions.
 ///
 /// # Errors
 /// When something cannot be read for a reason that may pass.
@@ -122,8 +139,7 @@ pub fn fingerprint(files: &Path, model: &Path) -> io::Result<Fingerprint> {
     collect(files, 0, &mut paths)?;
     for path in list(model)? {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        let version = name.bytes().all(|byte| byte.is_ascii_digit());
-        if !version && !name.starts_with('.') {
+        if name == MODEL_FILE || name == SAMPLES || name.ends_with(".json") {
             collect(&path, 0, &mut paths)?;
         }
     }
@@ -161,6 +177,12 @@ fn look(path: &Path) -> io::Result<Option<fs::Metadata>> {
 /// What a folder holds; nothing when it is gone or closed to us.
 fn list(directory: &Path) -> io::Result<Vec<PathBuf>> {
     settled(fs::read_dir(directory).and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect()))
+}
+
+/// Whether it is the process that lacks something, whatever it looks at.
+fn is_shortage(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM))
 }
 
 /// Takes errors that will not pass by themselves for an empty answer.
