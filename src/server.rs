@@ -7,7 +7,7 @@ use std::{
     path::Path,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -151,7 +151,7 @@ fn app(config: &Config, reader: CatalogReader, metrics: Arc<Metrics>, onnxruntim
         strict_readiness: config.strict_readiness,
         onnxruntime_version: onnxruntime_version.to_owned(),
         in_flight: AtomicUsize::new(0),
-        draining: AtomicBool::new(false),
+        draining: CancellationToken::new(),
         closing: CancellationToken::new(),
     }
 }
@@ -250,7 +250,7 @@ impl Parts {
 
         // 1 Not ready any more, and serving on until routers have noticed.
         let delay = self.stops.recv().await.unwrap_or_default();
-        app.draining.store(true, Ordering::Relaxed);
+        app.draining.cancel();
         tracing::info!(?delay, "stopping");
         tokio::select! {
             () = tokio::time::sleep(delay) => {}

@@ -1,4 +1,6 @@
-//! `grpc.health.v1`: the server under "", each model under its name; watches wake with every new catalog.
+//! `grpc.health.v1`: the server under "", each model under its name.
+//!
+//! Watches wake with every new catalog, and when the server begins to drain.
 
 use std::{pin::Pin, sync::Arc};
 
@@ -11,9 +13,6 @@ use tonic_health::pb::{
 };
 
 use super::App;
-
-/// How often a watch looks at what no catalog tells: that the server began to drain.
-const LOOK_AGAIN: std::time::Duration = std::time::Duration::from_millis(250);
 
 pub fn service(app: Arc<App>) -> HealthServer<impl Health> {
     HealthServer::new(Service { app })
@@ -57,6 +56,8 @@ impl Health for Service {
             let mut changes = app.engine.catalog().changes();
             let mut last = None;
             loop {
+                // Looked at before the status, so that a change in between wakes the watch.
+                let drains = app.draining.is_cancelled();
                 let now = status(&app, &name).unwrap_or(ServingStatus::ServiceUnknown);
                 if last != Some(now) {
                     last = Some(now);
@@ -67,7 +68,7 @@ impl Health for Service {
                 tokio::select! {
                     () = sender.closed() => return,
                     () = app.closing.cancelled() => return,
-                    () = tokio::time::sleep(LOOK_AGAIN) => {}
+                    () = app.draining.cancelled(), if !drains => {}
                     changed = changes.changed() => if changed.is_err() { return },
                 }
             }

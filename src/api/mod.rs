@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -86,8 +86,8 @@ pub struct App {
     pub onnxruntime_version: String,
     /// Inference requests that have arrived and are not answered.
     pub in_flight: AtomicUsize,
-    /// Set when the server was told to stop: not ready any more, still serving.
-    pub draining: AtomicBool,
+    /// Cancelled when the server was told to stop: not ready any more, still serving.
+    pub draining: CancellationToken,
     /// Cancelled when connections and streams shall end.
     pub closing: CancellationToken,
 }
@@ -95,7 +95,7 @@ pub struct App {
 impl App {
     pub fn is_ready(&self) -> bool {
         let catalog = self.engine.catalog().load();
-        catalog.complete && !self.draining.load(Ordering::Relaxed) && (!self.strict_readiness || catalog.all_ready())
+        catalog.complete && !self.draining.is_cancelled() && (!self.strict_readiness || catalog.all_ready())
     }
 }
 

@@ -3,7 +3,7 @@
 use std::{
     collections::VecDeque,
     pin::Pin,
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
@@ -92,7 +92,7 @@ pub fn router(app: Arc<App>) -> Router {
 /// While the server drains, answers ask clients to come back on another connection: to another replica, or at least
 /// not on one that is about to close.
 async fn say_goodbye(State(app): State<Arc<App>>, mut response: Response) -> Response {
-    if app.draining.load(Ordering::Relaxed) {
+    if app.draining.is_cancelled() {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response

@@ -158,6 +158,20 @@ mod tests {
     }
 
     #[test]
+    fn a_load_may_not_change_what_it_loads() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.toml");
+        let read = |kept: &Path| {
+            let text = format!("[options]\noptimized_model = \"{}\"", kept.display());
+            std::fs::write(&path, text).unwrap();
+            ModelSpec::read(Some(&path))
+        };
+        let inside = read(&folder.path().join("1/optimized.onnx")).unwrap_err();
+        assert!(inside.message.contains("options.optimized_model must lie outside"), "{inside}");
+        assert!(read(Path::new("/elsewhere/optimized.onnx")).is_ok());
+    }
+
+    #[test]
     fn profiles_divide_the_cores() {
         let spec = ModelSpec::default();
         assert_eq!(spec.instances(Profile::Throughput, 8), 8);

@@ -146,8 +146,13 @@ impl Queue {
     fn drop_dead(&self, dropped: Vec<(Entry<Job>, DropReason)>) {
         for (entry, reason) in dropped {
             self.metrics.dropped(reason);
-            let code = if reason == DropReason::Deadline { Code::DeadlineExceeded } else { Code::Cancelled };
-            answer(entry.item, Err(Error::new(code, "the deadline passed while the request was queued")));
+            let error = match reason {
+                DropReason::Deadline => {
+                    Error::new(Code::DeadlineExceeded, "the deadline passed while the request was queued")
+                }
+                _ => Error::new(Code::Cancelled, "the request was cancelled while it was queued"),
+            };
+            answer(entry.item, Err(error));
         }
     }
 

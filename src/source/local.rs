@@ -261,6 +261,18 @@ mod tests {
     }
 
     #[test]
+    fn a_folder_that_cannot_be_read_hides_no_other() {
+        let root = tempfile::tempdir().unwrap();
+        write(root.path(), "good/1/model.onnx", "");
+        write(root.path(), "bad/1/model.onnx", "");
+        // A name longer than any file system takes: neither missing nor forbidden, it just cannot be looked at.
+        std::os::unix::fs::symlink("x".repeat(300), root.path().join("bad/1/weights.bin")).unwrap();
+        let scan = scan(root.path(), |_| true).unwrap();
+        assert_eq!(scan["good"].versions.len(), 1);
+        assert!(scan["bad"].unreadable.as_ref().unwrap().contains("bad"), "{:?}", scan["bad"]);
+    }
+
+    #[test]
     fn half_a_look_is_none() {
         let file = tempfile::NamedTempFile::new().unwrap();
         assert!(scan(file.path(), |_| true).is_err(), "the root itself must be a folder");
