@@ -21,12 +21,15 @@ const LAYERS: [(u8, &[&str]); 11] = [
 ];
 
 /// The only places (files, or folders and the file of the same name) that may name a foreign crate.
-const HOMES: [(&str, &[&str]); 14] = [
+const HOMES: [(&str, &[&str]); 17] = [
     ("ort", &["backend/onnx"]),
     ("half", &["backend/onnx", "model/warmup"]),
     ("prost", &["backend/onnx", "api"]),
     ("tonic", &["api"]),
     ("tonic_health", &["api/health"]),
+    ("tonic_reflection", &["api"]),
+    ("prost_reflect", &["control/pbtxt"]),
+    ("base64", &["api"]),
     ("axum", &["api", "server"]),
     ("hyper_util", &["api/listen", "cli"]),
     ("socket2", &["api/listen"]),
