@@ -1,6 +1,12 @@
 //! Commands: serve, models, health, config.
 
-use std::{io::Write, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    io::Write,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
 
 use anyhow::{Context, bail};
 use bytes::Bytes;
@@ -13,7 +19,10 @@ use crate::{
     api::ops::ModelStatus,
     backend::{Backends, onnx::OnnxRuntime},
     config::{self, Config, LogConfig, LogFormat},
-    control::{ModelControl, spec::Profile},
+    control::{
+        ModelControl, pbtxt,
+        spec::{ModelSpec, Profile},
+    },
     model::{State, catalog::Catalog},
     server::Server,
 };
@@ -90,10 +99,22 @@ struct OpsArgs {
 }
 
 #[derive(Args)]
+#[command(arg_required_else_help = true)]
 struct ConfigArgs {
     /// Print the documented default file
-    #[arg(long, required = true)]
+    #[arg(long)]
     defaults: bool,
+    #[command(subcommand)]
+    action: Option<ConfigAction>,
+}
+
+#[derive(Subcommand)]
+enum ConfigAction {
+    /// Print a model's config.pbtxt as model.toml, or its model.toml as config.pbtxt.
+    Convert {
+        /// The file to convert; its extension tells which of the two it is
+        file: PathBuf,
+    },
 }
 
 /// Runs the command line.
@@ -105,7 +126,8 @@ pub fn run() -> anyhow::Result<ExitCode> {
         Command::Serve(args) => serve(&args),
         Command::Models(args) => models(args.ops),
         Command::Health(args) => health(args.ops),
-        Command::Config(ConfigArgs { .. }) => {
+        Command::Config(ConfigArgs { action: Some(ConfigAction::Convert { file }), .. }) => convert(&file),
+        Command::Config(ConfigArgs { action: None, .. }) => {
             print!("{}", config::documented_defaults());
             Ok(ExitCode::SUCCESS)
         }
@@ -222,6 +244,27 @@ fn start_logging(config: &LogConfig) -> anyhow::Result<()> {
         LogFormat::Json => builder.json().flatten_event(true).init(),
     }
     Ok(())
+}
+
+/// Prints what the file says in the other language, behind comments about what that cannot say.
+fn convert(file: &Path) -> anyhow::Result<ExitCode> {
+    let shown = file.display();
+    let text = std::fs::read_to_string(file).with_context(|| shown.to_string())?;
+    match file.extension().and_then(|extension| extension.to_str()) {
+        Some("pbtxt") => {
+            let spec = pbtxt::parse(&text).with_context(|| shown.to_string())?;
+            spec.notes.iter().for_each(|note| say(format_args!("# {note}")));
+            print!("{}", spec.to_toml().map_err(anyhow::Error::msg)?);
+        }
+        Some("toml") => {
+            let spec = ModelSpec::from_toml(&text).map_err(anyhow::Error::msg).with_context(|| shown.to_string())?;
+            let (text, left_out) = pbtxt::to_text(&spec)?;
+            left_out.iter().for_each(|key| say(format_args!("# {key} cannot be said here")));
+            print!("{text}");
+        }
+        _ => bail!("{shown}: its name must end in .pbtxt or .toml"),
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn models(ops: SocketAddr) -> anyhow::Result<ExitCode> {

@@ -5,6 +5,8 @@
 use std::{fmt, sync::Arc};
 
 use bytes::{Bytes, BytesMut};
+use schemars::JsonSchema;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::Error;
 
@@ -81,6 +83,32 @@ impl DType {
             DType::Uint64 | DType::Int64 | DType::Fp64 => Some(8),
             DType::Bytes => None,
         }
+    }
+}
+
+impl Serialize for DType {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
+
+impl<'de> Deserialize<'de> for DType {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        DType::parse(&name).ok_or_else(|| {
+            let names: Vec<_> = DType::ALL.into_iter().map(DType::name).collect();
+            serde::de::Error::custom(format_args!("datatype '{name}' must be one of {}", names.join(", ")))
+        })
+    }
+}
+
+impl JsonSchema for DType {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "DType".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({ "type": "string" })
     }
 }
 

@@ -21,7 +21,7 @@ const LAYERS: [(u8, &[&str]); 11] = [
 ];
 
 /// The only places (files, or folders and the file of the same name) that may name a foreign crate.
-const HOMES: [(&str, &[&str]); 17] = [
+const HOMES: [(&str, &[&str]); 18] = [
     ("ort", &["backend/onnx"]),
     ("half", &["backend/onnx", "model/warmup"]),
     ("prost", &["backend/onnx", "api"]),
@@ -29,6 +29,7 @@ const HOMES: [(&str, &[&str]); 17] = [
     ("tonic_health", &["api/health"]),
     ("tonic_reflection", &["api"]),
     ("prost_reflect", &["control/pbtxt"]),
+    ("miette", &["control/pbtxt"]),
     ("base64", &["api"]),
     ("axum", &["api", "server"]),
     ("hyper_util", &["api/listen", "cli"]),

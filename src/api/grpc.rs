@@ -281,7 +281,9 @@ impl GrpcInferenceService for Service {
     async fn model_config(&self, request: Request<pb::ModelConfigRequest>) -> Answer<pb::ModelConfigResponse> {
         let request = request.into_inner();
         let version = self.app.engine.resolve(&request.name, Some(&request.version))?.version;
-        Ok(Response::new(pb::ModelConfigResponse { config: Some(triton::config(&version, version.model_file)) }))
+        let catalog = self.app.engine.catalog().load();
+        let policy = &catalog.deployment(&request.name)?.policy;
+        Ok(Response::new(pb::ModelConfigResponse { config: Some(triton::config(&version, policy)) }))
     }
 
     async fn model_statistics(

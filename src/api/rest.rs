@@ -164,7 +164,9 @@ async fn model_metadata(State(app): State<Arc<App>>, named: Named) -> Result<Res
 
 async fn model_config(State(app): State<Arc<App>>, named: Named) -> Result<Response, RestError> {
     let version = app.engine.resolve(&named.model, named.version.as_deref())?.version;
-    Ok(Json(triton::config_json(&version, version.model_file)).into_response())
+    let catalog = app.engine.catalog().load();
+    let policy = &catalog.deployment(&named.model)?.policy;
+    Ok(Json(triton::config_json(&version, policy)?).into_response())
 }
 
 async fn model_statistics(State(app): State<Arc<App>>, named: Named) -> Result<Response, RestError> {

@@ -2,16 +2,18 @@
 
 use std::sync::atomic::Ordering;
 
+use prost::Message;
 use serde_json::{Value, json};
 
 use super::pb;
 use crate::{
-    backend::TensorSpec,
+    backend::{Declaration, Device, TensorSpec},
+    control::pbtxt,
     error::Error,
     metrics::Tally,
     model::{
         ModelVersion, State,
-        catalog::{Catalog, Entry},
+        catalog::{Catalog, Entry, VersionPolicy},
     },
     tensor::DType,
 };
@@ -61,8 +63,8 @@ fn max_batch_size(version: &ModelVersion) -> i32 {
 }
 
 /// The dimensions as a configuration gives them: without the batch dimension when there is one.
-fn config_dims(version: &ModelVersion, spec: &TensorSpec) -> Vec<i64> {
-    spec.shape.iter().skip(usize::from(max_batch_size(version) > 0)).copied().collect()
+fn config_dims(version: &ModelVersion, shape: &[i64]) -> Vec<i64> {
+    shape.iter().skip(usize::from(max_batch_size(version) > 0)).copied().collect()
 }
 
 fn config_type(dtype: DType) -> pb::DataType {
@@ -84,37 +86,35 @@ fn config_type(dtype: DType) -> pb::DataType {
     }
 }
 
-const BACKEND: &str = "onnxruntime";
-const INSTANCE_KIND: pb::model_instance_group::Kind = pb::model_instance_group::Kind::Cpu;
-
-pub fn config(version: &ModelVersion, file_name: &str) -> pb::ModelConfig {
+/// The configuration that a version runs with, as Triton would write it.
+pub fn config(version: &ModelVersion, policy: &VersionPolicy) -> pb::ModelConfig {
     use pb::model_config::SchedulingChoice;
+    let interface = &version.interface;
     let input = |spec: &TensorSpec| pb::ModelInput {
         name: spec.name.to_string(),
         data_type: config_type(spec.dtype).into(),
-        dims: config_dims(version, spec),
+        dims: config_dims(version, &spec.shape),
+        reshape: reshape(version, &interface.inputs, spec),
+        optional: version.signature.is_optional(&spec.name),
         ..Default::default()
     };
     let output = |spec: &TensorSpec| pb::ModelOutput {
         name: spec.name.to_string(),
         data_type: config_type(spec.dtype).into(),
-        dims: config_dims(version, spec),
+        dims: config_dims(version, &spec.shape),
+        reshape: reshape(version, &interface.outputs, spec),
         ..Default::default()
     };
     pb::ModelConfig {
         name: version.name.to_string(),
         platform: version.platform.to_owned(),
-        backend: BACKEND.to_owned(),
+        backend: version.backend.to_owned(),
+        version_policy: Some(pb::ModelVersionPolicy { policy_choice: Some(policy_choice(policy)) }),
         max_batch_size: max_batch_size(version),
         input: version.signature.inputs.iter().map(input).collect(),
         output: version.signature.outputs.iter().map(output).collect(),
-        instance_group: vec![pb::ModelInstanceGroup {
-            name: version.name.to_string(),
-            kind: INSTANCE_KIND.into(),
-            count: i32::try_from(version.instances).unwrap_or(i32::MAX),
-            ..Default::default()
-        }],
-        default_model_filename: file_name.to_owned(),
+        instance_group: version.places.iter().enumerate().map(|(index, place)| group(version, index, place)).collect(),
+        default_model_filename: version.model_file.clone(),
         scheduling_choice: version
             .batching
             .enabled
@@ -123,32 +123,45 @@ pub fn config(version: &ModelVersion, file_name: &str) -> pb::ModelConfig {
     }
 }
 
-pub fn config_json(version: &ModelVersion, file_name: &str) -> Value {
-    let tensor = |spec: &TensorSpec| {
-        json!({
-            "name": &*spec.name,
-            "data_type": config_type(spec.dtype).as_str_name(),
-            "dims": config_dims(version, spec),
-        })
-    };
-    let mut config = json!({
-        "name": version.name.as_str(),
-        "platform": version.platform,
-        "backend": BACKEND,
-        "max_batch_size": max_batch_size(version),
-        "input": version.signature.inputs.iter().map(tensor).collect::<Vec<_>>(),
-        "output": version.signature.outputs.iter().map(tensor).collect::<Vec<_>>(),
-        "instance_group": [{
-            "name": version.name.as_str(),
-            "kind": INSTANCE_KIND.as_str_name(),
-            "count": version.instances,
-        }],
-        "default_model_filename": file_name,
-    });
-    if version.batching.enabled {
-        config["dynamic_batching"] = json!({});
+/// # Errors
+/// `Internal` when the message cannot be read back.
+pub fn config_json(version: &ModelVersion, policy: &VersionPolicy) -> Result<Value, Error> {
+    pbtxt::to_json(&config(version, policy).encode_to_vec())
+}
+
+/// The shape that the graph sees, where the author declared another one to clients.
+fn reshape(version: &ModelVersion, declared: &[Declaration], spec: &TensorSpec) -> Option<pb::ModelTensorReshape> {
+    let declared = declared.iter().find(|declared| declared.name == *spec.name)?;
+    let shape = declared.reshape.as_ref()?;
+    Some(pb::ModelTensorReshape { shape: config_dims(version, shape) })
+}
+
+fn policy_choice(policy: &VersionPolicy) -> pb::model_version_policy::PolicyChoice {
+    use pb::model_version_policy::{All, Latest, PolicyChoice, Specific};
+    match policy {
+        VersionPolicy::Latest(count) => {
+            PolicyChoice::Latest(Latest { num_versions: u32::try_from(*count).unwrap_or(u32::MAX) })
+        }
+        VersionPolicy::All => PolicyChoice::All(All {}),
+        VersionPolicy::Specific(list) => {
+            PolicyChoice::Specific(Specific { versions: list.iter().filter_map(|text| text.parse().ok()).collect() })
+        }
     }
-    config
+}
+
+fn group(version: &ModelVersion, index: usize, (device, count): &(Device, usize)) -> pb::ModelInstanceGroup {
+    use pb::model_instance_group::Kind;
+    let (kind, gpus) = match device {
+        Device::Cpu => (Kind::Cpu, Vec::new()),
+        Device::Cuda(gpu) => (Kind::Gpu, vec![i32::try_from(*gpu).unwrap_or(i32::MAX)]),
+    };
+    pb::ModelInstanceGroup {
+        name: format!("{}_{index}", version.name),
+        kind: kind.into(),
+        count: i32::try_from(*count).unwrap_or(i32::MAX),
+        gpus,
+        ..Default::default()
+    }
 }
 
 /// The entries that a statistics call asks for: one version, all of a model, or everything.

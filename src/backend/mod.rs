@@ -1,7 +1,7 @@
 //! Running a graph: the one trait every model format implements, and what a graph says of its inputs and outputs.
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     fmt,
     path::{Path, PathBuf},
     sync::Arc,
@@ -11,33 +11,43 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    error::Error,
+    error::{Code, Error},
     tensor::{DType, Tensor},
 };
 
+mod declared;
 pub mod onnx;
+
+pub use declared::{Declaration, Interface};
 
 /// Turns a directory of model files into sessions that can run.
 pub trait Backend: Send + Sync {
+    /// The name that a model's configuration may ask for, `onnxruntime` for instance.
+    fn name(&self) -> &'static str;
+
     /// The name of the file in a version's directory that makes this backend responsible for it.
     fn file_name(&self) -> &'static str;
 
     /// The platform that metadata reports, `onnxruntime_onnx` for instance.
     fn platform(&self) -> &'static str;
 
-    /// Loads `instances` sessions that share what they can.
+    /// The number of GPUs that its sessions could run on.
+    fn gpus(&self) -> usize;
+
+    /// Loads `instances` sessions of the model in the file `model`; they share what they can.
     ///
     /// # Errors
     /// `InvalidArgument` for files that cannot be served, `NotReady` for a device that cannot be had,
     /// `Internal` otherwise; the message names the file or the option.
-    fn load(&self, files: &Path, options: &Options, instances: usize) -> Result<Vec<Box<dyn Session>>, Error>;
+    fn load(&self, model: &Path, options: &Options, instances: usize) -> Result<Vec<Box<dyn Session>>, Error>;
 }
 
 /// One loaded copy of a model, owned and driven by exactly one thread.
 pub trait Session: Send {
     fn signature(&self) -> &Signature;
 
-    /// Runs the graph once. `inputs` are in the order of the signature; so are the results.
+    /// Runs the graph once. `inputs` are in the order of the signature, and only optional ones may be left out; the
+    /// results are in its order too.
     ///
     /// # Errors
     /// `InvalidArgument` when the inputs made the run fail, `Internal` otherwise.
@@ -53,13 +63,30 @@ impl Backends {
         Self(backends.into_iter().collect())
     }
 
-    /// The backend for the files in `directory`.
+    /// The backend for the model in `directory`, and the model's file there. Its author may have named either; a
+    /// folder of the file's name that holds the file will do as well.
     ///
     /// # Errors
-    /// `InvalidArgument` when the directory holds no file that any backend knows.
-    pub fn open(&self, directory: &Path) -> Result<Arc<dyn Backend>, Error> {
-        self.0.iter().find(|backend| directory.join(backend.file_name()).is_file()).cloned().ok_or_else(|| {
-            let names: Vec<_> = self.0.iter().map(|backend| backend.file_name()).collect();
+    /// `InvalidArgument` for a backend that is not built in, and when the directory holds no file that any knows.
+    pub fn open(
+        &self,
+        directory: &Path,
+        name: Option<&str>,
+        file_name: Option<&str>,
+    ) -> Result<(Arc<dyn Backend>, PathBuf), Error> {
+        let named: Vec<_> = self.0.iter().filter(|backend| name.is_none_or(|name| backend.name() == name)).collect();
+        if named.is_empty() {
+            let known: Vec<_> = self.0.iter().map(|backend| backend.name()).collect();
+            let name = crate::id::shorten(name.unwrap_or_default());
+            return Err(Error::invalid(format!("backend '{name}' is not supported; there is {}", known.join(", "))));
+        }
+        let file_of = |backend: &dyn Backend| {
+            let path = directory.join(file_name.unwrap_or(backend.file_name()));
+            [path.join(backend.file_name()), path].into_iter().find(|path| path.is_file())
+        };
+        let found = named.iter().find_map(|backend| Some((Arc::clone(backend), file_of(backend.as_ref())?)));
+        found.ok_or_else(|| {
+            let names: Vec<_> = named.iter().map(|backend| file_name.unwrap_or(backend.file_name())).collect();
             Error::invalid(format!("{} has no {}", directory.display(), names.join(" or ")))
         })
     }
@@ -129,6 +156,55 @@ impl JsonSchema for Device {
     }
 }
 
+/// Copies of a model on devices of one kind.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct InstanceGroup {
+    /// Copies; on GPUs so many on each. Default: what `profile` says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub count: Option<usize>,
+    pub kind: DeviceKind,
+    /// Indices of the GPUs to use. Default: every one.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub gpus: Vec<u32>,
+}
+
+/// What kind of device a group of instances asks for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceKind {
+    /// The GPUs when there are any, else the CPU.
+    #[default]
+    Auto,
+    Cpu,
+    Gpu,
+}
+
+impl InstanceGroup {
+    /// The devices of a group on a machine with `gpus` GPUs.
+    ///
+    /// # Errors
+    /// `NotReady` when a GPU is asked for that is not there.
+    pub fn devices(&self, gpus: usize) -> Result<Vec<Device>, Error> {
+        let all = || (0..u32::try_from(gpus).unwrap_or(u32::MAX)).map(Device::Cuda).collect();
+        match self.kind {
+            DeviceKind::Cpu => Ok(vec![Device::Cpu]),
+            DeviceKind::Auto if gpus == 0 => Ok(vec![Device::Cpu]),
+            DeviceKind::Gpu if gpus == 0 => {
+                Err(Error::new(Code::NotReady, "instance_group asks for a GPU, and no GPU can be used here"))
+            }
+            DeviceKind::Auto | DeviceKind::Gpu if self.gpus.is_empty() => Ok(all()),
+            DeviceKind::Auto | DeviceKind::Gpu => match self.gpus.iter().find(|&&index| index as usize >= gpus) {
+                Some(index) => {
+                    let message = format!("instance_group asks for GPU {index}, and the GPUs are 0 to {}", gpus - 1);
+                    Err(Error::new(Code::NotReady, message))
+                }
+                None => Ok(self.gpus.iter().copied().map(Device::Cuda).collect()),
+            },
+        }
+    }
+}
+
 /// How much a graph is rewritten before it runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -148,14 +224,20 @@ pub struct Options {
     pub device: Device,
     /// Threads that share the work of one operator. Default: cores ÷ instances, at least 1.
     pub intra_op_threads: Option<usize>,
-    /// Threads that run independent operators side by side. Above 1 the graph runs in parallel mode.
+    /// Threads that run independent operators side by side, in parallel mode.
     pub inter_op_threads: Option<usize>,
+    /// Whether independent operators run side by side. Default: when inter_op_threads is above 1.
+    pub parallel: Option<bool>,
     /// Whether idle operator threads burn a core while they wait for work.
     pub spinning: bool,
     /// How much the graph is rewritten before it runs: "disable", "basic", "extended" or "all".
     pub optimization: OptimizationLevel,
     /// Whether allocations are planned from the shapes seen before. Default: only when all shapes are fixed.
     pub memory_pattern: Option<bool>,
+    /// Whether memory that runs have used is kept for later runs.
+    pub memory_arena: Option<bool>,
+    /// Arenas that give memory back after each run, in ONNX Runtime's words: "cpu:0;gpu:0" for instance.
+    pub arena_shrinkage: Option<String>,
     /// Whether subnormal floats count as zero (faster, less exact).
     pub flush_to_zero: bool,
     /// Whether the sessions of one version share a container for repacked weights. Default: with several instances.
@@ -164,7 +246,9 @@ pub struct Options {
     /// optimization = "disable", which loads faster.
     pub optimized_model: Option<PathBuf>,
     /// Further ONNX Runtime session configuration entries, such as "session.set_denormal_as_zero" = "1".
-    pub session_config: HashMap<String, String>,
+    pub session_config: BTreeMap<String, String>,
+    /// Further options of ONNX Runtime's CUDA provider, such as "gpu_mem_limit" = "4294967296".
+    pub cuda: BTreeMap<String, String>,
 }
 
 /// One input or output as the graph declares it.
@@ -181,6 +265,10 @@ pub struct TensorSpec {
 pub struct Signature {
     pub inputs: Vec<TensorSpec>,
     pub outputs: Vec<TensorSpec>,
+    /// Names of the inputs that a request may leave out.
+    pub optional: Vec<Arc<str>>,
+    /// Inputs that the graph has a value for; they become optional ones when the model's author declares them.
+    pub defaults: Vec<TensorSpec>,
     /// Things about the graph that an operator should know, such as outputs left out.
     pub notes: Vec<String>,
 }
@@ -215,7 +303,7 @@ impl TensorSpec {
 }
 
 impl Signature {
-    /// Puts `inputs` into the order of the signature and checks names, types and shapes.
+    /// Puts `inputs` into the order of the signature, optional ones left out, and checks names, types and shapes.
     ///
     /// # Errors
     /// `InvalidArgument` naming the model, the input and what was expected.
@@ -223,8 +311,12 @@ impl Signature {
         let in_order = inputs.len() == self.inputs.len()
             && self.inputs.iter().zip(&inputs).all(|(spec, tensor)| spec.name == tensor.name);
         let inputs = if in_order { inputs } else { self.reorder(model, inputs)? };
-        for (spec, tensor) in self.inputs.iter().zip(&inputs) {
-            spec.check(tensor, model)?;
+        let mut specs = self.inputs.iter();
+        for tensor in &inputs {
+            // Only optional inputs lie between a tensor and the one before it.
+            if let Some(spec) = specs.find(|spec| spec.name == tensor.name) {
+                spec.check(tensor, model)?;
+            }
         }
         Ok(inputs)
     }
@@ -244,19 +336,19 @@ impl Signature {
             }
             slots[index] = Some(tensor);
         }
-        slots
-            .into_iter()
-            .zip(&self.inputs)
-            .map(|(slot, spec)| {
-                slot.ok_or_else(|| {
-                    Error::invalid(format!(
-                        "model '{model}': input '{}' is missing; its inputs are {}",
-                        spec.name,
-                        self.input_names()
-                    ))
-                })
-            })
-            .collect()
+        let missing = |(slot, spec): &(&Option<Tensor>, &TensorSpec)| slot.is_none() && !self.is_optional(&spec.name);
+        if let Some((_, spec)) = slots.iter().zip(&self.inputs).find(missing) {
+            return Err(Error::invalid(format!(
+                "model '{model}': input '{}' is missing; its inputs are {}",
+                spec.name,
+                self.input_names()
+            )));
+        }
+        Ok(slots.into_iter().flatten().collect())
+    }
+
+    pub fn is_optional(&self, input: &str) -> bool {
+        self.optional.iter().any(|name| &**name == input)
     }
 
     fn input_names(&self) -> String {

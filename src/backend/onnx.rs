@@ -4,6 +4,7 @@
 //! whoever truncates one on disk would kill the server.
 
 use std::{
+    borrow::Cow,
     fs,
     panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
@@ -12,9 +13,10 @@ use std::{
 };
 
 use ort::{
-    ErrorCode, ep,
+    ErrorCode,
+    ep::{self, ArbitrarilyConfigurableExecutionProvider, ExecutionProvider},
     session::{
-        HasSelectedOutputs, OutputSelector, RunOptions, SessionInputValue,
+        HasSelectedOutputs, OutputSelector, RunOptions, SessionInputValue, SessionInputs,
         builder::{AutoDevicePolicy, GraphOptimizationLevel, PrepackedWeights, SessionBuilder},
     },
     value::{Outlet, ValueType},
@@ -91,9 +93,12 @@ impl OnnxRuntime {
         })?;
         let Device::Cuda(index) = options.device else { return Ok(builder) };
         let index = i32::try_from(index).map_err(|_| unavailable(options.device, "no such device"))?;
-        let provider = ep::CUDA::default().with_device_id(index).build().error_on_failure();
+        let mut provider = ep::CUDA::default().with_device_id(index);
+        for (key, value) in &options.cuda {
+            provider = provider.with_arbitrary_config(key, value);
+        }
         builder
-            .with_execution_providers([provider])
+            .with_execution_providers([provider.build().error_on_failure()])
             .map_err(|error| unavailable(options.device, &tidy(error.message())))
     }
 
@@ -102,7 +107,8 @@ impl OnnxRuntime {
             let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
             (cores / instances).max(1)
         });
-        let inter = options.inter_op_threads.unwrap_or(1);
+        // Asked to run in parallel and not told how many threads to use, ONNX Runtime takes all cores (0).
+        let inter = options.inter_op_threads.unwrap_or(if options.parallel == Some(true) { 0 } else { 1 });
         let mut builder = ort::session::Session::builder(&self.library.environment)?
             // `ort` would otherwise let ONNX Runtime pick an accelerator that nobody asked for.
             .with_auto_device(AutoDevicePolicy::PreferCPU)?
@@ -110,10 +116,14 @@ impl OnnxRuntime {
             .with_optimization_level(level(options.optimization))?
             .with_intra_threads(intra)?
             .with_inter_threads(inter)?
-            .with_parallel_execution(inter > 1)?
+            .with_parallel_execution(options.parallel.unwrap_or(inter > 1))?
             .with_intra_op_spinning(options.spinning)?
             .with_inter_op_spinning(options.spinning)?
             .with_memory_pattern(options.memory_pattern.unwrap_or_else(|| model.has_fixed_shapes()))?;
+        if options.memory_arena == Some(false) {
+            let cpu = ep::CPU::default().with_arena_allocator(false).build().error_on_failure();
+            builder = builder.with_execution_providers([cpu])?;
+        }
         if options.flush_to_zero {
             builder = builder.with_flush_to_zero()?;
         }
@@ -131,6 +141,10 @@ impl OnnxRuntime {
 }
 
 impl Backend for OnnxRuntime {
+    fn name(&self) -> &'static str {
+        "onnxruntime"
+    }
+
     fn file_name(&self) -> &'static str {
         FILE_NAME
     }
@@ -139,11 +153,15 @@ impl Backend for OnnxRuntime {
         "onnxruntime_onnx"
     }
 
-    fn load(&self, files: &Path, options: &Options, instances: usize) -> Result<Vec<Box<dyn Session>>, Error> {
-        let path = files.join(FILE_NAME);
-        let named = |error: Error| Error { message: format!("{}: {}", path.display(), error.message), ..error };
+    fn gpus(&self) -> usize {
+        if ep::CUDA::is_available().unwrap_or(false) { devices() } else { 0 }
+    }
 
-        let bytes = fs::read(&path).map_err(|error| named(Error::invalid(error.to_string())))?;
+    fn load(&self, path: &Path, options: &Options, instances: usize) -> Result<Vec<Box<dyn Session>>, Error> {
+        let named = |error: Error| Error { message: format!("{}: {}", path.display(), error.message), ..error };
+        let files = path.parent().unwrap_or(Path::new("."));
+
+        let bytes = fs::read(path).map_err(|error| named(Error::invalid(error.to_string())))?;
         let model = Model::decode(bytes.as_slice())
             .map_err(|error| named(Error::invalid(format!("not an ONNX model: {error}"))))?;
         let weights = external::read(&model, files).map_err(named)?;
@@ -169,23 +187,27 @@ impl Backend for OnnxRuntime {
                 .push("flush_to_zero reaches the operator threads, not the thread that runs the graph".into());
         }
         let signature = Arc::new(signature);
-        let mut sessions = vec![OnnxSession::new(first, &signature, options.device).map_err(named)?];
+        let mut sessions = vec![OnnxSession::new(first, &signature, options).map_err(named)?];
         while sessions.len() < instances {
             let session = commit(&mut builder, &bytes, options.device).map_err(named)?;
-            sessions.push(OnnxSession::new(session, &signature, options.device).map_err(named)?);
+            sessions.push(OnnxSession::new(session, &signature, options).map_err(named)?);
         }
         Ok(sessions.into_iter().map(|session| Box::new(session) as Box<dyn Session>).collect())
     }
 }
 
 impl OnnxSession {
-    fn new(session: ort::session::Session, signature: &Arc<Signature>, device: Device) -> Result<Self, Error> {
+    fn new(session: ort::session::Session, signature: &Arc<Signature>, options: &Options) -> Result<Self, Error> {
         let names = signature.outputs.iter().map(|spec| &*spec.name);
         let outputs = names.fold(OutputSelector::no_default(), OutputSelector::with);
-        let run = RunOptions::new()
+        let mut run = RunOptions::new()
             .map_err(|error| Error::internal(format!("cannot create run options: {error}")))?
             .with_outputs(outputs);
-        Ok(Self { session, run, signature: Arc::clone(signature), device, proven: false })
+        if let Some(arenas) = &options.arena_shrinkage {
+            run.set("memory.enable_memory_arena_shrinkage", arenas)
+                .map_err(|error| Error::invalid(format!("arena_shrinkage: {}", tidy(error.message()))))?;
+        }
+        Ok(Self { session, run, signature: Arc::clone(signature), device: options.device, proven: false })
     }
 }
 
@@ -197,7 +219,14 @@ impl Session for OnnxSession {
     fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, Error> {
         let values = inputs.iter().map(values::to_value).collect::<Result<Vec<SessionInputValue<'_>>, Error>>()?;
         let (device, proven) = (self.device, self.proven);
-        let outputs = self.session.run_with_options(values.as_slice(), &self.run).map_err(|error| {
+        let values: SessionInputs<'_, '_> = if self.signature.defaults.is_empty() {
+            SessionInputs::ValueSlice(&values)
+        } else {
+            // Optional inputs may be missing, so position does not tell which is which.
+            let names = inputs.iter().map(|input| Cow::Borrowed(&*input.name));
+            SessionInputs::ValueMap(names.zip(values).collect())
+        };
+        let outputs = self.session.run_with_options(values, &self.run).map_err(|error| {
             let code = if blames_input(&error, device, proven) { Code::InvalidArgument } else { Code::Internal };
             Error::new(code, format!("the model failed: {}", tidy(error.message())))
         })?;
@@ -236,6 +265,13 @@ fn check(options: &Options) -> Result<(), Error> {
         Some(key) => Err(Error::invalid(format!("session_config '{key}' cannot be set here"))),
         None => Ok(()),
     }
+}
+
+/// The NVIDIA GPUs that the kernel's driver offers here.
+fn devices() -> usize {
+    let is_device = |name: &str| name.strip_prefix("nvidia").is_some_and(|number| number.parse::<u32>().is_ok());
+    let entries = fs::read_dir("/dev").into_iter().flatten().flatten();
+    entries.filter(|entry| entry.file_name().to_str().is_some_and(is_device)).count()
 }
 
 fn level(level: OptimizationLevel) -> GraphOptimizationLevel {
@@ -277,14 +313,18 @@ fn signature(session: &ort::session::Session, model: &Model) -> Result<Signature
                 input.name()
             )));
         }
-        let spec = spec(input, declared).map_err(|kind| {
+        let spec = spec(input.name(), input.dtype(), declared).map_err(|kind| {
             Error::invalid(format!("input '{}' is {kind}, which no request can carry", input.name()))
         })?;
         signature.inputs.push(spec);
     }
+    for default in session.overridable_initializers() {
+        // What cannot be sent keeps the graph's value.
+        signature.defaults.extend(spec(default.name(), default.dtype(), model.input(default.name())).ok());
+    }
     for output in session.outputs() {
         let declared = model.output(output.name());
-        match spec(output, declared) {
+        match spec(output.name(), output.dtype(), declared) {
             Ok(spec) => {
                 if spec.shape.is_empty() && declared.is_some_and(Value::has_unknown_rank) {
                     signature.notes.push(format!("output '{}' has no shape and is taken for a scalar", spec.name));
@@ -301,14 +341,14 @@ fn signature(session: &ort::session::Session, model: &Model) -> Result<Signature
     Ok(signature)
 }
 
-/// The tensor that `outlet` takes or gives, or else what it is instead.
-fn spec(outlet: &Outlet, declared: Option<&Value>) -> Result<TensorSpec, String> {
-    match outlet.dtype() {
+/// The tensor that an input or output is, or else what it is instead.
+fn spec(name: &str, kind: &ValueType, declared: Option<&Value>) -> Result<TensorSpec, String> {
+    match kind {
         // `ort` does not tell sparse tensors from others.
         ValueType::Tensor { .. } if declared.is_some_and(Value::is_sparse) => Err("a sparse tensor".to_owned()),
         ValueType::Tensor { ty, shape, .. } => {
             let dtype: DType = values::dtype(*ty).ok_or_else(|| format!("a tensor of {ty}"))?;
-            Ok(TensorSpec { name: outlet.name().into(), dtype, shape: shape.iter().map(|&dim| dim.max(-1)).collect() })
+            Ok(TensorSpec { name: name.into(), dtype, shape: shape.iter().map(|&dim| dim.max(-1)).collect() })
         }
         ValueType::Sequence(_) => Err("a sequence".to_owned()),
         ValueType::Map { .. } => Err("a map".to_owned()),
@@ -374,7 +414,7 @@ fn behind_signature<'a>(words: &'a [&'a str]) -> &'a [&'a str] {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashMap;
+    use std::collections::BTreeMap;
 
     use bytes::Bytes;
 
@@ -382,7 +422,7 @@ mod tests {
     use crate::tensor::Data;
 
     fn load(directory: &Path, options: &Options) -> Result<Box<dyn Session>, Error> {
-        testing::runtime().load(directory, options, 1).map(|mut sessions| sessions.remove(0))
+        testing::runtime().load(&directory.join(FILE_NAME), options, 1).map(|mut sessions| sessions.remove(0))
     }
 
     /// The message with which loading fails, without the path of the model file.
@@ -433,7 +473,7 @@ mod tests {
         fs::write(&file, [&[7u8; 8], bytemuck::cast_slice::<f32, u8>(&weights)].concat()).unwrap();
 
         let options = Options { share_prepacked_weights: Some(true), ..Options::default() };
-        let mut sessions = testing::runtime().load(directory.path(), &options, 2).unwrap();
+        let mut sessions = testing::runtime().load(&directory.path().join(FILE_NAME), &options, 2).unwrap();
         fs::write(&file, "").unwrap();
         fs::write(directory.path().join(FILE_NAME), "garbage").unwrap();
         // Memory that the loader gave back, if it gave back too much, is overwritten.
@@ -560,10 +600,10 @@ mod tests {
                 memory_pattern: Some(true),
                 flush_to_zero: true,
                 share_prepacked_weights: Some(true),
-                session_config: HashMap::from([("session.disable_prepacking".into(), "1".into())]),
+                session_config: BTreeMap::from([("session.disable_prepacking".into(), "1".into())]),
                 ..Options::default()
             };
-            let sessions = testing::runtime().load(directory.path(), &options, 3).unwrap();
+            let sessions = testing::runtime().load(&directory.path().join(FILE_NAME), &options, 3).unwrap();
             assert_eq!(sessions.len(), 3);
             for mut session in sessions {
                 assert_eq!(session.run(&[floats("x", &[1], &[1.5])]).unwrap(), [floats("y", &[1], &[1.5])]);
@@ -571,7 +611,7 @@ mod tests {
         }
         let none = Options { intra_op_threads: Some(0), ..Options::default() };
         assert_eq!(refusal(directory.path(), &none).1, "intra_op_threads must be 1 to 1024, is 0");
-        let borrowing = HashMap::from([(BORROWING_ENTRIES[0].to_owned(), "1".to_owned())]);
+        let borrowing = BTreeMap::from([(BORROWING_ENTRIES[0].to_owned(), "1".to_owned())]);
         let borrowing = Options { session_config: borrowing, ..Options::default() };
         let (_, message) = refusal(directory.path(), &borrowing);
         assert_eq!(message, "session_config 'session.use_ort_model_bytes_directly' cannot be set here");

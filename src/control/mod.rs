@@ -1,5 +1,6 @@
 //! The slow path: what should run, and what does.
 
+pub mod pbtxt;
 pub mod reconcile;
 pub mod spec;
 mod tracked;

@@ -175,11 +175,14 @@ impl Reconciler {
             self.models.entry(name.clone()).or_default().problem = Some(error.clone());
             return;
         }
-        let spec = ModelSpec::read(found.settings.as_deref());
+        let spec = ModelSpec::read(&found.settings, name);
         let targets = targets(&self.models.entry(name.clone()).or_default().versions, found, &spec);
         let first_pass = !self.complete;
         let mut to_load = Vec::new();
         let Some(model) = self.models.get_mut(name) else { return };
+        if let Ok(spec) = &spec {
+            model.policy.clone_from(&spec.versions);
+        }
         model.problem = match &spec {
             Err(error) if found.versions.is_empty() => Some(error.message.clone()),
             _ if found.versions.is_empty() => Some("the repository holds no version of it (1, 2, …)".to_owned()),
@@ -263,12 +266,19 @@ impl Reconciler {
         Plan {
             name: name.clone(),
             version: version.clone(),
-            options: spec.resolved_options(profile, cores),
+            interface: spec.interface(),
+            options: spec.resolved_options(profile),
             instances: spec.instances(profile, cores),
+            groups: spec.instance_group,
+            cores,
+            backend: spec.backend,
+            file_name: spec.file_name,
             max_batch_size: spec.max_batch_size,
             batching: spec.batching,
             configured_samples: spec.warmup.iter().map(|path| found.directory.join(path)).collect(),
+            described_samples: (spec.warmup_requests, found.directory.join(local::SAMPLES)),
             sample_folders: vec![files.join(local::SAMPLES), found.directory.join(local::SAMPLES)],
+            notes: spec.notes,
             files,
         }
     }

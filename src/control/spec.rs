@@ -5,7 +5,14 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{backend::Options, error::Error, id::Version};
+use super::pbtxt;
+use crate::{
+    backend::{Declaration, Device, InstanceGroup, Interface, Options},
+    error::Error,
+    id::{ModelName, Version},
+    model::{catalog::VersionPolicy, warmup::described::DescribedRequest},
+    source::local,
+};
 
 /// How instances and threads divide the cores when a model does not say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
@@ -18,55 +25,69 @@ pub enum Profile {
     Throughput,
 }
 
-/// Which of the versions in a repository are served.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum VersionPolicy {
-    /// The so many highest numbers.
-    Latest(usize),
-    /// Every one.
-    All,
-    /// These.
-    Specific(Vec<String>),
-}
-
-impl Default for VersionPolicy {
-    fn default() -> Self {
-        VersionPolicy::Latest(1)
-    }
-}
-
 /// The settings of one model, in `model.toml` beside its versions.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ModelSpec {
+    /// The model's name, which is its folder's; another one fails the model.
+    pub name: Option<String>,
+    /// What runs the model: "onnxruntime". Default: what knows the file.
+    pub backend: Option<String>,
+    /// The model's file in each version's folder. Default: "model.onnx".
+    pub file_name: Option<String>,
     /// Copies of the model that run side by side. Default: 1, or one per core with `profile = "throughput"`.
     pub instances: Option<usize>,
+    /// Copies by kind of device, in place of `instances` and `options.device`: { count = 2, kind = "auto", "cpu" or
+    /// "gpu", gpus = [0] }. On GPUs the count is for each; "auto" is the GPUs when there are any, else the CPU.
+    pub instance_group: Vec<InstanceGroup>,
     /// How instances and threads divide the cores: "latency" or "throughput". Default: the server's.
     pub profile: Option<Profile>,
+    /// Inputs as clients see them: { name, datatype = "FP32", shape = [-1, 4], reshape = [-1, 2, 2] (as the graph sees
+    /// it), optional = false }. What is left out is as in the graph.
+    pub inputs: Vec<Declaration>,
+    /// Outputs, likewise; when there are any, the model gives only these.
+    pub outputs: Vec<Declaration>,
     /// Rows one request may have; also the largest batch. Default: no limit for requests.
     pub max_batch_size: Option<usize>,
-    /// Whether requests share runs: true without proof, false never. Default: when warm-up proves it safe.
+    /// Whether requests share runs: true without proof (a graph that cannot be batched then fails), false never.
+    /// Default: when warm-up proves it safe.
     pub batching: Option<bool>,
     /// Which versions are served: { latest = N }, "all", or { specific = ["1", "3"] }.
     pub versions: VersionPolicy,
     /// Sample requests (protocol JSON, relative to the model's folder) to warm up with; a failing one fails the load.
     pub warmup: Vec<PathBuf>,
+    /// Described sample requests, which count like those of `warmup`: { name, batch_size, count = 1, inputs.NAME =
+    /// { datatype, dims (without the batch), data = "zero", "random" or { file = "in the folder warmup" } } }.
+    pub warmup_requests: Vec<DescribedRequest>,
     /// How the graph runs.
     pub options: Options,
+    /// What operators should know of the file, such as fields that have no effect here.
+    #[serde(skip)]
+    pub notes: Vec<String>,
 }
 
 impl ModelSpec {
-    /// Reads `path`; the defaults when there is no file.
+    /// Reads the settings of `model`: one model.toml or config.pbtxt; the defaults when there is neither.
     ///
     /// # Errors
     /// `InvalidArgument` naming the file and the key.
-    pub fn read(path: Option<&Path>) -> Result<Self, Error> {
-        let Some(path) = path else { return Ok(Self::default()) };
+    pub fn read(settings: &[PathBuf], model: &ModelName) -> Result<Self, Error> {
+        let path = match settings {
+            [] => return Ok(Self::default()),
+            [path] => path,
+            _ => {
+                let names: Vec<_> = settings.iter().map(|path| path.display().to_string()).collect();
+                return Err(Error::invalid(format!("{}: keep one of them", names.join(" and "))));
+            }
+        };
         let named = |error: String| Error::invalid(format!("{}: {}", path.display(), error.trim()));
         let text = std::fs::read_to_string(path).map_err(|error| named(error.to_string()))?;
-        let spec: ModelSpec = toml::from_str(&text).map_err(|error| named(error.to_string()))?;
-        spec.validate().map_err(named)?;
+        let spec = if path.file_name().is_some_and(|name| name == local::TRITON_FILE) {
+            pbtxt::parse(&text).map_err(|error| named(error.message))?
+        } else {
+            Self::from_toml(&text).map_err(named)?
+        };
+        spec.check_name(model).map_err(named)?;
         let kept = spec.options.optimized_model.as_ref().map(std::path::absolute).transpose();
         let folder = path.parent().map(std::path::absolute).transpose();
         if let (Ok(Some(kept)), Ok(Some(folder))) = (kept, folder)
@@ -78,16 +99,62 @@ impl ModelSpec {
         Ok(spec)
     }
 
-    fn validate(&self) -> Result<(), String> {
+    /// # Errors
+    /// What is wrong, naming the key.
+    pub fn from_toml(text: &str) -> Result<Self, String> {
+        let spec: ModelSpec = toml::from_str(text).map_err(|error| error.to_string())?;
+        spec.validate().map(|()| spec)
+    }
+
+    /// The text of a model.toml that says what is not said by default.
+    ///
+    /// # Errors
+    /// When the spec cannot be put in TOML.
+    pub fn to_toml(&self) -> Result<String, String> {
+        let table = |spec: &ModelSpec| toml::Table::try_from(spec).map_err(|error| error.to_string());
+        let mut said = table(self)?;
+        without(&mut said, &table(&Self::default())?);
+        toml::to_string_pretty(&said).map_err(|error| error.to_string())
+    }
+
+    /// # Errors
+    /// When the file is another model's.
+    pub(super) fn check_name(&self, model: &ModelName) -> Result<(), String> {
+        match &self.name {
+            Some(name) if name != model.as_str() => {
+                Err(format!("name is '{}', and the model is '{model}'", crate::id::shorten(name)))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// # Errors
+    /// What is wrong, naming the key.
+    pub(super) fn validate(&self) -> Result<(), String> {
+        if let Some(file) = &self.file_name {
+            let mut parts = Path::new(file).components();
+            if !matches!((parts.next(), parts.next()), (Some(std::path::Component::Normal(_)), None)) {
+                return Err(format!("file_name '{file}' must be a file in the version's folder"));
+            }
+        }
+        let groups = self.instance_group.iter().map(|group| ("instance_group.count", group.count));
         let positive = [
             ("instances", self.instances),
             ("max_batch_size", self.max_batch_size),
             ("options.intra_op_threads", self.options.intra_op_threads),
             ("options.inter_op_threads", self.options.inter_op_threads),
         ];
-        if let Some((key, _)) = positive.into_iter().find(|(_, value)| *value == Some(0)) {
+        if let Some((key, _)) = positive.into_iter().chain(groups).find(|(_, value)| *value == Some(0)) {
             return Err(format!("{key} must be at least 1"));
         }
+        if !self.instance_group.is_empty() && (self.instances.is_some() || self.options.device != Device::Cpu) {
+            return Err("instance_group stands in place of instances and options.device".to_owned());
+        }
+        self.validate_tensors()?;
+        self.warmup_requests
+            .iter()
+            .try_for_each(DescribedRequest::validate)
+            .map_err(|error| format!("warmup_requests: {error}"))?;
         match &self.versions {
             VersionPolicy::Latest(0) => Err("versions.latest must be at least 1".to_owned()),
             VersionPolicy::Specific(list) => list
@@ -98,7 +165,26 @@ impl ModelSpec {
         }
     }
 
-    /// The number of instances on a machine with `cores` cores.
+    fn validate_tensors(&self) -> Result<(), String> {
+        for (key, list) in [("inputs", &self.inputs), ("outputs", &self.outputs)] {
+            for (index, declared) in list.iter().enumerate() {
+                declared.validate().map_err(|error| format!("{key}: {error}"))?;
+                if list[..index].iter().any(|other| other.name == declared.name) {
+                    return Err(format!("{key}: '{}' is declared twice", declared.name));
+                }
+            }
+        }
+        match self.outputs.iter().find(|output| output.optional) {
+            Some(output) => Err(format!("outputs: '{}' cannot be optional", output.name)),
+            None => Ok(()),
+        }
+    }
+
+    pub fn interface(&self) -> Interface {
+        Interface { inputs: self.inputs.clone(), outputs: self.outputs.clone() }
+    }
+
+    /// The number of instances (of each group that does not say its own) on a machine with `cores` cores.
     pub fn instances(&self, server: Profile, cores: usize) -> usize {
         self.instances.unwrap_or(match self.profile.unwrap_or(server) {
             Profile::Latency => 1,
@@ -106,26 +192,41 @@ impl ModelSpec {
         })
     }
 
-    /// The options with the threads per operator filled in: all cores, or one in the throughput profile.
-    pub fn resolved_options(&self, server: Profile, cores: usize) -> Options {
-        let threads = self.options.intra_op_threads.unwrap_or(match self.profile.unwrap_or(server) {
-            Profile::Latency => (cores / self.instances(server, cores)).max(1),
-            Profile::Throughput => 1,
-        });
-        Options { intra_op_threads: Some(threads), ..self.options.clone() }
+    /// The options with the threads per operator filled in where the profile says: one in the throughput profile, else
+    /// what all instances leave each other.
+    pub fn resolved_options(&self, server: Profile) -> Options {
+        let threads = match self.profile.unwrap_or(server) {
+            Profile::Latency => self.options.intra_op_threads,
+            Profile::Throughput => self.options.intra_op_threads.or(Some(1)),
+        };
+        Options { intra_op_threads: threads, ..self.options.clone() }
+    }
+}
+
+/// Takes out of `said` what is the same in `default`.
+fn without(said: &mut toml::Table, default: &toml::Table) {
+    for (key, usual) in default {
+        match (said.get_mut(key), usual) {
+            (Some(value), usual) if value == usual => drop(said.remove(key)),
+            (Some(toml::Value::Table(inner)), toml::Value::Table(usual)) => without(inner, usual),
+            _ => {}
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::Device;
+
+    fn name() -> ModelName {
+        ModelName::parse("m").unwrap()
+    }
 
     fn read(text: &str) -> Result<ModelSpec, String> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("model.toml");
         std::fs::write(&path, text).unwrap();
-        ModelSpec::read(Some(&path)).map_err(|error| error.message)
+        ModelSpec::read(&[path], &name()).map_err(|error| error.message)
     }
 
     #[test]
@@ -151,6 +252,13 @@ mod tests {
             ("versions = { latest = 0 }", "versions.latest"),
             ("versions = { specific = [\"a/b\"] }", "a/b"),
             ("instances = \"two\"", "instances"),
+            ("name = \"other\"", "'other'"),
+            ("file_name = \"../x.onnx\"", "../x.onnx"),
+            ("instances = 2\ninstance_group = [{ kind = \"cpu\" }]", "instance_group"),
+            ("instance_group = [{ count = 0 }]", "instance_group.count"),
+            ("inputs = [{ name = \"x\", datatype = \"FP8\" }]", "FP8"),
+            ("inputs = [{ name = \"x\" }, { name = \"x\" }]", "twice"),
+            ("outputs = [{ name = \"y\", optional = true }]", "cannot be optional"),
         ] {
             let message = read(text).unwrap_err();
             assert!(message.contains(word) && message.contains("model.toml"), "{message}");
@@ -164,7 +272,7 @@ mod tests {
         let read = |kept: &Path| {
             let text = format!("[options]\noptimized_model = \"{}\"", kept.display());
             std::fs::write(&path, text).unwrap();
-            ModelSpec::read(Some(&path))
+            ModelSpec::read(std::slice::from_ref(&path), &name())
         };
         let inside = read(&folder.path().join("1/optimized.onnx")).unwrap_err();
         assert!(inside.message.contains("options.optimized_model must lie outside"), "{inside}");
@@ -175,9 +283,7 @@ mod tests {
     fn profiles_divide_the_cores() {
         let spec = ModelSpec::default();
         assert_eq!(spec.instances(Profile::Throughput, 8), 8);
-        assert_eq!(spec.resolved_options(Profile::Throughput, 8).intra_op_threads, Some(1));
-        assert_eq!(spec.resolved_options(Profile::Latency, 8).intra_op_threads, Some(8));
-        let two = ModelSpec { instances: Some(2), ..spec };
-        assert_eq!(two.resolved_options(Profile::Latency, 8).intra_op_threads, Some(4));
+        assert_eq!(spec.resolved_options(Profile::Throughput).intra_op_threads, Some(1));
+        assert_eq!(spec.resolved_options(Profile::Latency).intra_op_threads, None);
     }
 }

@@ -5,14 +5,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::spec::{ModelSpec, VersionPolicy};
+use super::spec::ModelSpec;
 use crate::{
     error::Error,
     id::{ModelName, Version},
     metrics::{Metrics, VersionMetrics},
     model::{
         ModelVersion, State,
-        catalog::{Deployment, Entry, insert_in_order},
+        catalog::{Deployment, Entry, VersionPolicy, insert_in_order},
     },
     source::local::{Fingerprint, FoundModel, FoundVersion},
 };
@@ -26,6 +26,7 @@ pub(super) const SETTLE_TIME: Duration = Duration::from_secs(1);
 pub(super) struct Tracked {
     pub(super) versions: Vec<TrackedVersion>,
     pub(super) problem: Option<String>,
+    pub(super) policy: VersionPolicy,
 }
 
 pub(super) struct TrackedVersion {
@@ -113,7 +114,7 @@ impl Tracked {
     pub(super) fn deployment(&self) -> Deployment {
         let entries: Vec<Entry> = self.versions.iter().map(TrackedVersion::entry).collect();
         let default = entries.iter().rev().find(|entry| entry.serving.is_some()).map(|entry| entry.version.clone());
-        Deployment { entries, default, problem: self.problem.clone() }
+        Deployment { entries, default, problem: self.problem.clone(), policy: self.policy.clone() }
     }
 }
 

@@ -6,6 +6,8 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use arc_swap::ArcSwap;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use super::{ModelVersion, State};
@@ -32,6 +34,26 @@ pub struct Deployment {
     pub default: Option<Version>,
     /// Why the model has no version at all.
     pub problem: Option<String>,
+    /// Which of its versions shall serve.
+    pub policy: VersionPolicy,
+}
+
+/// Which of the versions in a repository are served.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum VersionPolicy {
+    /// The so many highest numbers.
+    Latest(usize),
+    /// Every one.
+    All,
+    /// These.
+    Specific(Vec<String>),
+}
+
+impl Default for VersionPolicy {
+    fn default() -> Self {
+        VersionPolicy::Latest(1)
+    }
 }
 
 /// One version.

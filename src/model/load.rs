@@ -9,10 +9,10 @@ use std::{
 use super::{
     Batching,
     service_time::ServiceTime,
-    warmup::{self, Sample},
+    warmup::{self, Sample, described::DescribedRequest},
 };
 use crate::{
-    backend::{Backends, Options, Session, Signature},
+    backend::{Backend, Backends, Device, InstanceGroup, Interface, Options, Session, Signature},
     error::Error,
     id::{ModelName, Version},
     tensor::Tensor,
@@ -27,15 +27,29 @@ pub struct Plan {
     pub name: ModelName,
     pub version: Version,
     pub files: PathBuf,
+    /// The backend that the author asked for, by name.
+    pub backend: Option<String>,
+    /// The model's file in `files`, when it is not the backend's usual one.
+    pub file_name: Option<String>,
+    pub interface: Interface,
     pub options: Options,
+    /// Instances in all, or in each group that does not count its own.
     pub instances: usize,
+    /// Where instances run; when empty, on the device in `options`.
+    pub groups: Vec<InstanceGroup>,
+    /// Cores that the operator threads of all instances divide, unless `options` counts the threads.
+    pub cores: usize,
     pub max_batch_size: Option<usize>,
     /// `None`: when warm-up proves that it is safe.
     pub batching: Option<bool>,
     /// Sample requests the author configured; one that fails, fails the load.
     pub configured_samples: Vec<PathBuf>,
+    /// Sample requests the author described, and the folder of their files; they count as configured.
+    pub described_samples: (Vec<DescribedRequest>, PathBuf),
     /// Folders that may hold sample requests.
     pub sample_folders: Vec<PathBuf>,
+    /// What operators should know of the model's configuration.
+    pub notes: Vec<String>,
 }
 
 /// A version ready to serve.
@@ -44,8 +58,12 @@ pub struct Loaded {
     pub version: Version,
     pub sessions: Vec<Box<dyn Session>>,
     pub signature: Signature,
+    pub interface: Interface,
+    /// Where the sessions run, and how many there.
+    pub places: Vec<(Device, usize)>,
+    pub backend: &'static str,
     pub platform: &'static str,
-    pub model_file: &'static str,
+    pub model_file: String,
     pub batching: Batching,
     pub max_batch_size: Option<usize>,
     pub service: ServiceTime,
@@ -58,12 +76,17 @@ pub struct Loaded {
 /// What the backend or a configured sample request says.
 pub fn load(plan: Plan, backends: &Backends, decode: DecodeSample) -> Result<Loaded, Error> {
     let start = Instant::now();
-    let backend = backends.open(&plan.files)?;
-    let mut sessions = backend.load(&plan.files, &plan.options, plan.instances)?;
+    let (backend, file) = backends.open(&plan.files, plan.backend.as_deref(), plan.file_name.as_deref())?;
+    let places = places(&plan, backend.as_ref())?;
+    let mut sessions = load_sessions(&plan, backend.as_ref(), &file, &places)?;
     let Some(first) = sessions.first_mut() else {
         return Err(Error::internal(format!("model '{}': the backend gave no session", plan.name)));
     };
-    let signature = first.signature().clone();
+    let mut signature = first.signature().clone();
+    signature.notes.extend_from_slice(&plan.notes);
+    if let (Some(true), Some(reason)) = (plan.batching, signature.unbatchable()) {
+        return Err(Error::invalid(format!("the model is to be batched, and {reason}")));
+    }
     for note in &signature.notes {
         tracing::warn!(model = %plan.name, version = %plan.version, "{note}");
     }
@@ -78,13 +101,53 @@ pub fn load(plan: Plan, backends: &Backends, decode: DecodeSample) -> Result<Loa
         version: plan.version,
         sessions,
         signature,
+        interface: plan.interface,
+        places,
+        backend: backend.name(),
         platform: backend.platform(),
-        model_file: backend.file_name(),
+        model_file: plan.file_name.unwrap_or_else(|| backend.file_name().to_owned()),
         batching: warmed.batching,
         max_batch_size: plan.max_batch_size,
         service: warmed.service,
         took: start.elapsed(),
     })
+}
+
+/// The devices that the plan asks for, and the number of instances on each.
+fn places(plan: &Plan, backend: &dyn Backend) -> Result<Vec<(Device, usize)>, Error> {
+    if plan.groups.is_empty() {
+        return Ok(vec![(plan.options.device, plan.instances)]);
+    }
+    let mut places: Vec<(Device, usize)> = Vec::new();
+    for group in &plan.groups {
+        for device in group.devices(backend.gpus())? {
+            let count = group.count.unwrap_or(plan.instances);
+            match places.iter_mut().find(|(known, _)| *known == device) {
+                Some((_, sum)) => *sum += count,
+                None => places.push((device, count)),
+            }
+        }
+    }
+    Ok(places)
+}
+
+/// Loads every instance behind the declared interface.
+fn load_sessions(
+    plan: &Plan,
+    backend: &dyn Backend,
+    file: &Path,
+    places: &[(Device, usize)],
+) -> Result<Vec<Box<dyn Session>>, Error> {
+    let instances: usize = places.iter().map(|(_, count)| count).sum();
+    let threads = plan.options.intra_op_threads.unwrap_or((plan.cores / instances.max(1)).max(1));
+    let mut sessions = Vec::with_capacity(instances);
+    for &(device, count) in places {
+        let options = Options { device, intra_op_threads: Some(threads), ..plan.options.clone() };
+        for session in backend.load(file, &options, count)? {
+            sessions.push(plan.interface.before(session)?);
+        }
+    }
+    Ok(sessions)
 }
 
 /// Configured samples first, then those in the folders. Only a configured one can fail the load.
@@ -98,11 +161,18 @@ fn collect_samples(plan: &Plan, signature: &Signature, decode: DecodeSample) -> 
     for path in &plan.configured_samples {
         let inputs =
             read(path).map_err(|error| Error { message: format!("warm-up {}: {error}", path.display()), ..error })?;
-        samples.push(Sample { name: name(path), inputs, required: true });
+        samples.push(Sample { name: name(path), inputs, required: true, runs: 1 });
+    }
+    let (described, folder) = &plan.described_samples;
+    for request in described {
+        let inputs = request.build(folder).and_then(|inputs| signature.arrange(plan.name.as_str(), inputs));
+        let inputs =
+            inputs.map_err(|error| Error { message: format!("warm-up '{}': {error}", request.name), ..error })?;
+        samples.push(Sample { name: request.name.as_str().into(), inputs, required: true, runs: request.count });
     }
     for path in plan.sample_folders.iter().flat_map(|folder| json_files(folder)) {
         match read(&path) {
-            Ok(inputs) => samples.push(Sample { name: name(&path), inputs, required: false }),
+            Ok(inputs) => samples.push(Sample { name: name(&path), inputs, required: false, runs: 1 }),
             Err(error) => {
                 tracing::warn!(model = %plan.name, sample = %path.display(), %error, "warm-up sample skipped");
             }

@@ -27,7 +27,7 @@ pub use executor::Refused;
 use load::Loaded;
 
 use crate::{
-    backend::Signature,
+    backend::{Device, Interface, Signature},
     error::{Code, Error},
     id::{ModelName, Version},
     metrics::VersionMetrics,
@@ -102,9 +102,14 @@ pub struct ModelVersion {
     pub signature: Signature,
     /// Whether the first dimension of everything is the request's to choose, so that requests have rows.
     has_rows: bool,
+    /// What the author declared of inputs and outputs; the signature is the graph's behind it.
+    pub interface: Interface,
+    /// Where the instances run, and how many there.
+    pub places: Vec<(Device, usize)>,
+    pub backend: &'static str,
     pub platform: &'static str,
     /// The file the graph came from.
-    pub model_file: &'static str,
+    pub model_file: String,
     pub batching: Batching,
     /// Rows one request may have, when its author set a limit.
     pub max_batch_size: Option<usize>,
@@ -140,6 +145,9 @@ impl ModelVersion {
             version: loaded.version,
             has_rows: loaded.signature.unbatchable().is_none(),
             signature: loaded.signature,
+            interface: loaded.interface,
+            places: loaded.places,
+            backend: loaded.backend,
             platform: loaded.platform,
             model_file: loaded.model_file,
             batching: loaded.batching,
@@ -208,11 +216,15 @@ impl ModelVersion {
             )));
         }
         let trailing = |input: &Tensor| input.shape.iter().skip(1).copied().collect::<ShapeKey>();
+        let mut shape: ShapeKey = inputs.iter().flat_map(trailing).collect();
+        // Requests that leave out different inputs cannot share a run.
+        let given = |name: &Arc<str>| usize::from(inputs.iter().any(|input| input.name == *name));
+        shape.extend(self.signature.optional.iter().map(given));
         Ok(Cost {
             // An empty tensor may claim any number of rows.
             rows: if empty { 0 } else { rows },
             bytes: inputs.iter().map(Tensor::byte_len).sum(),
-            shape: inputs.iter().flat_map(trailing).collect(),
+            shape,
             alone: !self.batching.enabled || uneven || empty,
             deadline,
         })

@@ -17,6 +17,9 @@ use crate::id::{ModelName, Version};
 /// Settings of a model, beside its versions.
 pub const MODEL_FILE: &str = "model.toml";
 
+/// Settings of a model as Triton writes them, beside its versions.
+pub const TRITON_FILE: &str = "config.pbtxt";
+
 /// The folder of sample requests, beside the versions or inside one.
 pub const SAMPLES: &str = "warmup";
 
@@ -29,8 +32,8 @@ pub type Scan = BTreeMap<ModelName, FoundModel>;
 #[derive(Clone, Debug, Default)]
 pub struct FoundModel {
     pub directory: PathBuf,
-    /// The settings file, when there is one.
-    pub settings: Option<PathBuf>,
+    /// The settings files; more than one is a mistake.
+    pub settings: Vec<PathBuf>,
     /// By number, ascending.
     pub versions: Vec<FoundVersion>,
     /// Why nothing else is known of the model: its folder is there and cannot be read at present.
@@ -95,7 +98,8 @@ fn scan_model(directory: &Path, is_model: &impl Fn(&str) -> bool) -> io::Result<
     if !look(directory)?.is_some_and(|metadata| metadata.is_dir()) {
         return Ok(None);
     }
-    let settings = Some(directory.join(MODEL_FILE)).filter(|path| path.is_file());
+    let mut settings = vec![directory.join(MODEL_FILE), directory.join(TRITON_FILE)];
+    settings.retain(|path| path.is_file());
     let mut versions = Vec::new();
     let mut bare = false;
     let mut folders = 0;
@@ -115,7 +119,7 @@ fn scan_model(directory: &Path, is_model: &impl Fn(&str) -> bool) -> io::Result<
     if bare && folders == 0 {
         versions.extend(Version::parse("1").ok().map(|version| (version, directory.to_path_buf())));
     }
-    if versions.is_empty() && settings.is_none() {
+    if versions.is_empty() && settings.is_empty() {
         return Ok(None);
     }
     versions.sort_by_key(|(version, _)| version.number());
@@ -139,7 +143,7 @@ pub fn fingerprint(files: &Path, model: &Path) -> io::Result<Fingerprint> {
     collect(files, 0, &mut paths)?;
     for path in list(model)? {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        if name == MODEL_FILE || name == SAMPLES || name.ends_with(".json") {
+        if [MODEL_FILE, TRITON_FILE, SAMPLES].contains(&name) || name.ends_with(".json") {
             collect(&path, 0, &mut paths)?;
         }
     }

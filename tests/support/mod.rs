@@ -48,6 +48,10 @@ impl Default for Script {
 struct ScriptBackend;
 
 impl Backend for ScriptBackend {
+    fn name(&self) -> &'static str {
+        "script"
+    }
+
     fn file_name(&self) -> &'static str {
         "model.script"
     }
@@ -56,8 +60,12 @@ impl Backend for ScriptBackend {
         "script"
     }
 
-    fn load(&self, files: &Path, _: &Options, instances: usize) -> Result<Vec<Box<dyn Session>>, Error> {
-        let text = std::fs::read_to_string(files.join("model.script")).unwrap();
+    fn gpus(&self) -> usize {
+        0
+    }
+
+    fn load(&self, model: &Path, _: &Options, instances: usize) -> Result<Vec<Box<dyn Session>>, Error> {
+        let text = std::fs::read_to_string(model).unwrap();
         let script: Script = toml::from_str(&text).map_err(|error| Error::invalid(error.to_string()))?;
         std::thread::sleep(Duration::from_millis(script.load_ms));
         if script.fail_load {

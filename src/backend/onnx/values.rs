@@ -178,7 +178,7 @@ mod tests {
 
     fn identity(dtype: DType, shape: &[i64]) -> Box<dyn Session> {
         let directory = testing::directory(testing::identity(dtype, shape));
-        testing::runtime().load(directory.path(), &Options::default(), 1).unwrap().remove(0)
+        testing::runtime().load(&directory.path().join("model.onnx"), &Options::default(), 1).unwrap().remove(0)
     }
 
     fn tensor(dtype: DType, shape: &[usize], data: Data) -> Tensor {

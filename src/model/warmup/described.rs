@@ -1,0 +1,177 @@
+//! Sample requests that a configuration describes: shapes, and zeros, random values or a file to fill them.
+
+use std::{collections::BTreeMap, fs, path::Path};
+
+use bytes::Bytes;
+use rand::{SeedableRng, rngs::StdRng};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::made_up_data;
+use crate::{
+    error::Error,
+    tensor::{DType, Data, Shape, Tensor, elements},
+};
+
+/// More elements in a described tensor than any model takes are a typing error.
+const MAX_ELEMENTS: usize = 1 << 28;
+
+/// One request to warm up with.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DescribedRequest {
+    pub name: String,
+    /// Rows, each as `inputs` describes one; absent when the model has no batch dimension.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub batch_size: Option<usize>,
+    /// How often it is run.
+    #[serde(default = "once", skip_serializing_if = "is_once")]
+    pub count: usize,
+    pub inputs: BTreeMap<String, DescribedInput>,
+}
+
+/// The content of one input, or of one row of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DescribedInput {
+    pub datatype: DType,
+    /// The size of each dimension, without the batch.
+    pub dims: Vec<usize>,
+    pub data: Filling,
+}
+
+/// What fills an input.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Filling {
+    /// Zeros; empty texts.
+    Zero,
+    /// Floats from N(0,1), integers 0 and 1, short texts; the same at every load.
+    Random,
+    /// A file in the folder `warmup` beside the versions: elements as raw bytes, row-major and little-endian; texts
+    /// each behind their length as four bytes.
+    File(String),
+}
+
+fn once() -> usize {
+    1
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde wants it")]
+fn is_once(count: &usize) -> bool {
+    *count == 1
+}
+
+impl DescribedRequest {
+    /// The tensors of the request; files are looked for in `folder`.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming the input.
+    pub fn build(&self, folder: &Path) -> Result<Vec<Tensor>, Error> {
+        self.inputs
+            .iter()
+            .map(|(name, input)| {
+                let tensor = input.build(name, self.batch_size, folder);
+                tensor.map_err(|error| Error { message: format!("input '{name}': {}", error.message), ..error })
+            })
+            .collect()
+    }
+
+    /// # Errors
+    /// What is wrong with the description, naming the key.
+    pub fn validate(&self) -> Result<(), String> {
+        let zero = [("batch_size", self.batch_size == Some(0)), ("count", self.count == 0)];
+        if let Some((key, _)) = zero.into_iter().find(|(_, zero)| *zero) {
+            return Err(format!("'{}': {key} must be at least 1", self.name));
+        }
+        for (input, described) in &self.inputs {
+            if let Filling::File(file) = &described.data
+                && Path::new(file).components().any(|part| !matches!(part, std::path::Component::Normal(_)))
+            {
+                return Err(format!("'{}': input '{input}': file '{file}' must lie in the folder warmup", self.name));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl DescribedInput {
+    fn build(&self, name: &str, batch_size: Option<usize>, folder: &Path) -> Result<Tensor, Error> {
+        let rows = batch_size.unwrap_or(1);
+        let count = elements(&self.dims).filter(|count| count.saturating_mul(rows) <= MAX_ELEMENTS);
+        let count = count.ok_or_else(|| {
+            Error::invalid(format!("{rows} times {:?} are more than {MAX_ELEMENTS} elements", self.dims))
+        })?;
+        let shape: Shape = batch_size.into_iter().chain(self.dims.iter().copied()).collect();
+        let data = match &self.data {
+            Filling::Zero => match self.datatype.size() {
+                Some(size) => Data::Plain(vec![0; count * rows * size].into()),
+                None => Data::Strings(vec![Bytes::new(); count * rows]),
+            },
+            Filling::Random => made_up_data(self.datatype, count * rows, 0, &mut StdRng::seed_from_u64(42)),
+            Filling::File(file) => {
+                let path = folder.join(file);
+                let bytes = fs::read(&path).map_err(|error| Error::invalid(format!("{}: {error}", path.display())))?;
+                repeated(self.datatype, &bytes, rows)
+            }
+        };
+        Tensor::new(name.into(), self.datatype, shape, data)
+    }
+}
+
+/// The content of a file once for each row.
+fn repeated(datatype: DType, bytes: &[u8], rows: usize) -> Data {
+    if datatype.size().is_some() {
+        return Data::Plain(bytes.repeat(rows).into());
+    }
+    let mut texts = Vec::new();
+    let mut rest = bytes;
+    while let Some((length, after)) = rest.split_first_chunk::<4>() {
+        // A text that is cut short is missing, and the tensor then says so.
+        let Some((text, after)) = after.split_at_checked(u32::from_le_bytes(*length) as usize) else { break };
+        texts.push(Bytes::copy_from_slice(text));
+        rest = after;
+    }
+    let count = texts.len();
+    Data::Strings(texts.into_iter().cycle().take(count * rows).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn build(dims: &[usize], datatype: DType, data: Filling, file: &[u8]) -> Result<Tensor, Error> {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("raw"), file).unwrap();
+        let inputs = BTreeMap::from([("x".to_owned(), DescribedInput { datatype, dims: dims.to_vec(), data })]);
+        let request = DescribedRequest { name: "r".into(), batch_size: Some(2), count: 1, inputs };
+        request.build(folder.path()).map(|mut tensors| tensors.remove(0))
+    }
+
+    #[test]
+    fn every_filling_fills_every_row() {
+        let zeros = build(&[3], DType::Int16, Filling::Zero, b"").unwrap();
+        assert_eq!((&zeros.shape[..], zeros.byte_len()), (&[2, 3][..], 12));
+        let random = build(&[2], DType::Fp32, Filling::Random, b"").unwrap();
+        assert!(matches!(&random.data, Data::Plain(bytes) if bytes.len() == 16 && bytes.iter().any(|&byte| byte > 0)));
+        let file = build(&[2], DType::Uint8, Filling::File("raw".into()), &[7, 8]).unwrap();
+        assert_eq!(file.data, Data::Plain(Bytes::from_static(&[7, 8, 7, 8])));
+        let texts = build(&[1], DType::Bytes, Filling::File("raw".into()), b"\x02\0\0\0hi").unwrap();
+        assert_eq!(texts.data, Data::Strings(vec![Bytes::from_static(b"hi"); 2]));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_by_name() {
+        let message = |dims: &[usize], data, file: &[u8]| build(dims, DType::Fp32, data, file).unwrap_err().message;
+        assert!(message(&[2], Filling::File("raw".into()), &[1, 2]).contains("'x'"));
+        assert!(message(&[2], Filling::File("none".into()), &[]).contains("none"));
+        assert!(message(&[usize::MAX], Filling::Zero, &[]).contains("elements"));
+        let inputs = BTreeMap::from([(
+            "x".to_owned(),
+            DescribedInput { datatype: DType::Fp32, dims: vec![1], data: Filling::File("../secret".into()) },
+        )]);
+        let request = DescribedRequest { name: "r".into(), batch_size: None, count: 1, inputs };
+        assert!(request.validate().unwrap_err().contains("../secret"));
+        assert!(DescribedRequest { count: 0, ..request }.validate().unwrap_err().contains("count"));
+    }
+}
