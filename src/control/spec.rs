@@ -150,6 +150,11 @@ impl ModelSpec {
         if !self.instance_group.is_empty() && (self.instances.is_some() || self.options.device != Device::Cpu) {
             return Err("instance_group stands in place of instances and options.device".to_owned());
         }
+        if self.options.memory_arena == Some(false) && self.options.arena_shrinkage.is_some() {
+            return Err(
+                "options.arena_shrinkage needs the arena that options.memory_arena = false takes away".to_owned()
+            );
+        }
         self.validate_tensors()?;
         self.warmup_requests
             .iter()
@@ -256,6 +261,7 @@ mod tests {
             ("file_name = \"../x.onnx\"", "../x.onnx"),
             ("instances = 2\ninstance_group = [{ kind = \"cpu\" }]", "instance_group"),
             ("instance_group = [{ count = 0 }]", "instance_group.count"),
+            ("[options]\nmemory_arena = false\narena_shrinkage = \"cpu:0\"", "options.arena_shrinkage"),
             ("inputs = [{ name = \"x\", datatype = \"FP8\" }]", "FP8"),
             ("inputs = [{ name = \"x\" }, { name = \"x\" }]", "twice"),
             ("outputs = [{ name = \"y\", optional = true }]", "cannot be optional"),

@@ -47,6 +47,18 @@ class Repository:
         """Version 1 with the files of the folder `source`."""
         return self.put(name, "1", settings, lambda folder: copy_into(source, folder))
 
+    def triton(self, name, graph, config, versions=("1",), file="model.onnx", more=None):
+        """A model as Triton's users lay it out; `more` are further files, by path and content."""
+        staged = self.staging / name
+        for path, content in (more or {}).items():
+            (staged / path).parent.mkdir(parents=True, exist_ok=True)
+            (staged / path).write_bytes(content)
+        for version in versions:
+            (staged / version / file).parent.mkdir(parents=True)
+            save(graph, staged / version / file)
+        (staged / "config.pbtxt").write_text(config)
+        staged.rename(self.path / name)
+
     def put(self, name, version, settings, write):
         """The folder of a new version that `write` fills; `settings` count for a new model."""
         staged = self.staging / name
@@ -129,6 +141,25 @@ def sum_and_difference():
         ],
         [value("a", "INT32", row), value("b", "INT32", row)],
         [value("sum", "INT32", row), value("difference", "INT32", row)],
+    )
+
+
+def with_default():
+    """x, bias (with the value 10 when it is not given) → y = x + bias."""
+    return model(
+        [helper.make_node("Add", ["x", "bias"], ["y"])],
+        [value("x", "FP32", ["rows", 2]), value("bias", "FP32", ["bias_rows", 1])],
+        [value("y", "FP32", ["rows", 2])],
+        {"bias": np.float32([[10]])},
+    )
+
+
+def flat():
+    """x without a second dimension → y = 2x, likewise."""
+    return model(
+        [helper.make_node("Add", ["x", "x"], ["y"])],
+        [value("x", "FP32", ["rows"])],
+        [value("y", "FP32", ["rows"])],
     )
 
 

@@ -37,7 +37,7 @@ parameters { key: "intra_op_thread_count" value: { string_value: "2" } }
 parameters { key: "inter_op_thread_count" value: { string_value: "0" } }
 parameters [
   { key: "execution_mode" value { string_value: "1" } },
-  { key: "enable_mem_arena" value { string_value: "0" } },
+  { key: "enable_mem_arena" value { string_value: "1" } },
   { key: "enable_mem_pattern" value { string_value: "1" } },
   { key: "memory.enable_memory_arena_shrinkage" value { string_value: "cpu:0" } },
   { key: "session.disable_prepacking" value { string_value: "1" } },
@@ -89,7 +89,7 @@ fn everything_that_is_honoured_is_read() {
     let Options { device, optimization, intra_op_threads, inter_op_threads, parallel, .. } = spec.options;
     assert_eq!((device, optimization), (Device::Cpu, OptimizationLevel::Extended));
     assert_eq!((intra_op_threads, inter_op_threads, parallel), (Some(2), None, Some(true)));
-    assert_eq!((spec.options.memory_arena, spec.options.memory_pattern), (Some(false), Some(true)));
+    assert_eq!((spec.options.memory_arena, spec.options.memory_pattern), (Some(true), Some(true)));
     assert_eq!(spec.options.arena_shrinkage.as_deref(), Some("cpu:0"));
     assert_eq!(spec.options.session_config["session.disable_prepacking"], "1");
     assert_eq!(spec.options.cuda["gpu_mem_limit"], "1024");
