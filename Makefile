@@ -29,6 +29,7 @@ test-rust: setup
 	cargo test --locked
 
 test-clients: build .venv/clients.installed
+	@deploy/apt.sh promtool=prometheus
 	$(PYTHON) -m pytest -q tests/clients
 
 # Trains the models in models/ anew; the files come out the same.

@@ -157,6 +157,17 @@ def bounds(samples, name, labels):
     return sorted((float(have["le"]), samples[n, frozenset(have.items())]) for n, have in keys)
 
 
+def test_promtool_finds_nothing_to_complain_about(scripted):
+    page = call(scripted[0].ops, "GET", "/metrics").body
+    checked = subprocess.run(
+        ["promtool", "check", "metrics"], input=page, capture_output=True, timeout=30, check=False
+    )
+    complaints = (checked.stdout + checked.stderr).decode()
+    # Process metrics come by the names that every Prometheus client gives them.
+    own = [line for line in complaints.splitlines() if not line.startswith("process_")]
+    assert (checked.returncode, own) in [(0, []), (3, [])], complaints
+
+
 def test_what_else_there_is(scripted):
     samples = scripted[1]
     assert value(samples, "tidegate_pending_requests", model="plus") == 0
