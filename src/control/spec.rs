@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{backend::Options, error::Error, id::Version};
+use crate::{backend::Options, error::Error, id::Version, model::schedule::Schedule};
 
 /// How instances and threads divide the cores when a model does not say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
@@ -52,6 +52,8 @@ pub struct ModelSpec {
     pub versions: VersionPolicy,
     /// Sample requests (protocol JSON, relative to the model's folder) to warm up with; a failing one fails the load.
     pub warmup: Vec<PathBuf>,
+    /// How requests wait for their run.
+    pub queue: Schedule,
     /// How the graph runs.
     pub options: Options,
 }
@@ -88,6 +90,7 @@ impl ModelSpec {
         if let Some((key, _)) = positive.into_iter().find(|(_, value)| *value == Some(0)) {
             return Err(format!("{key} must be at least 1"));
         }
+        self.queue.validate(self.max_batch_size)?;
         match &self.versions {
             VersionPolicy::Latest(0) => Err("versions.latest must be at least 1".to_owned()),
             VersionPolicy::Specific(list) => list
@@ -118,6 +121,8 @@ impl ModelSpec {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::backend::Device;
 
@@ -132,11 +137,13 @@ mod tests {
     fn a_full_file_is_read() {
         let spec = read(
             "instances = 2\nmax_batch_size = 16\nversions = { latest = 2 }\nwarmup = [\"a.json\"]\n\
-             [options]\ndevice = \"cuda:1\"\nintra_op_threads = 3\nsession_config = { \"a.b\" = \"1\" }\n",
+             [queue]\nmax_delay = \"2ms\"\npriority_levels = 2\ndefault_priority = 2\n\
+             [queue.priority.1]\nmax_size = 9\n[options]\ndevice = \"cuda:1\"\nintra_op_threads = 3\nsession_config = { \"a.b\" = \"1\" }\n",
         )
         .unwrap();
         assert_eq!(spec.options.device, Device::Cuda(1));
         assert_eq!(spec.versions, VersionPolicy::Latest(2));
+        assert_eq!((spec.queue.max_delay, spec.queue.levels()[0].max_size), (Duration::from_millis(2), 9));
         assert_eq!(read("versions = \"all\"").unwrap().versions, VersionPolicy::All);
         assert_eq!(read("").unwrap(), ModelSpec::default());
     }
@@ -151,6 +158,9 @@ mod tests {
             ("versions = { latest = 0 }", "versions.latest"),
             ("versions = { specific = [\"a/b\"] }", "a/b"),
             ("instances = \"two\"", "instances"),
+            ("max_batch_size = 4\n[queue]\npreferred_batch_sizes = [8]", "queue.preferred_batch_sizes"),
+            ("[queue]\npriority_levels = 2", "queue.default_priority"),
+            ("[queue.priority.1]\nmax = 3", "max"),
         ] {
             let message = read(text).unwrap_err();
             assert!(message.contains(word) && message.contains("model.toml"), "{message}");

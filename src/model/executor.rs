@@ -13,6 +13,7 @@ use super::batcher::{Batcher, Cost, Entry};
 use crate::{
     backend::Session,
     error::{Code, Error},
+    id::ModelName,
     metrics::{DropReason, Phases, VersionMetrics},
     tensor::{self, Tensor},
 };
@@ -36,6 +37,7 @@ pub enum Refused {
 pub(super) struct Queue {
     state: Mutex<State>,
     work: Condvar,
+    model: ModelName,
     metrics: Arc<VersionMetrics>,
 }
 
@@ -54,10 +56,11 @@ pub(super) struct Ticket {
 }
 
 impl Queue {
-    pub fn new(batcher: Batcher<Job>, metrics: Arc<VersionMetrics>) -> Self {
+    pub fn new(model: ModelName, batcher: Batcher<Job>, metrics: Arc<VersionMetrics>) -> Self {
         Self {
             state: Mutex::new(State { batcher, closed: false, purged_at: Instant::now() }),
             work: Condvar::new(),
+            model,
             metrics,
         }
     }
@@ -96,7 +99,11 @@ impl Queue {
 
     /// Takes no more requests; executors end when the queue is empty.
     pub fn close(&self) {
-        self.state.lock().closed = true;
+        let mut state = self.state.lock();
+        state.closed = true;
+        // Nobody comes any more for whom a batch could wait.
+        state.batcher.hurry();
+        drop(state);
         self.work.notify_all();
     }
 
@@ -104,6 +111,7 @@ impl Queue {
     pub fn abandon(&self, error: &Error) -> usize {
         let mut state = self.state.lock();
         state.closed = true;
+        state.batcher.hurry();
         let mut abandoned = 0;
         loop {
             let now = Instant::now();
@@ -124,22 +132,36 @@ impl Queue {
         self.state.lock().batcher.len()
     }
 
+    /// Answers those whose time is over, wherever they wait, even while every executor is busy.
+    pub fn expire(&self) {
+        let dropped = self.state.lock().batcher.purge(Instant::now(), |job| job.reply.is_closed());
+        self.drop_dead(dropped);
+    }
+
     /// Blocks until there is a batch; `None` when the queue is closed and empty.
     fn take(&self) -> Option<(Instant, Vec<Entry<Job>>)> {
         let mut state = self.state.lock();
         loop {
             let now = Instant::now();
             let next = state.batcher.next(now, |job| job.reply.is_closed());
-            if !next.dropped.is_empty() {
+            let dropped = !next.dropped.is_empty();
+            if dropped {
                 self.drop_dead(next.dropped);
             }
             if !next.batch.is_empty() {
+                if state.batcher.holds_back() {
+                    // Somebody else has to keep an eye on what still waits for company.
+                    self.work.notify_one();
+                }
                 return Some((now, next.batch));
             }
-            if state.closed {
-                return None;
+            match next.wake_at {
+                Some(instant) => drop(self.work.wait_until(&mut state, instant)),
+                // A request may be given up between two looks at it; then those behind it have not been seen yet.
+                None if dropped => {}
+                None if state.closed => return None,
+                None => self.work.wait(&mut state),
             }
-            self.work.wait(&mut state);
         }
     }
 
@@ -150,9 +172,12 @@ impl Queue {
                 DropReason::Deadline => {
                     Error::new(Code::DeadlineExceeded, "the deadline passed while the request was queued")
                 }
+                DropReason::Timeout => {
+                    Error::new(Code::DeadlineExceeded, "the request waited too long (queue.default_timeout)")
+                }
                 _ => Error::new(Code::Cancelled, "the request was cancelled while it was queued"),
             };
-            answer(entry.item, Err(error));
+            answer(entry.item, Err(error.of_model(self.model.as_str())));
         }
     }
 
