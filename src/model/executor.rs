@@ -97,6 +97,12 @@ impl Queue {
         }
     }
 
+    /// From now on no batch waits for company.
+    pub fn hurry(&self) {
+        self.state.lock().batcher.hurry();
+        self.work.notify_all();
+    }
+
     /// Takes no more requests; executors end when the queue is empty.
     pub fn close(&self) {
         let mut state = self.state.lock();

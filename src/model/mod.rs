@@ -242,6 +242,11 @@ impl ModelVersion {
         })
     }
 
+    /// From now on no batch waits for company.
+    pub fn hurry(&self) {
+        self.queue.hurry();
+    }
+
     /// Takes no more requests; those already in the queue are answered.
     pub fn close(&self) {
         self.queue.close();
