@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Instant};
 
 use crate::{
     error::{Code, Error},
-    model::{ModelVersion, Refused, catalog::CatalogReader},
+    model::{ModelVersion, Refused, catalog::CatalogReader, schedule::Urgency},
     tensor::Tensor,
 };
 
@@ -26,7 +26,7 @@ pub struct Request<'a> {
     pub inputs: Vec<Tensor>,
     /// Names of the outputs to return, in that order; empty for all.
     pub outputs: &'a [Arc<str>],
-    pub deadline: Option<Instant>,
+    pub urgency: Urgency,
 }
 
 impl Engine {
@@ -53,7 +53,7 @@ impl Engine {
     /// # Errors
     /// `InvalidArgument` for inputs or outputs that do not fit the model, else what the queue or the run says.
     pub async fn infer(&self, target: &mut Target, request: Request<'_>) -> Result<Vec<Tensor>, Error> {
-        if request.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+        if request.urgency.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
             return Err(Error::new(Code::DeadlineExceeded, "the deadline had passed when the request arrived"));
         }
         let mut inputs = request.inputs;
@@ -63,7 +63,7 @@ impl Engine {
             let version = &target.version;
             let chosen = choose(version, request.outputs)?;
             let arranged = version.signature.arrange(version.name.as_str(), inputs)?;
-            match version.infer(arranged, request.deadline).await {
+            match version.infer(arranged, &request.urgency).await {
                 Ok(outputs) => return Ok(select(outputs, &chosen)),
                 Err(Refused::Error(error)) => return Err(error),
                 Err(Refused::Draining(back)) => inputs = back,

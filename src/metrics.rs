@@ -98,7 +98,7 @@ pub const FAMILIES: [Family; 12] = [
         name: DROPPED,
         kind: Kind::Counter,
         labels: "reason",
-        help: "Requests given up before they cost a run: cancelled, deadline or overloaded",
+        help: "Requests given up before they cost a run: cancelled, deadline, timeout (of the queue) or overloaded",
     },
     Family { name: STATE, kind: Kind::Gauge, labels: "state", help: "1 for the state a version is in, else 0" },
     Family { name: LOAD_DURATION, kind: Kind::Gauge, labels: "", help: "Seconds the version took to load and warm" },
@@ -117,11 +117,13 @@ pub enum Protocol {
 pub enum DropReason {
     Cancelled,
     Deadline,
+    /// The queue timeout of the model's own schedule.
+    Timeout,
     Overloaded,
 }
 
 const PROTOCOLS: [&str; 2] = ["rest", "grpc"];
-const REASONS: [&str; 3] = ["cancelled", "deadline", "overloaded"];
+const REASONS: [&str; 4] = ["cancelled", "deadline", "timeout", "overloaded"];
 const PHASES: [&str; 3] = ["input", "infer", "output"];
 
 /// What one execution cost, phase by phase.

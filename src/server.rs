@@ -256,11 +256,12 @@ impl Parts {
             () = tokio::time::sleep(delay) => {}
             _ = self.stops.recv() => {}
         }
-        // 2 No new connections; those that are open finish what they have begun.
+        // 2 No new connections; those that are open finish what they have begun, and no batch waits to be filled.
         app.closing.cancel();
         for task in accepting {
             let _ = task.await;
         }
+        app.engine.catalog().load().serving().for_each(|version| version.hurry());
         // With its senders gone, an I/O thread ends when its last connection does.
         drop(io);
         let deadline = Instant::now() + self.drain_timeout;

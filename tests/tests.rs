@@ -5,6 +5,7 @@ mod architecture;
 mod documentation;
 mod lifecycle;
 mod overload;
+mod schedule;
 mod shutdown;
 mod support;
 mod swap;

@@ -56,6 +56,8 @@ pub struct InferCall {
     pub id: String,
     /// How long the caller is willing to wait; the parameter `timeout`, in microseconds on the wire.
     pub timeout: Option<Duration>,
+    /// Level 1 is the most urgent, 0 is the model's default; the parameter `priority`.
+    pub priority: u64,
     pub parameters: Parameters,
     /// In the order of the message; a name given twice is found when the call meets a signature.
     pub inputs: Vec<Tensor>,
@@ -121,18 +123,12 @@ impl InferCall {
                 ));
             }
         }
-        let timeout = match parameters.get("timeout") {
-            None => None,
-            Some(value) => {
-                let micros = value.as_unsigned().ok_or_else(|| {
-                    Error::invalid("parameter 'timeout' must be a whole number of microseconds, 0 for none")
-                })?;
-                (micros > 0).then(|| Duration::from_micros(micros))
-            }
-        };
+        let timeout = unsigned(&parameters, "timeout", "a whole number of microseconds, 0 for none")?;
+        let timeout = (timeout > 0).then(|| Duration::from_micros(timeout));
+        let priority = unsigned(&parameters, "priority", "a whole number, 1 for the most urgent, 0 for the default")?;
         let binary_output = flag(&parameters, "binary_data_output", "the request")?.unwrap_or(false);
         let outputs = requested(outputs)?;
-        Ok(Self { id, timeout, parameters, inputs, outputs, binary_output })
+        Ok(Self { id, timeout, priority, parameters, inputs, outputs, binary_output })
     }
 }
 
@@ -157,6 +153,12 @@ fn requested(outputs: Vec<(Arc<str>, Parameters)>) -> Result<Vec<RequestedOutput
             Ok(RequestedOutput { name, parameters, binary })
         })
         .collect()
+}
+
+/// A number that is 0 when it is not given.
+fn unsigned(parameters: &Parameters, name: &str, expected: &str) -> Result<u64, Error> {
+    let value = parameters.get(name).map_or(Some(0), Parameter::as_unsigned);
+    value.ok_or_else(|| Error::invalid(format!("parameter '{name}' must be {expected}")))
 }
 
 fn flag(parameters: &Parameters, name: &str, label: &str) -> Result<Option<bool>, Error> {

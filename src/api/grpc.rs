@@ -19,11 +19,11 @@ use parking_lot::Mutex;
 use tonic::{Request, Response, Status, codec::CompressionEncoding, service::Routes};
 
 use super::{
-    App, EXTENSIONS, Record, SERVER_NAME, check_size,
+    App, EXTENSIONS, Record, SERVER_NAME, after, check_size,
     codec::{self, InferReply},
-    deadline, health,
+    health,
     paced::{Broken, Paced},
-    pb, triton,
+    pb, triton, urgency,
 };
 use crate::{
     engine,
@@ -76,7 +76,7 @@ async fn edge(State(app): State<Arc<App>>, mut request: HttpRequest, next: Next)
         }
         return Status::from(error).into_http();
     };
-    let deadline = deadline(std::time::Instant::now(), [timeout, None]);
+    let deadline = after(std::time::Instant::now(), timeout);
     let limit = app.limits.body_timeout;
     let mut request = request.map(|body| Body::new(Paced::new(body, limit).map_err(broken)));
     let unclaimed: Unclaimed = Arc::new(Mutex::new(record));
@@ -192,8 +192,8 @@ impl Service {
             .and_then(|call| check_size(call, self.app.limits.max_message_bytes))
             .map_err(|error| error.of_model(target.version.name.as_str()))?;
         let names: Vec<Arc<str>> = call.outputs.iter().map(|output| output.name.clone()).collect();
-        let deadline = deadline(record.started(), [call.timeout, grpc_timeout]);
-        let request = engine::Request { inputs: call.inputs, outputs: &names, deadline };
+        let urgency = urgency(record.started(), &call, grpc_timeout);
+        let request = engine::Request { inputs: call.inputs, outputs: &names, urgency };
         let outputs = self.app.engine.infer(&mut target, request).await;
         // It may have run on the successor of the version that was found first.
         record.aim(&target);

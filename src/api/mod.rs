@@ -16,7 +16,7 @@ use crate::{
     engine::{Engine, Target},
     error::{Code, Error},
     metrics::{Metrics, Protocol, VersionMetrics},
-    model::ModelVersion,
+    model::{ModelVersion, schedule::Urgency},
     tensor::{DType, Tensor},
 };
 
@@ -39,7 +39,8 @@ use codec::NonFinite;
 pub const SERVER_NAME: &str = "tidegate";
 
 /// The protocol extensions that work, as server metadata lists them.
-pub const EXTENSIONS: [&str; 4] = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"];
+pub const EXTENSIONS: [&str; 5] =
+    ["binary_tensor_data", "model_configuration", "model_repository", "schedule_policy", "statistics"];
 
 /// Bounds of what a client may send, and how slowly.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -187,9 +188,14 @@ impl Drop for Record {
     }
 }
 
-/// The earliest of the ways a client may say how long it waits.
-pub fn deadline(start: Instant, timeouts: [Option<Duration>; 2]) -> Option<Instant> {
-    timeouts.into_iter().flatten().min().and_then(|timeout| start.checked_add(timeout))
+/// What a call that arrived at `start` says of its hurry, beside the patience of its transport.
+pub fn urgency(start: Instant, call: &codec::InferCall, transport: Option<Duration>) -> Urgency {
+    Urgency { priority: call.priority, deadline: after(start, transport), timeout: after(start, call.timeout) }
+}
+
+/// The end of a timeout; none when it lies beyond all time.
+pub fn after(start: Instant, timeout: Option<Duration>) -> Option<Instant> {
+    timeout.and_then(|timeout| start.checked_add(timeout))
 }
 
 /// How many times the largest message a request's texts may take in memory.

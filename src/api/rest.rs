@@ -24,9 +24,8 @@ use super::{
     App, EXTENSIONS, Record, SERVER_NAME, check_size,
     codec::{self, Encoded, InferReply, JsonOptions},
     compression::{self, Encoding},
-    deadline,
     paced::{Broken, Paced},
-    status, triton,
+    status, triton, urgency,
 };
 use crate::{
     engine,
@@ -241,8 +240,8 @@ async fn try_infer(app: &App, named: &Named, request: Request, record: &mut Reco
     }
 
     let names: Vec<Arc<str>> = call.outputs.iter().map(|output| output.name.clone()).collect();
-    let deadline = deadline(record.started(), [call.timeout, waits]);
-    let request = engine::Request { inputs: call.inputs, outputs: &names, deadline };
+    let urgency = urgency(record.started(), &call, waits);
+    let request = engine::Request { inputs: call.inputs, outputs: &names, urgency };
     let outputs = app.engine.infer(&mut target, request).await;
     // It may have run on the successor of the version that was found first.
     record.aim(&target);

@@ -1,6 +1,6 @@
 //! Triton's read-only extensions in both protocols' words: repository index, model configuration, statistics.
 
-use std::sync::atomic::Ordering;
+use std::{collections::BTreeMap, sync::atomic::Ordering, time::Duration};
 
 use prost::Message;
 use serde_json::{Value, json};
@@ -14,6 +14,7 @@ use crate::{
     model::{
         ModelVersion, State,
         catalog::{Catalog, Entry, VersionPolicy},
+        schedule::{Level, Schedule, TimeoutAction},
     },
     tensor::DType,
 };
@@ -118,7 +119,7 @@ pub fn config(version: &ModelVersion, policy: &VersionPolicy) -> pb::ModelConfig
         scheduling_choice: version
             .batching
             .enabled
-            .then(|| SchedulingChoice::DynamicBatching(pb::ModelDynamicBatching::default())),
+            .then(|| SchedulingChoice::DynamicBatching(dynamic_batching(&version.schedule))),
         ..Default::default()
     }
 }
@@ -134,6 +135,41 @@ fn reshape(version: &ModelVersion, declared: &[Declaration], spec: &TensorSpec) 
     let declared = declared.iter().find(|declared| declared.name == *spec.name)?;
     let shape = declared.reshape.as_ref()?;
     Some(pb::ModelTensorReshape { shape: config_dims(version, shape) })
+}
+
+fn dynamic_batching(schedule: &Schedule) -> pb::ModelDynamicBatching {
+    let int = |size: &usize| i32::try_from(*size).unwrap_or(i32::MAX);
+    // Without overrides every level is the usual one.
+    let usual = Schedule { priority: BTreeMap::new(), ..schedule.clone() }.levels();
+    let own = schedule.levels();
+    let level = |number: &u32| Some((u64::from(*number), queue_policy(own.get(*number as usize - 1)?)));
+    pb::ModelDynamicBatching {
+        preferred_batch_size: schedule.preferred_batch_sizes.iter().map(int).collect(),
+        max_queue_delay_microseconds: micros(schedule.max_delay),
+        priority_levels: schedule.priority_levels.into(),
+        default_priority_level: schedule.default_priority.into(),
+        default_queue_policy: usual.first().map(queue_policy),
+        priority_queue_policy: schedule.priority.keys().filter_map(level).collect(),
+        ..Default::default()
+    }
+}
+
+fn queue_policy(level: &Level) -> pb::ModelQueuePolicy {
+    use pb::model_queue_policy::TimeoutAction as Action;
+    let action = match level.timeout_action {
+        TimeoutAction::Reject => Action::Reject,
+        TimeoutAction::Delay => Action::Delay,
+    };
+    pb::ModelQueuePolicy {
+        timeout_action: action.into(),
+        default_timeout_microseconds: micros(level.default_timeout),
+        allow_timeout_override: level.allow_timeout_override,
+        max_queue_size: u32::try_from(level.max_size).unwrap_or(u32::MAX),
+    }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn policy_choice(policy: &VersionPolicy) -> pb::model_version_policy::PolicyChoice {

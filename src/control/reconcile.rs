@@ -275,6 +275,7 @@ impl Reconciler {
             file_name: spec.file_name,
             max_batch_size: spec.max_batch_size,
             batching: spec.batching,
+            schedule: spec.queue,
             configured_samples: spec.warmup.iter().map(|path| found.directory.join(path)).collect(),
             described_samples: (spec.warmup_requests, found.directory.join(local::SAMPLES)),
             sample_folders: vec![files.join(local::SAMPLES), found.directory.join(local::SAMPLES)],

@@ -10,7 +10,7 @@ use crate::{
     backend::{Declaration, Device, InstanceGroup, Interface, Options},
     error::Error,
     id::{ModelName, Version},
-    model::{catalog::VersionPolicy, warmup::described::DescribedRequest},
+    model::{catalog::VersionPolicy, schedule::Schedule, warmup::described::DescribedRequest},
     source::local,
 };
 
@@ -59,6 +59,8 @@ pub struct ModelSpec {
     /// Described sample requests, which count like those of `warmup`: { name, batch_size, count = 1, inputs.NAME =
     /// { datatype, dims (without the batch), data = "zero", "random" or { file = "in the folder warmup" } } }.
     pub warmup_requests: Vec<DescribedRequest>,
+    /// How requests wait for their run.
+    pub queue: Schedule,
     /// How the graph runs.
     pub options: Options,
     /// What operators should know of the file, such as fields that have no effect here.
@@ -160,6 +162,7 @@ impl ModelSpec {
             .iter()
             .try_for_each(DescribedRequest::validate)
             .map_err(|error| format!("warmup_requests: {error}"))?;
+        self.queue.validate(self.max_batch_size)?;
         match &self.versions {
             VersionPolicy::Latest(0) => Err("versions.latest must be at least 1".to_owned()),
             VersionPolicy::Specific(list) => list
@@ -221,6 +224,8 @@ fn without(said: &mut toml::Table, default: &toml::Table) {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn name() -> ModelName {
@@ -238,11 +243,13 @@ mod tests {
     fn a_full_file_is_read() {
         let spec = read(
             "instances = 2\nmax_batch_size = 16\nversions = { latest = 2 }\nwarmup = [\"a.json\"]\n\
-             [options]\ndevice = \"cuda:1\"\nintra_op_threads = 3\nsession_config = { \"a.b\" = \"1\" }\n",
+             [queue]\nmax_delay = \"2ms\"\npriority_levels = 2\ndefault_priority = 2\n\
+             [queue.priority.1]\nmax_size = 9\n[options]\ndevice = \"cuda:1\"\nintra_op_threads = 3\nsession_config = { \"a.b\" = \"1\" }\n",
         )
         .unwrap();
         assert_eq!(spec.options.device, Device::Cuda(1));
         assert_eq!(spec.versions, VersionPolicy::Latest(2));
+        assert_eq!((spec.queue.max_delay, spec.queue.levels()[0].max_size), (Duration::from_millis(2), 9));
         assert_eq!(read("versions = \"all\"").unwrap().versions, VersionPolicy::All);
         assert_eq!(read("").unwrap(), ModelSpec::default());
     }
@@ -265,6 +272,9 @@ mod tests {
             ("inputs = [{ name = \"x\", datatype = \"FP8\" }]", "FP8"),
             ("inputs = [{ name = \"x\" }, { name = \"x\" }]", "twice"),
             ("outputs = [{ name = \"y\", optional = true }]", "cannot be optional"),
+            ("max_batch_size = 4\n[queue]\npreferred_batch_sizes = [8]", "queue.preferred_batch_sizes"),
+            ("[queue]\npriority_levels = 2", "queue.default_priority"),
+            ("[queue.priority.1]\nmax = 3", "max"),
         ] {
             let message = read(text).unwrap_err();
             assert!(message.contains(word) && message.contains("model.toml"), "{message}");

@@ -1,16 +1,27 @@
 //! `Batcher`: which queued requests run together, and when; pure, so that the policy can be proved.
 //!
-//! Batch-while-busy: an executor that falls idle takes what is queued at once, nobody waits for company. A batch
-//! takes the shape of the oldest request; others of that shape may join it from behind, but no request is passed
-//! over by more than [`MAX_PASSED_OVER`] batches. A request is never split.
+//! Batch-while-busy: an executor that falls idle takes what is queued at once, unless the model's [`Schedule`] says
+//! how long it shall wait for company. A batch takes the shape of the oldest request of the highest level that waits;
+//! others of that shape may join it from behind, and from lower levels after all that can of the higher ones. No
+//! request is passed over by more than [`MAX_PASSED_OVER`] batches of its own level; those of lower levels wait as
+//! long as higher ones have requests. A request is never split.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
     time::{Duration, Instant},
 };
 
-use super::service_time::ServiceTime;
-use crate::{error::Error, metrics::DropReason};
+use super::{
+    schedule::{Level, Place, Schedule, TimeoutAction, earlier},
+    service_time::ServiceTime,
+};
+use crate::{
+    error::{Code, Error},
+    metrics::DropReason,
+};
+
+#[cfg(test)]
+mod tests;
 
 /// How many batches may overtake a waiting request of another shape.
 pub const MAX_PASSED_OVER: u8 = 4;
@@ -18,7 +29,7 @@ pub const MAX_PASSED_OVER: u8 = 4;
 /// Every dimension but the first of every input, in the order of the signature.
 pub type ShapeKey = smallvec::SmallVec<[usize; 8]>;
 
-/// When a queue is full.
+/// When a queue is full, all levels together.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Limits {
     pub max_requests: usize,
@@ -36,7 +47,7 @@ pub struct Cost {
     pub shape: ShapeKey,
     /// Runs by itself, whatever its shape.
     pub alone: bool,
-    pub deadline: Option<Instant>,
+    pub place: Place,
 }
 
 /// A queued request.
@@ -51,35 +62,91 @@ pub struct Entry<T> {
 /// What an idle executor shall do.
 #[derive(Debug)]
 pub struct Next<T> {
-    /// Requests to run together, oldest first; empty when nothing is queued.
+    /// Requests to run together; empty when there is nothing to run now.
     pub batch: Vec<Entry<T>>,
     /// Requests that nobody waits for any more.
     pub dropped: Vec<(Entry<T>, DropReason)>,
+    /// When to ask again if nothing is queued before: what waits for company goes then, with or without it.
+    pub wake_at: Option<Instant>,
 }
 
 pub struct Batcher<T> {
-    queue: VecDeque<Entry<T>>,
-    rows: usize,
+    /// One for each level, the highest first; the last one is for requests that are late.
+    lanes: Vec<Lane<T>>,
+    len: usize,
     bytes: usize,
     limits: Limits,
     /// Rows that are worth grouping; 1 when requests do not share runs.
     group: usize,
+    /// Sizes to which batches are cut when they can be, in ascending order.
+    preferred: Vec<usize>,
+    max_delay: Duration,
     executors: usize,
     service: ServiceTime,
     /// Start and rows of each run in progress.
     running: Vec<(Instant, usize)>,
 }
 
+/// Requests that wait in the order of their arrival.
+struct Lane<T> {
+    queue: VecDeque<Entry<T>>,
+    rows: usize,
+    level: Level,
+    /// Requests of this level that wait here or in the lane of the late.
+    waiting: usize,
+}
+
+/// What becomes of a request in its lane at some instant.
+enum Standing {
+    Stays,
+    /// Shall let all go first that are in time.
+    Late,
+    Dead(DropReason),
+}
+
+/// Who leads the next batch.
+enum Lead {
+    Nobody,
+    /// Nobody before this instant.
+    Later(Instant),
+    /// The request at this index of this lane.
+    Now(usize, usize),
+}
+
+/// Requests of one shape that wait for company.
+struct Group {
+    /// Where the first of them waits.
+    lane: usize,
+    index: usize,
+    rows: usize,
+}
+
+/// What becomes of a request beside a batch that is being formed.
+enum Fit {
+    Joins,
+    /// Others may overtake it.
+    Waits,
+    /// Nobody behind it may join.
+    Ends,
+}
+
 impl<T> Batcher<T> {
     /// `group` is the largest number of rows that requests are joined to (1: never joined), `executors` the
     /// number of runs that may be in progress at a time.
-    pub fn new(limits: Limits, group: usize, executors: usize, service: ServiceTime) -> Self {
+    pub fn new(limits: Limits, schedule: &Schedule, group: usize, executors: usize, service: ServiceTime) -> Self {
+        let group = group.max(1);
+        let late = Level::default();
+        let mut preferred: Vec<usize> =
+            schedule.preferred_batch_sizes.iter().copied().filter(|&size| size <= group).collect();
+        preferred.sort_unstable();
         Self {
-            queue: VecDeque::new(),
-            rows: 0,
+            lanes: schedule.levels().into_iter().chain([late]).map(Lane::new).collect(),
+            len: 0,
             bytes: 0,
             limits,
-            group: group.max(1),
+            group,
+            preferred,
+            max_delay: schedule.max_delay,
             executors: executors.max(1),
             service,
             running: Vec::with_capacity(executors),
@@ -91,40 +158,55 @@ impl<T> Batcher<T> {
     /// # Errors
     /// `Overloaded` when a limit is reached, `DeadlineExceeded` when the request's own deadline cannot be met.
     pub fn push(&mut self, item: T, cost: Cost, now: Instant) -> Result<(), (T, Error)> {
-        let wait = self.estimated_wait(now);
+        let level = cost.place.level;
+        let wait = self.estimated_wait(level, now);
         if let Some(full) = self.full(&cost, wait) {
             return Err((item, Error::overloaded(full, wait)));
         }
-        if let Some(deadline) = cost.deadline {
+        if let Some(deadline) = cost.place.deadline {
             let run = if wait.is_zero() { Duration::ZERO } else { self.service.estimate(cost.rows) };
             if wait.saturating_add(run) > deadline.saturating_duration_since(now) {
                 let message = format!("the deadline cannot be met: the estimated wait is {wait:.0?}");
-                return Err((item, Error::new(crate::error::Code::DeadlineExceeded, message)));
+                return Err((item, Error::new(Code::DeadlineExceeded, message)));
             }
         }
-        self.rows += cost.rows;
+        self.len += 1;
         self.bytes += cost.bytes;
-        self.queue.push_back(Entry { item, cost, queued_at: now, passed_over: 0 });
+        let lane = &mut self.lanes[level];
+        lane.waiting += 1;
+        lane.rows += cost.rows;
+        lane.queue.push_back(Entry { item, cost, queued_at: now, passed_over: 0 });
         Ok(())
     }
 
     fn full(&self, cost: &Cost, wait: Duration) -> Option<String> {
         let limits = &self.limits;
-        if self.queue.len() >= limits.max_requests {
-            return Some(format!("the queue is full: {} requests wait (queue.max_requests)", self.queue.len()));
+        if self.len >= limits.max_requests {
+            return Some(format!("the queue is full: {} requests wait (queue.max_requests)", self.len));
         }
-        if self.bytes.saturating_add(cost.bytes) > limits.max_bytes && !self.queue.is_empty() {
+        if self.bytes.saturating_add(cost.bytes) > limits.max_bytes && self.len > 0 {
             return Some(format!("the queue is full: {} bytes wait (queue.max_bytes)", self.bytes));
         }
         if wait > limits.max_wait {
             return Some(format!("the queue is full: the estimated wait is {wait:.1?} (queue.max_wait)"));
         }
+        let Lane { waiting, level, .. } = &self.lanes[cost.place.level];
+        if level.max_size > 0 && *waiting >= level.max_size {
+            let number = cost.place.level + 1;
+            return Some(format!(
+                "the queue is full: {waiting} requests of priority level {number} wait (queue.max_size)"
+            ));
+        }
         None
     }
 
-    /// The estimated time until a request queued now would start; zero when an executor is idle.
-    pub fn estimated_wait(&self, now: Instant) -> Duration {
-        if self.queue.is_empty() && self.running.len() < self.executors {
+    /// The estimated time until a request of `level` queued now would start, as far as those before it decide; zero
+    /// when an executor is idle.
+    pub fn estimated_wait(&self, level: usize, now: Instant) -> Duration {
+        let ahead = self.lanes.iter().take(level + 1);
+        let (requests, rows) =
+            ahead.fold((0, 0), |(requests, rows), lane| (requests + lane.queue.len(), rows + lane.rows));
+        if requests == 0 && self.running.len() < self.executors {
             return Duration::ZERO;
         }
         let left = |&(start, rows): &(Instant, usize)| {
@@ -136,71 +218,181 @@ impl<T> Batcher<T> {
             self.running.iter().map(left).min().unwrap_or_default()
         };
         let executors = u32::try_from(self.executors).unwrap_or(u32::MAX);
-        residual + self.service.estimate_queue(self.rows, self.queue.len(), self.group) / executors
+        residual + self.service.estimate_queue(rows, requests, self.group) / executors
     }
 
-    /// The next batch for an idle executor, without the requests that are `gone` or past their deadline.
+    /// The next batch for an idle executor, without the requests that are `gone` or have waited too long.
     ///
     /// A batch that is not empty counts as running until [`finished`](Self::finished) is told.
     pub fn next(&mut self, now: Instant, gone: impl Fn(&T) -> bool) -> Next<T> {
-        let mut next = Next { batch: Vec::new(), dropped: Vec::new() };
-        let mut passed: Vec<Entry<T>> = Vec::new();
-        let mut rows = 0;
-        // Entries before this index of `passed` have been overtaken by a member of this batch.
-        let mut overtaken = 0;
-        while let Some(entry) = self.queue.pop_front() {
-            if let Some(reason) = dead(&entry, now, &gone) {
-                self.forget(&entry.cost);
-                next.dropped.push((entry, reason));
-                continue;
-            }
-            let Some(first) = next.batch.first() else {
-                rows = entry.cost.rows;
-                self.forget(&entry.cost);
-                let closed = entry.cost.alone || rows >= self.group;
-                next.batch.push(entry);
-                if closed {
-                    break;
+        let mut next = Next { batch: Vec::new(), dropped: Vec::new(), wake_at: None };
+        match self.lead(now, &gone, &mut next) {
+            Lead::Nobody => {}
+            Lead::Later(instant) => next.wake_at = Some(instant),
+            Lead::Now(lane, index) => {
+                let limit = self.limit(lane, index, now, &gone);
+                let rows = self.form(lane, index, limit, now, &gone, &mut next);
+                if !next.batch.is_empty() {
+                    self.running.push((now, rows));
                 }
-                continue;
-            };
-            let same_shape = entry.cost.shape == first.cost.shape;
-            if same_shape && !entry.cost.alone && rows + entry.cost.rows <= self.group {
-                rows += entry.cost.rows;
-                self.forget(&entry.cost);
-                next.batch.push(entry);
-                overtaken = passed.len();
-                if rows == self.group {
-                    break;
-                }
-                continue;
             }
-            // A request of the batch's shape that cannot join ends the batch, or later ones would overtake it;
-            // so does one that has been overtaken often enough.
-            let ends = same_shape || entry.passed_over >= MAX_PASSED_OVER;
-            passed.push(entry);
-            if ends {
-                break;
-            }
-        }
-        passed[..overtaken].iter_mut().for_each(|entry| entry.passed_over += 1);
-        passed.into_iter().rev().for_each(|entry| self.queue.push_front(entry));
-        if !next.batch.is_empty() {
-            self.running.push((now, rows));
         }
         next
     }
 
-    /// Takes the requests that are `gone` or past their deadline out of the queue, wherever they stand in it.
+    /// The oldest request of the highest level, when batches do not wait for company.
+    fn lead(&mut self, now: Instant, gone: &impl Fn(&T) -> bool, next: &mut Next<T>) -> Lead {
+        let late = self.late();
+        if self.max_delay.is_zero() {
+            let top = (0..=late).find(|&lane| self.has_head(lane, now, gone, next));
+            return top.map_or(Lead::Nobody, |lane| Lead::Now(lane, 0));
+        }
+        let mut top = None;
+        for lane in 0..late {
+            if self.has_head(lane, now, gone, next) {
+                top = top.or(Some(lane));
+            }
+        }
+        match top {
+            Some(top) => self.lead_in_company(top, now, gone),
+            None if self.has_head(late, now, gone, next) => Lead::Now(late, 0),
+            None => Lead::Nobody,
+        }
+    }
+
+    /// Who leads when `top` is the highest level with a request, and batches wait until they are complete.
+    ///
+    /// Within the highest level the first complete batch goes. When only a lower level has one, the executor will not
+    /// be idle any longer, and the highest level goes as it is: waiting for company shall not turn the order around.
+    fn lead_in_company(&self, top: usize, now: Instant, gone: &impl Fn(&T) -> bool) -> Lead {
+        let levels = &self.lanes[top..self.late()];
+        let is_due = |entry: &Entry<T>| self.held_until(entry) <= now;
+        if levels.iter().any(|lane| lane.queue.front().is_some_and(is_due)) {
+            return Lead::Now(top, 0);
+        }
+        // Nothing here is older than `max_delay`: there are only as many as arrive in that time and fill no batch.
+        let complete = self.preferred.first().copied().unwrap_or(self.group);
+        let mut groups: HashMap<&ShapeKey, Group> = HashMap::new();
+        let mut wake_at = None;
+        for (lane, queue) in levels.iter().enumerate().map(|(place, lane)| (top + place, &lane.queue)) {
+            for (index, entry) in queue.iter().enumerate() {
+                if !matches!(self.standing(lane, entry, now, gone), Standing::Stays) {
+                    continue;
+                }
+                if lane == top && entry.passed_over >= MAX_PASSED_OVER {
+                    return Lead::Now(top, 0);
+                }
+                wake_at = earlier(wake_at, Some(self.held_until(entry)));
+                let group = groups.entry(&entry.cost.shape).or_insert(Group { lane, index, rows: 0 });
+                group.rows += entry.cost.rows;
+                if entry.cost.alone || group.rows >= complete || is_due(entry) {
+                    return Lead::Now(top, if group.lane == top { group.index } else { 0 });
+                }
+            }
+        }
+        wake_at.map_or(Lead::Now(top, 0), Lead::Later)
+    }
+
+    /// Until when an entry may be held back for company: half of the time it can spare, and `max_delay` at most.
+    fn held_until(&self, entry: &Entry<T>) -> Instant {
+        let end = entry.queued_at.checked_add(self.max_delay).unwrap_or(entry.queued_at);
+        match earlier(entry.cost.place.deadline, entry.cost.place.expires) {
+            None => end,
+            Some(limit) => {
+                let left = limit.saturating_duration_since(entry.queued_at);
+                end.min(entry.queued_at + left.saturating_sub(self.service.estimate(entry.cost.rows)) / 2)
+            }
+        }
+    }
+
+    /// How many rows the batch may have that the entry at `index` of `lane` leads.
+    fn limit(&self, lane: usize, index: usize, now: Instant, gone: &impl Fn(&T) -> bool) -> usize {
+        let Some(first) = self.lanes[lane].queue.get(index).filter(|_| !self.preferred.is_empty()) else {
+            return self.group;
+        };
+        let mut rows = first.cost.rows;
+        let behind = self.lanes[lane].queue.range(index + 1..);
+        let below = self.lanes[lane + 1..self.late().max(lane + 1)].iter().flat_map(|lane| &lane.queue);
+        for entry in behind.chain(below) {
+            if matches!(self.standing(lane, entry, now, gone), Standing::Stays) {
+                match fit(&first.cost, rows, self.group, entry) {
+                    Fit::Joins => rows += entry.cost.rows,
+                    Fit::Waits => {}
+                    Fit::Ends => break,
+                }
+            }
+            if rows >= self.group {
+                break;
+            }
+        }
+        self.preferred.iter().rev().find(|&&size| size <= rows).copied().unwrap_or(self.group)
+    }
+
+    /// Takes the entry at `index` of `lane`, and those that may join it up to `limit` rows, out of the queue; returns
+    /// their rows.
+    fn form(
+        &mut self,
+        lane: usize,
+        mut index: usize,
+        limit: usize,
+        now: Instant,
+        gone: &impl Fn(&T) -> bool,
+        next: &mut Next<T>,
+    ) -> usize {
+        let last = if lane == self.late() { lane } else { self.late() - 1 };
+        let mut rows = 0;
+        let mut full = false;
+        for lane in lane..=last {
+            let mut passed: Vec<Entry<T>> = Vec::new();
+            // Entries before this index of `passed` have been overtaken by a member of this batch.
+            let mut overtaken = 0;
+            while !full && let Some(entry) = self.lanes[lane].queue.pop_front() {
+                let leads = index == 0;
+                index = index.saturating_sub(1);
+                let Some(entry) = self.keep(lane, entry, now, gone, next) else { continue };
+                let fit = match next.batch.first() {
+                    None if leads => Fit::Joins,
+                    None => Fit::Waits,
+                    Some(first) => fit(&first.cost, rows, limit, &entry),
+                };
+                match fit {
+                    Fit::Joins => {
+                        rows += entry.cost.rows;
+                        full = entry.cost.alone || rows >= limit;
+                        self.forget(lane, &entry.cost);
+                        next.batch.push(entry);
+                        overtaken = passed.len();
+                    }
+                    Fit::Waits => passed.push(entry),
+                    Fit::Ends => {
+                        passed.push(entry);
+                        full = true;
+                    }
+                }
+            }
+            passed[..overtaken].iter_mut().for_each(|entry| entry.passed_over += 1);
+            let queue = &mut self.lanes[lane].queue;
+            passed.into_iter().rev().for_each(|entry| queue.push_front(entry));
+            if full {
+                break;
+            }
+        }
+        rows
+    }
+
+    /// Takes the requests that are `gone` or have waited too long out of the queue, wherever they stand in it.
     pub fn purge(&mut self, now: Instant, gone: impl Fn(&T) -> bool) -> Vec<(Entry<T>, DropReason)> {
         let mut dropped = Vec::new();
-        for entry in std::mem::take(&mut self.queue) {
-            match dead(&entry, now, &gone) {
-                Some(reason) => {
-                    self.forget(&entry.cost);
-                    dropped.push((entry, reason));
+        for lane in 0..self.lanes.len() {
+            for _ in 0..self.lanes[lane].queue.len() {
+                let Some(entry) = self.lanes[lane].queue.pop_front() else { break };
+                match self.standing(lane, &entry, now, &gone) {
+                    Standing::Dead(reason) => {
+                        self.forget(lane, &entry.cost);
+                        dropped.push((entry, reason));
+                    }
+                    Standing::Stays | Standing::Late => self.lanes[lane].queue.push_back(entry),
                 }
-                None => self.queue.push_back(entry),
             }
         }
         dropped
@@ -216,188 +408,111 @@ impl<T> Batcher<T> {
         }
     }
 
-    fn forget(&mut self, cost: &Cost) {
-        self.rows -= cost.rows;
-        self.bytes -= cost.bytes;
+    /// From now on nothing is held back for company.
+    pub fn hurry(&mut self) {
+        self.max_delay = Duration::ZERO;
+    }
+
+    /// Whether there is something that may have to be looked at again before anything else happens.
+    pub fn holds_back(&self) -> bool {
+        !self.max_delay.is_zero() && self.len > 0
     }
 
     pub fn len(&self) -> usize {
-        self.queue.len()
+        self.len
     }
 
     pub fn is_empty(&self) -> bool {
-        self.queue.is_empty()
+        self.len == 0
+    }
+
+    /// The index of the lane of those that are late.
+    fn late(&self) -> usize {
+        self.lanes.len() - 1
+    }
+
+    /// Whether `lane` has a request; the first one may run then.
+    fn has_head(&mut self, lane: usize, now: Instant, gone: &impl Fn(&T) -> bool, next: &mut Next<T>) -> bool {
+        while let Some(entry) = self.lanes[lane].queue.front() {
+            if matches!(self.standing(lane, entry, now, gone), Standing::Stays) {
+                return true;
+            }
+            if let Some(entry) = self.lanes[lane].queue.pop_front()
+                && let Some(entry) = self.keep(lane, entry, now, gone, next)
+            {
+                self.lanes[lane].queue.push_front(entry);
+            }
+        }
+        false
+    }
+
+    /// The entry that was in `lane`, unless it has to leave: for the lane of the late, or for good.
+    fn keep(
+        &mut self,
+        lane: usize,
+        entry: Entry<T>,
+        now: Instant,
+        gone: &impl Fn(&T) -> bool,
+        next: &mut Next<T>,
+    ) -> Option<Entry<T>> {
+        match self.standing(lane, &entry, now, gone) {
+            Standing::Stays => return Some(entry),
+            Standing::Late => {
+                let late = self.late();
+                self.lanes[lane].rows -= entry.cost.rows;
+                self.lanes[late].rows += entry.cost.rows;
+                self.lanes[late].queue.push_back(Entry { passed_over: 0, ..entry });
+            }
+            Standing::Dead(reason) => {
+                self.forget(lane, &entry.cost);
+                next.dropped.push((entry, reason));
+            }
+        }
+        None
+    }
+
+    fn standing(&self, lane: usize, entry: &Entry<T>, now: Instant, gone: &impl Fn(&T) -> bool) -> Standing {
+        let Place { level, deadline, expires } = entry.cost.place;
+        if deadline.is_some_and(|deadline| deadline <= now) {
+            return Standing::Dead(DropReason::Deadline);
+        }
+        if gone(&entry.item) {
+            return Standing::Dead(DropReason::Cancelled);
+        }
+        let expired = lane < self.late() && expires.is_some_and(|expires| expires <= now);
+        match self.lanes[level].level.timeout_action {
+            _ if !expired => Standing::Stays,
+            TimeoutAction::Reject => Standing::Dead(DropReason::Timeout),
+            TimeoutAction::Delay => Standing::Late,
+        }
+    }
+
+    /// Counts an entry as gone that was in `lane`.
+    fn forget(&mut self, lane: usize, cost: &Cost) {
+        self.lanes[lane].rows -= cost.rows;
+        self.lanes[cost.place.level].waiting -= 1;
+        self.bytes -= cost.bytes;
+        self.len -= 1;
     }
 }
 
-/// Why nobody waits for the request any more, if so.
-fn dead<T>(entry: &Entry<T>, now: Instant, gone: impl Fn(&T) -> bool) -> Option<DropReason> {
-    if entry.cost.deadline.is_some_and(|deadline| deadline <= now) {
-        return Some(DropReason::Deadline);
+impl<T> Lane<T> {
+    fn new(level: Level) -> Self {
+        Self { queue: VecDeque::new(), rows: 0, level, waiting: 0 }
     }
-    gone(&entry.item).then_some(DropReason::Cancelled)
 }
 
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::error::Code;
-
-    const LIMITS: Limits = Limits { max_requests: 100, max_bytes: 1000, max_wait: Duration::from_secs(30) };
-
-    fn cost(rows: usize, shape: usize) -> Cost {
-        Cost { rows, bytes: rows, shape: ShapeKey::from_slice(&[shape]), alone: false, deadline: None }
-    }
-
-    fn batcher(group: usize) -> Batcher<usize> {
-        Batcher::new(LIMITS, group, 1, ServiceTime::default())
-    }
-
-    fn items(next: &Next<usize>) -> Vec<usize> {
-        next.batch.iter().map(|entry| entry.item).collect()
-    }
-
-    #[test]
-    fn same_shapes_join_up_to_the_group() {
-        let now = Instant::now();
-        let mut batcher = batcher(4);
-        for (item, rows) in [1, 2, 2, 1].into_iter().enumerate() {
-            batcher.push(item, cost(rows, 7), now).unwrap();
-        }
-        // The third does not fit, and the fourth may not overtake it.
-        assert_eq!(items(&batcher.next(now, |_| false)), [0, 1]);
-        assert_eq!(items(&batcher.next(now, |_| false)), [2, 3]);
-        assert!(batcher.next(now, |_| false).batch.is_empty());
-    }
-
-    #[test]
-    fn a_large_or_lonely_request_runs_by_itself() {
-        let now = Instant::now();
-        let mut batcher = batcher(4);
-        batcher.push(0, cost(9, 1), now).unwrap();
-        batcher.push(1, Cost { alone: true, ..cost(1, 1) }, now).unwrap();
-        batcher.push(2, cost(1, 1), now).unwrap();
-        assert_eq!(items(&batcher.next(now, |_| false)), [0]);
-        assert_eq!(items(&batcher.next(now, |_| false)), [1]);
-        assert_eq!(items(&batcher.next(now, |_| false)), [2]);
-    }
-
-    #[test]
-    fn nobody_is_passed_over_more_often_than_allowed() {
-        let now = Instant::now();
-        let mut batcher = batcher(2);
-        batcher.push(0, cost(1, 1), now).unwrap();
-        batcher.push(99, cost(1, 2), now).unwrap();
-        let mut overtaken = 0;
-        for item in 1..20 {
-            batcher.push(item, cost(1, 1), now).unwrap();
-            batcher.push(item + 100, cost(1, 1), now).unwrap();
-            let batch = items(&batcher.next(now, |_| false));
-            if batch.contains(&99) {
-                break;
-            }
-            overtaken += usize::from(batch.iter().any(|&item| item != 0));
-        }
-        assert!(overtaken <= usize::from(MAX_PASSED_OVER), "{overtaken}");
-    }
-
-    #[test]
-    fn dead_requests_cost_no_run() {
-        let now = Instant::now();
-        let mut batcher = batcher(8);
-        let deadline = Some(now + Duration::from_millis(5));
-        batcher.push(0, Cost { deadline, ..cost(1, 1) }, now).unwrap();
-        batcher.push(1, cost(1, 1), now).unwrap();
-        batcher.push(2, cost(1, 1), now).unwrap();
-        let next = batcher.next(now + Duration::from_millis(5), |&item| item == 1);
-        assert_eq!(items(&next), [2]);
-        let dropped: Vec<_> = next.dropped.iter().map(|(entry, reason)| (entry.item, *reason)).collect();
-        assert_eq!(dropped, [(0, DropReason::Deadline), (1, DropReason::Cancelled)]);
-    }
-
-    #[test]
-    fn the_dead_leave_room_for_the_living() {
-        let now = Instant::now();
-        let mut batcher = Batcher::new(Limits { max_requests: 2, ..LIMITS }, 1, 1, ServiceTime::default());
-        batcher.push(0, cost(1, 1), now).unwrap();
-        batcher.push(1, cost(1, 1), now).unwrap();
-        assert_eq!(batcher.purge(now, |&item| item == 0).len(), 1);
-        batcher.push(2, cost(1, 1), now).unwrap();
-        assert_eq!(items(&batcher.next(now, |_| false)), [1]);
-        assert_eq!(items(&batcher.next(now, |_| false)), [2]);
-        assert_eq!((batcher.rows, batcher.bytes), (0, 0));
-    }
-
-    #[test]
-    fn limits_answer_overloaded() {
-        let now = Instant::now();
-        let limits = Limits { max_requests: 2, ..LIMITS };
-        let mut batcher = Batcher::new(limits, 1, 1, ServiceTime::default());
-        batcher.push(0, cost(1, 1), now).unwrap();
-        batcher.push(1, cost(1, 1), now).unwrap();
-        let (item, error) = batcher.push(2, cost(1, 1), now).unwrap_err();
-        assert_eq!((item, error.code), (2, Code::Overloaded));
-
-        let mut batcher = self::batcher(1);
-        batcher.push(0, Cost { bytes: 5000, ..cost(1, 1) }, now).unwrap();
-        assert_eq!(batcher.push(1, cost(1, 1), now).unwrap_err().1.code, Code::Overloaded);
-    }
-
-    #[test]
-    fn estimates_refuse_hopeless_deadlines_and_endless_queues() {
-        let now = Instant::now();
-        let service = ServiceTime::from_sweep(&[(1, Duration::from_secs(1)), (2, Duration::from_secs(2))]);
-        let mut batcher = Batcher::new(LIMITS, 1, 1, service);
-        let hurried = Cost { deadline: Some(now + Duration::from_millis(1)), ..cost(1, 1) };
-        // An idle executor is always worth a try, or a wrong estimate could never mend itself.
-        batcher.push(0, hurried.clone(), now).unwrap();
-        assert_eq!(batcher.push(1, hurried, now).unwrap_err().1.code, Code::DeadlineExceeded);
-        let refused =
-            (2..60).find_map(|item| batcher.push(item, cost(1, 1), now).err().map(|(_, error)| (item, error)));
-        let (item, error) = refused.unwrap();
-        assert_eq!(error.code, Code::Overloaded);
-        assert!((30..34).contains(&item), "{item}");
-    }
-
-    proptest! {
-        /// Nothing is lost, doubled, reordered within a shape, or grouped beyond the limit.
-        #[test]
-        fn every_request_runs_exactly_once_and_in_order(
-            requests in proptest::collection::vec((1usize..6, 0usize..3, any::<bool>()), 0..80),
-            group in 1usize..9,
-            every in 1usize..5,
-        ) {
-            let now = Instant::now();
-            let mut batcher = Batcher::new(Limits { max_bytes: usize::MAX, ..LIMITS }, group, 1, ServiceTime::default());
-            let mut ran = Vec::new();
-            let mut take = |batcher: &mut Batcher<(usize, usize)>| -> Result<bool, TestCaseError> {
-                let next = batcher.next(now, |_| false);
-                prop_assert!(next.dropped.is_empty());
-                let rows: usize = next.batch.iter().map(|entry| entry.cost.rows).sum();
-                prop_assert!(rows <= group || next.batch.len() == 1);
-                prop_assert!(next.batch.iter().all(|entry| entry.item.1 == next.batch[0].item.1));
-                prop_assert!(next.batch.len() == 1 || next.batch.iter().all(|entry| !entry.cost.alone));
-                batcher.finished(now, rows, None);
-                ran.extend(next.batch.iter().map(|entry| entry.item));
-                Ok(!next.batch.is_empty())
-            };
-            for (index, &(rows, shape, alone)) in requests.iter().enumerate() {
-                batcher.push((index, shape), Cost { alone, ..cost(rows, shape) }, now).unwrap();
-                if index % every == 0 {
-                    take(&mut batcher)?;
-                }
-            }
-            while take(&mut batcher)? {}
-            prop_assert_eq!(ran.len(), requests.len());
-            for shape in 0..3 {
-                let of_shape: Vec<usize> = ran.iter().filter(|item| item.1 == shape).map(|item| item.0).collect();
-                prop_assert!(of_shape.is_sorted(), "{:?}", of_shape);
-                prop_assert_eq!(of_shape.len(), requests.iter().filter(|request| request.1 == shape).count());
-            }
-            prop_assert_eq!((batcher.rows, batcher.bytes, batcher.len()), (0, 0, 0));
-            prop_assert!(batcher.running.is_empty());
-        }
+/// What becomes of `entry` beside a batch of `rows` rows that `first` leads and that may have `limit`.
+///
+/// A request of the batch's shape that cannot join ends the batch, or later ones would overtake it; so does one that
+/// has been overtaken often enough.
+fn fit<T>(first: &Cost, rows: usize, limit: usize, entry: &Entry<T>) -> Fit {
+    let same_shape = entry.cost.shape == first.shape;
+    if same_shape && !entry.cost.alone && rows + entry.cost.rows <= limit {
+        Fit::Joins
+    } else if same_shape || entry.passed_over >= MAX_PASSED_OVER {
+        Fit::Ends
+    } else {
+        Fit::Waits
     }
 }

@@ -13,6 +13,7 @@ use super::batcher::{Batcher, Cost, Entry};
 use crate::{
     backend::Session,
     error::{Code, Error},
+    id::ModelName,
     metrics::{DropReason, Phases, VersionMetrics},
     tensor::{self, Tensor},
 };
@@ -36,6 +37,7 @@ pub enum Refused {
 pub(super) struct Queue {
     state: Mutex<State>,
     work: Condvar,
+    model: ModelName,
     metrics: Arc<VersionMetrics>,
 }
 
@@ -54,10 +56,11 @@ pub(super) struct Ticket {
 }
 
 impl Queue {
-    pub fn new(batcher: Batcher<Job>, metrics: Arc<VersionMetrics>) -> Self {
+    pub fn new(model: ModelName, batcher: Batcher<Job>, metrics: Arc<VersionMetrics>) -> Self {
         Self {
             state: Mutex::new(State { batcher, closed: false, purged_at: Instant::now() }),
             work: Condvar::new(),
+            model,
             metrics,
         }
     }
@@ -94,9 +97,19 @@ impl Queue {
         }
     }
 
+    /// From now on no batch waits for company.
+    pub fn hurry(&self) {
+        self.state.lock().batcher.hurry();
+        self.work.notify_all();
+    }
+
     /// Takes no more requests; executors end when the queue is empty.
     pub fn close(&self) {
-        self.state.lock().closed = true;
+        let mut state = self.state.lock();
+        state.closed = true;
+        // Nobody comes any more for whom a batch could wait.
+        state.batcher.hurry();
+        drop(state);
         self.work.notify_all();
     }
 
@@ -104,6 +117,7 @@ impl Queue {
     pub fn abandon(&self, error: &Error) -> usize {
         let mut state = self.state.lock();
         state.closed = true;
+        state.batcher.hurry();
         let mut abandoned = 0;
         loop {
             let now = Instant::now();
@@ -124,22 +138,36 @@ impl Queue {
         self.state.lock().batcher.len()
     }
 
+    /// Answers those whose time is over, wherever they wait, even while every executor is busy.
+    pub fn expire(&self) {
+        let dropped = self.state.lock().batcher.purge(Instant::now(), |job| job.reply.is_closed());
+        self.drop_dead(dropped);
+    }
+
     /// Blocks until there is a batch; `None` when the queue is closed and empty.
     fn take(&self) -> Option<(Instant, Vec<Entry<Job>>)> {
         let mut state = self.state.lock();
         loop {
             let now = Instant::now();
             let next = state.batcher.next(now, |job| job.reply.is_closed());
-            if !next.dropped.is_empty() {
+            let dropped = !next.dropped.is_empty();
+            if dropped {
                 self.drop_dead(next.dropped);
             }
             if !next.batch.is_empty() {
+                if state.batcher.holds_back() {
+                    // Somebody else has to keep an eye on what still waits for company.
+                    self.work.notify_one();
+                }
                 return Some((now, next.batch));
             }
-            if state.closed {
-                return None;
+            match next.wake_at {
+                Some(instant) => drop(self.work.wait_until(&mut state, instant)),
+                // A request may be given up between two looks at it; then those behind it have not been seen yet.
+                None if dropped => {}
+                None if state.closed => return None,
+                None => self.work.wait(&mut state),
             }
-            self.work.wait(&mut state);
         }
     }
 
@@ -150,9 +178,12 @@ impl Queue {
                 DropReason::Deadline => {
                     Error::new(Code::DeadlineExceeded, "the deadline passed while the request was queued")
                 }
+                DropReason::Timeout => {
+                    Error::new(Code::DeadlineExceeded, "the request waited too long (queue.default_timeout)")
+                }
                 _ => Error::new(Code::Cancelled, "the request was cancelled while it was queued"),
             };
-            answer(entry.item, Err(error));
+            answer(entry.item, Err(error.of_model(self.model.as_str())));
         }
     }
 
@@ -273,4 +304,159 @@ fn guarded(session: &mut dyn Session, inputs: &[Tensor]) -> Result<Vec<Tensor>, 
 fn answer(job: Job, result: Result<Vec<Tensor>, Error>) {
     // Whoever asked may have gone; then nobody misses the answer.
     let _ = job.reply.send(result);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::mpsc, thread};
+
+    use super::*;
+    use crate::{
+        backend::Signature,
+        metrics::Metrics,
+        model::{
+            batcher::{Limits, ShapeKey},
+            schedule::{Place, Schedule},
+            service_time::ServiceTime,
+        },
+        tensor::{DType, Data},
+    };
+
+    /// Longer than any test takes.
+    const NEVER: Duration = Duration::from_secs(3600);
+    /// Longer than a machine that is busy with other things holds a test up.
+    const SOON: Duration = Duration::from_secs(20);
+
+    /// Echoes, and tells how many rows each run had; a run waits for `gate` when it has as many columns as rows.
+    struct Echo {
+        signature: Signature,
+        runs: mpsc::Sender<usize>,
+        gate: Arc<Mutex<()>>,
+    }
+
+    impl Session for Echo {
+        fn signature(&self) -> &Signature {
+            &self.signature
+        }
+
+        fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, Error> {
+            let shape = &inputs[0].shape;
+            self.runs.send(shape[0]).unwrap();
+            if shape[0] == shape[1] {
+                drop(self.gate.lock());
+            }
+            Ok(inputs.to_vec())
+        }
+    }
+
+    /// A queue with executors behind it.
+    struct Line {
+        queue: Arc<Queue>,
+        gate: Arc<Mutex<()>>,
+        runs: mpsc::Receiver<usize>,
+        executors: Vec<thread::JoinHandle<()>>,
+    }
+
+    impl Line {
+        fn new(schedule: &str, group: usize, executors: usize) -> Self {
+            let schedule: Schedule = toml::from_str(schedule).unwrap();
+            let limits = Limits { max_requests: 100, max_bytes: 1 << 20, max_wait: NEVER };
+            let batcher = Batcher::new(limits, &schedule, group, executors, ServiceTime::default());
+            let metrics = Metrics::new("test", "none").version("m", "1");
+            let queue = Arc::new(Queue::new(ModelName::parse("m").unwrap(), batcher, metrics));
+            let (sender, runs) = mpsc::channel();
+            let gate = Arc::new(Mutex::new(()));
+            let executor = |_| {
+                let mut echo = Echo { signature: Signature::default(), runs: sender.clone(), gate: gate.clone() };
+                let queue = queue.clone();
+                thread::spawn(move || run(&queue, &mut echo, "m"))
+            };
+            let executors = (0..executors).map(executor).collect();
+            Self { queue, gate, runs, executors }
+        }
+
+        fn submit(&self, columns: usize) -> Ticket {
+            let data = Data::Plain(vec![0; 4 * columns].into());
+            let input = Tensor::new("x".into(), DType::Fp32, [1, columns].as_slice().into(), data).unwrap();
+            let shape = ShapeKey::from_slice(&[columns]);
+            let cost = Cost { rows: 1, bytes: 4, shape, alone: false, place: Place::default() };
+            self.queue.submit(vec![input], cost).ok().unwrap()
+        }
+
+        /// Lets the executors finish what is queued.
+        fn end(self) {
+            self.queue.close();
+            self.executors.into_iter().for_each(|executor| executor.join().unwrap());
+        }
+    }
+
+    #[test]
+    fn a_lone_request_runs_when_the_delay_is_over() {
+        let line = Line::new("max_delay = '50ms'", 8, 1);
+        for _ in 0..2 {
+            let start = Instant::now();
+            line.submit(3).reply.blocking_recv().unwrap().unwrap();
+            assert!(start.elapsed() >= Duration::from_millis(50), "{:?}", start.elapsed());
+            assert_eq!(line.runs.recv_timeout(SOON), Ok(1));
+        }
+        line.end();
+    }
+
+    #[test]
+    fn the_request_that_completes_a_batch_starts_it() {
+        let line = Line::new("max_delay = '1h'\npreferred_batch_sizes = [4]", 4, 1);
+        let tickets: Vec<Ticket> = (0..4).map(|_| line.submit(3)).collect();
+        for ticket in tickets {
+            ticket.reply.blocking_recv().unwrap().unwrap();
+        }
+        assert_eq!(line.runs.recv_timeout(SOON), Ok(4));
+        line.end();
+    }
+
+    #[test]
+    fn what_waits_is_watched_though_one_executor_goes_off_with_a_batch() {
+        let line = Line::new("max_delay = '100ms'", 2, 2);
+        let closed = line.gate.lock();
+        let lone = line.submit(3);
+        let pair = [line.submit(2), line.submit(2)];
+        assert_eq!(line.runs.recv_timeout(SOON), Ok(2));
+        assert_eq!(line.runs.recv_timeout(SOON), Ok(1), "while the other executor is held up");
+        lone.reply.blocking_recv().unwrap().unwrap();
+        drop(closed);
+        for ticket in pair {
+            ticket.reply.blocking_recv().unwrap().unwrap();
+        }
+        line.end();
+    }
+
+    #[test]
+    fn draining_does_not_wait_for_company() {
+        let line = Line::new("max_delay = '1h'", 8, 2);
+        let tickets = [line.submit(3), line.submit(4)];
+        line.end();
+        for ticket in tickets {
+            ticket.reply.blocking_recv().unwrap().unwrap();
+        }
+    }
+
+    #[test]
+    fn who_is_given_up_is_not_waited_for() {
+        let line = Line::new("max_delay = '1h'", 2, 1);
+        drop(line.submit(3));
+        let pair = [line.submit(3), line.submit(3)];
+        for ticket in pair {
+            ticket.reply.blocking_recv().unwrap().unwrap();
+        }
+        assert_eq!(line.runs.recv_timeout(SOON), Ok(2));
+        line.end();
+    }
+
+    #[test]
+    fn abandoned_requests_hear_of_it() {
+        let line = Line::new("max_delay = '1h'", 8, 1);
+        let waiting = line.submit(3);
+        assert_eq!(line.queue.abandon(&Error::internal("gone")), 1);
+        assert_eq!(waiting.reply.blocking_recv().unwrap().unwrap_err().message, "gone");
+        line.end();
+    }
 }

@@ -8,8 +8,9 @@ use std::{
 
 use super::{
     Batching,
+    schedule::Schedule,
     service_time::ServiceTime,
-    warmup::{self, Sample, described::DescribedRequest},
+    warmup::{self, Sample, Wanted, described::DescribedRequest},
 };
 use crate::{
     backend::{Backend, Backends, Device, InstanceGroup, Interface, Options, Session, Signature},
@@ -42,6 +43,7 @@ pub struct Plan {
     pub max_batch_size: Option<usize>,
     /// `None`: when warm-up proves that it is safe.
     pub batching: Option<bool>,
+    pub schedule: Schedule,
     /// Sample requests the author configured; one that fails, fails the load.
     pub configured_samples: Vec<PathBuf>,
     /// Sample requests the author described, and the folder of their files; they count as configured.
@@ -66,6 +68,7 @@ pub struct Loaded {
     pub model_file: String,
     pub batching: Batching,
     pub max_batch_size: Option<usize>,
+    pub schedule: Schedule,
     pub service: ServiceTime,
     pub took: Duration,
 }
@@ -92,7 +95,8 @@ pub fn load(plan: Plan, backends: &Backends, decode: DecodeSample) -> Result<Loa
     }
     let samples = collect_samples(&plan, &signature, decode)?;
     let rows_limit = plan.max_batch_size.unwrap_or(warmup::MAX_SWEEP_ROWS).min(warmup::MAX_SWEEP_ROWS);
-    let warmed = warmup::warm(first.as_mut(), &samples, plan.batching, rows_limit, plan.name.as_str())?;
+    let wanted = Wanted { batching: plan.batching, limit: rows_limit, sizes: &plan.schedule.preferred_batch_sizes };
+    let warmed = warmup::warm(first.as_mut(), &samples, &wanted, plan.name.as_str())?;
     for session in &mut sessions[1..] {
         warmup::rewarm(session.as_mut(), &warmed);
     }
@@ -108,6 +112,7 @@ pub fn load(plan: Plan, backends: &Backends, decode: DecodeSample) -> Result<Loa
         model_file: plan.file_name.unwrap_or_else(|| backend.file_name().to_owned()),
         batching: warmed.batching,
         max_batch_size: plan.max_batch_size,
+        schedule: plan.schedule,
         service: warmed.service,
         took: start.elapsed(),
     })

@@ -18,13 +18,15 @@ pub mod batcher;
 pub mod catalog;
 mod executor;
 pub mod load;
+pub mod schedule;
 pub mod service_time;
 pub mod warmup;
 
 use batcher::{Batcher, Cost, Limits, ShapeKey};
-use executor::Queue;
 pub use executor::Refused;
+use executor::{Queue, Ticket};
 use load::Loaded;
+use schedule::{Level, Place, Schedule, TimeoutAction, Urgency};
 
 use crate::{
     backend::{Device, Interface, Signature},
@@ -113,6 +115,10 @@ pub struct ModelVersion {
     pub batching: Batching,
     /// Rows one request may have, when its author set a limit.
     pub max_batch_size: Option<usize>,
+    /// How its requests wait, as its author wants them to.
+    pub schedule: Schedule,
+    /// What the schedule says of each level of priority.
+    levels: Vec<Level>,
     pub instances: usize,
     pub load_duration: Duration,
     pub metrics: Arc<VersionMetrics>,
@@ -135,8 +141,8 @@ impl ModelVersion {
     /// `Internal` when the system gives no thread.
     pub fn start(loaded: Loaded, limits: Limits, metrics: Arc<VersionMetrics>) -> Result<Self, Error> {
         let instances = loaded.sessions.len();
-        let batcher = Batcher::new(limits, loaded.batching.group, instances, loaded.service);
-        let queue = Arc::new(Queue::new(batcher, metrics.clone()));
+        let batcher = Batcher::new(limits, &loaded.schedule, loaded.batching.group, instances, loaded.service);
+        let queue = Arc::new(Queue::new(loaded.name.clone(), batcher, metrics.clone()));
         metrics.loaded(loaded.took);
         metrics.prepare();
         let (alive, ended) = channel();
@@ -152,6 +158,8 @@ impl ModelVersion {
             model_file: loaded.model_file,
             batching: loaded.batching,
             max_batch_size: loaded.max_batch_size,
+            levels: loaded.schedule.levels(),
+            schedule: loaded.schedule,
             instances,
             load_duration: loaded.took,
             metrics,
@@ -184,15 +192,16 @@ impl ModelVersion {
     ///
     /// # Errors
     /// `Refused::Draining` when the version takes no more requests (look for its successor), else what went wrong.
-    pub async fn infer(&self, inputs: Vec<Tensor>, deadline: Option<Instant>) -> Result<Vec<Tensor>, Refused> {
-        let cost = self.cost(&inputs, deadline).map_err(Refused::Error)?;
+    pub async fn infer(&self, inputs: Vec<Tensor>, urgency: &Urgency) -> Result<Vec<Tensor>, Refused> {
+        let cost = self.cost(&inputs, urgency).map_err(Refused::Error)?;
+        let place = cost.place;
         let ticket = self.queue.submit(inputs, cost).map_err(|refused| match refused {
             Refused::Error(error) => Refused::Error(error.of_model(self.name.as_str())),
             draining => draining,
         })?;
         let _pending = Pending::new(self);
-        let answer = async { ticket.reply.await.unwrap_or_else(|_| Err(Error::internal("the executor is gone"))) };
-        let answer = match deadline {
+        let answer = self.answer(ticket, place);
+        let answer = match place.deadline {
             None => answer.await,
             Some(deadline) => {
                 tokio::time::timeout_at(deadline.into(), answer).await.unwrap_or_else(|_| Err(self.too_late()))
@@ -201,11 +210,26 @@ impl ModelVersion {
         answer.map_err(Refused::Error)
     }
 
+    /// Waits for what an executor answers. Who has to leave the queue at some instant does so then, though no
+    /// executor may have the time to look.
+    async fn answer(&self, mut ticket: Ticket, place: Place) -> Result<Vec<Tensor>, Error> {
+        let gone = |_| Err(Error::internal("the executor is gone"));
+        let rejected = self.levels[place.level].timeout_action == TimeoutAction::Reject;
+        if let Some(expires) = place.expires.filter(|_| rejected) {
+            match tokio::time::timeout_at(expires.into(), &mut ticket.reply).await {
+                Ok(answer) => return answer.unwrap_or_else(gone),
+                Err(_) => self.queue.expire(),
+            }
+        }
+        ticket.reply.await.unwrap_or_else(gone)
+    }
+
     fn too_late(&self) -> Error {
         Error::new(Code::DeadlineExceeded, format!("model '{}': the deadline passed before the answer", self.name))
     }
 
-    fn cost(&self, inputs: &[Tensor], deadline: Option<Instant>) -> Result<Cost, Error> {
+    fn cost(&self, inputs: &[Tensor], urgency: &Urgency) -> Result<Cost, Error> {
+        let level = self.schedule.level(urgency.priority).map_err(|error| error.of_model(self.name.as_str()))?;
         let rows = if self.has_rows { inputs.first().map_or(1, Tensor::rows) } else { 1 };
         let uneven = inputs.iter().any(|input| input.rows() != rows);
         let empty = inputs.iter().any(|input| input.shape.contains(&0));
@@ -226,8 +250,13 @@ impl ModelVersion {
             bytes: inputs.iter().map(Tensor::byte_len).sum(),
             shape,
             alone: !self.batching.enabled || uneven || empty,
-            deadline,
+            place: self.levels[level].place(level, urgency, Instant::now()),
         })
+    }
+
+    /// From now on no batch waits for company.
+    pub fn hurry(&self) {
+        self.queue.hurry();
     }
 
     /// Takes no more requests; those already in the queue are answered.

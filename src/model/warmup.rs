@@ -48,6 +48,17 @@ pub struct Sample {
     pub runs: usize,
 }
 
+/// What the author of the model wants of its batches.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted<'a> {
+    /// `None`: when it is proved to be safe.
+    pub batching: Option<bool>,
+    /// The largest batch that the sweep may try.
+    pub limit: usize,
+    /// Sizes that batches shall have, whatever the sweep finds; empty for what it finds.
+    pub sizes: &'a [usize],
+}
+
 /// What warm-up found out.
 pub struct Warmed {
     pub batching: Batching,
@@ -56,17 +67,11 @@ pub struct Warmed {
     batches: Vec<Vec<Tensor>>,
 }
 
-/// Runs the samples (made-up ones when there are none), proves independence, and sweeps batch sizes up to `limit`.
+/// Runs the samples (made-up ones when there are none), proves independence, and sweeps batch sizes.
 ///
 /// # Errors
 /// When a required sample fails.
-pub fn warm(
-    session: &mut dyn Session,
-    samples: &[Sample],
-    wanted: Option<bool>,
-    limit: usize,
-    model: &str,
-) -> Result<Warmed, Error> {
+pub fn warm(session: &mut dyn Session, samples: &[Sample], wanted: &Wanted<'_>, model: &str) -> Result<Warmed, Error> {
     let signature = session.signature().clone();
     let mut batches = Vec::new();
     let mut service = ServiceTime::default();
@@ -89,9 +94,9 @@ pub fn warm(
         }
     }
 
-    let objection = match wanted {
+    let objection = match wanted.batching {
         Some(false) => Some("switched off by model.toml".to_owned()),
-        _ if limit <= 1 => Some("max_batch_size is 1".to_owned()),
+        _ if wanted.limit <= 1 => Some("max_batch_size is 1".to_owned()),
         _ => signature.unbatchable(),
     };
     let runs = match warm_rows(session, &signature, batches.first()) {
@@ -105,7 +110,7 @@ pub fn warm(
     if let Some(run) = runs.rows.last() {
         service = ServiceTime::from_sweep(&[(1, run.took)]);
     }
-    let mut proof = || match (&wanted, &runs.told_apart) {
+    let mut proof = || match (wanted.batching, &runs.told_apart) {
         (Some(true), _) => Ok(()),
         (_, Err(reason)) => Err(reason.clone()),
         (_, Ok(())) => prove_independence(session, &runs.rows),
@@ -115,9 +120,17 @@ pub fn warm(
         batches.extend(rows.into_iter().take(1));
         return Ok(Warmed { batching: off(reason), service, batches });
     }
-    let sweep = sweep(session, &rows, limit);
+    let mut sweep = sweep(session, &rows, wanted.limit);
+    let mut reason = format!("{} rows are grouped, the throughput's knee", sweep.group);
+    if let Some(&largest) = wanted.sizes.iter().max() {
+        sweep.try_sizes(session, &rows, wanted.sizes).map_err(|error| Error {
+            message: format!("warm-up with queue.preferred_batch_sizes: {error}"),
+            ..error
+        })?;
+        sweep.group = largest;
+        reason = format!("{largest} rows are grouped, the largest of queue.preferred_batch_sizes");
+    }
     batches.extend(sweep.batches);
-    let reason = format!("{} rows are grouped, the throughput's knee", sweep.group);
     let batching = Batching { group: sweep.group, enabled: true, reason };
     Ok(Warmed { batching, service: ServiceTime::from_sweep(&sweep.times), batches })
 }
@@ -382,6 +395,27 @@ fn sweep(session: &mut dyn Session, rows: &[Vec<Tensor>], limit: usize) -> Sweep
     sweep
 }
 
+impl Sweep {
+    /// Runs the sizes that were not run yet once each, so that the first batch of that size is not slower than the
+    /// next.
+    fn try_sizes(&mut self, session: &mut dyn Session, rows: &[Vec<Tensor>], sizes: &[usize]) -> Result<(), Error> {
+        for &size in sizes {
+            if self.times.iter().any(|&(done, _)| done == size) {
+                continue;
+            }
+            let order: Vec<usize> = (0..size).map(|index| index % rows.len()).collect();
+            let batch = stack(rows, &order);
+            let start = Instant::now();
+            session
+                .run(&batch)
+                .map_err(|error| Error { message: format!("a run of {size} rows failed: {error}"), ..error })?;
+            self.times.push((size, start.elapsed()));
+            self.batches.push(batch);
+        }
+        Ok(())
+    }
+}
+
 fn fastest_run(session: &mut dyn Session, batch: &[Tensor]) -> Option<Duration> {
     (0..RUNS_PER_SIZE)
         .map(|_| {
@@ -432,7 +466,12 @@ mod tests {
     }
 
     fn batching(graph: Graph) -> Batching {
-        warm(&mut Scripted::new(graph), &[], None, MAX_SWEEP_ROWS, "m").unwrap().batching
+        batching_of(graph, &[])
+    }
+
+    fn batching_of(graph: Graph, sizes: &[usize]) -> Batching {
+        let wanted = Wanted { batching: None, limit: MAX_SWEEP_ROWS, sizes };
+        warm(&mut Scripted::new(graph), &[], &wanted, "m").unwrap().batching
     }
 
     #[test]
@@ -490,7 +529,8 @@ mod tests {
         let inputs = made_up_rows(&Scripted::new(|rows| rows.to_vec()).signature, |_| [1].as_slice().into()).remove(0);
         let warm_with = |required| {
             let sample = Sample { name: "s.json".into(), inputs: inputs.clone(), required, runs: 1 };
-            warm(&mut Scripted::new(|_| vec![]), &[sample], None, 8, "m").map(|warmed| warmed.batching.enabled)
+            let wanted = Wanted { batching: None, limit: 8, sizes: &[] };
+            warm(&mut Scripted::new(|_| vec![]), &[sample], &wanted, "m").map(|warmed| warmed.batching.enabled)
         };
         assert_eq!(warm_with(false), Ok(false));
         assert!(warm_with(true).unwrap_err().message.contains("s.json"));

@@ -43,6 +43,13 @@ output [
   }
 ]
 version_policy: { all { } }
+dynamic_batching {
+  preferred_batch_size: [ 4, 8 ]
+  max_queue_delay_microseconds: 100
+  priority_levels: 2
+  default_priority_level: 2
+  priority_queue_policy { key: 1 value { timeout_action: DELAY default_timeout_microseconds: 1000000 } }
+}
 instance_group [
   {
     count: 2
@@ -173,7 +180,10 @@ def test_the_configuration_comes_back(triton, kit):
         assert "all" in config["version_policy"]
         (group,) = config["instance_group"]
         assert (group["kind"], group["count"]) == ("KIND_CPU", 2)
-        assert "dynamic_batching" in config
+        batching = config["dynamic_batching"]
+        assert batching["preferred_batch_size"] == [4, 8]
+        assert int(batching["max_queue_delay_microseconds"]) == 100
+        assert batching["priority_queue_policy"]["1"]["timeout_action"] == "DELAY"
         reshaped = config_of(client, "reshaped")
         assert [int(size) for size in reshaped["output"][0]["dims"]] == [1, 1]
         assert reshaped["input"][0]["reshape"].get("shape", []) == []

@@ -1,7 +1,7 @@
 //! A server in this process whose models are scripts, and the clients that talk to it.
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -37,11 +37,14 @@ pub struct Script {
     pub fail_load: bool,
     /// How long loading takes.
     pub load_ms: u64,
+    /// A run waits while this file is there.
+    pub gate: PathBuf,
 }
 
 impl Default for Script {
     fn default() -> Self {
-        Self { scale: 1.0, sleep_ms: 0, refuse: f32::NAN, panic: f32::NAN, fail_load: false, load_ms: 0 }
+        let gate = PathBuf::new();
+        Self { scale: 1.0, sleep_ms: 0, refuse: f32::NAN, panic: f32::NAN, fail_load: false, load_ms: 0, gate }
     }
 }
 
@@ -90,6 +93,9 @@ impl Session for ScriptSession {
 
     fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, Error> {
         std::thread::sleep(Duration::from_millis(self.script.sleep_ms));
+        while self.script.gate.exists() {
+            std::thread::sleep(Duration::from_millis(2));
+        }
         let Data::Plain(bytes) = &inputs[0].data else { unreachable!() };
         let values: Vec<f32> = bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
         if values.contains(&self.script.refuse) {

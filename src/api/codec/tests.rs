@@ -60,7 +60,7 @@ fn a_request_is_read_whole() {
     )
     .unwrap();
     assert_eq!(call.id, "a\"b");
-    assert_eq!(call.timeout, Some(Duration::from_micros(1500)));
+    assert_eq!((call.timeout, call.priority), (Some(Duration::from_micros(1500)), 2));
     assert!(call.binary_output);
     assert_eq!(call.parameters["priority"], Parameter::Int(2));
     assert_eq!(call.parameters["big"], Parameter::Uint(u64::MAX));
@@ -72,7 +72,7 @@ fn a_request_is_read_whole() {
     assert_eq!(call.inputs[0].data, plain(&[1i32, 2, 3, 4].map(i32::to_le_bytes)));
 
     let call = decode(r#"{"id":null,"parameters":null,"outputs":null,"inputs":[]}"#).unwrap();
-    assert_eq!((call.id.as_str(), call.timeout, call.outputs.len()), ("", None, 0));
+    assert_eq!((call.id.as_str(), call.timeout, call.priority, call.outputs.len()), ("", None, 0, 0));
 }
 
 #[test]
@@ -213,6 +213,9 @@ fn broken_messages_say_where() {
         (r#"{"inputs":[],"parameters":{"a":1,"a":1}}"#, "parameters: 'a' is given twice"),
         (r#"{"inputs":[],"parameters":{"timeout":-1}}"#, "'timeout' must be a whole number"),
         (r#"{"inputs":[],"parameters":{"timeout":"1"}}"#, "'timeout' must be a whole number"),
+        (r#"{"inputs":[],"parameters":{"priority":-1}}"#, "'priority' must be a whole number"),
+        (r#"{"inputs":[],"parameters":{"priority":1.5}}"#, "'priority' must be a whole number"),
+        (r#"{"inputs":[],"parameters":{"priority":true}}"#, "'priority' must be a whole number"),
         (r#"{"inputs":[],"parameters":{"binary_data_output":1}}"#, "'binary_data_output' must be true or false"),
         (r#"{"inputs":[],"outputs":[{"name":"y","parameters":{"binary_data":1}}]}"#, "output 'y': parameter 'bin"),
     ] {
@@ -442,10 +445,11 @@ fn proto_parameters_mean_the_same() {
     let parameter = |choice| InferParameter { parameter_choice: Some(choice) };
     let mut sent = request("INT8", &[1], None, &[&[1]]);
     sent.parameters.insert("timeout".into(), parameter(ParameterChoice::Int64Param(5)));
+    sent.parameters.insert("priority".into(), parameter(ParameterChoice::Uint64Param(3)));
     sent.parameters.insert("text".into(), parameter(ParameterChoice::StringParam("t".into())));
     sent.outputs.push(InferRequestedOutputTensor { name: "y".into(), ..Default::default() });
     let call = decode_proto(sent.clone()).unwrap();
-    assert_eq!(call.timeout, Some(Duration::from_micros(5)));
+    assert_eq!((call.timeout, call.priority), (Some(Duration::from_micros(5)), 3));
     assert_eq!(&*call.outputs[0].name, "y");
 
     let mut twice = sent.clone();

@@ -1,6 +1,6 @@
 //! From the fields of Triton's model configuration to a `ModelSpec`.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -12,6 +12,7 @@ use crate::{
     id::shorten,
     model::{
         catalog::VersionPolicy,
+        schedule::{Level, LevelSettings, Schedule, TimeoutAction},
         warmup::described::{DescribedInput, DescribedRequest, Filling},
     },
     tensor::DType,
@@ -75,6 +76,7 @@ struct ModelConfig {
     input: Vec<IoTensor>,
     output: Vec<IoTensor>,
     optimization: Optimization,
+    dynamic_batching: Option<DynamicBatching>,
     instance_group: Vec<Group>,
     default_model_filename: Option<String>,
     parameters: BTreeMap<String, ParameterValue>,
@@ -121,6 +123,26 @@ struct Optimization {
 #[serde(default)]
 struct Graph {
     level: i64,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct DynamicBatching {
+    preferred_batch_size: Vec<i64>,
+    max_queue_delay_microseconds: u64,
+    priority_levels: u64,
+    default_priority_level: u64,
+    default_queue_policy: QueuePolicy,
+    priority_queue_policy: BTreeMap<u64, QueuePolicy>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct QueuePolicy {
+    timeout_action: Option<String>,
+    default_timeout_microseconds: u64,
+    allow_timeout_override: bool,
+    max_queue_size: usize,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -219,6 +241,7 @@ impl ModelConfig {
             max_batch_size: (batch > 0).then_some(batch),
             batching: if batch > 0 { Some(true) } else { (!complete).then_some(false) },
             versions: versions(self.version_policy),
+            queue: self.dynamic_batching.map(DynamicBatching::schedule).transpose()?.unwrap_or_default(),
             warmup_requests: self.model_warmup.into_iter().map(Warmup::describe).collect::<Result<_, _>>()?,
             options,
             ..ModelSpec::default()
@@ -266,6 +289,45 @@ fn groups(groups: Vec<Group>) -> Result<Vec<InstanceGroup>, String> {
         Ok(InstanceGroup { count: (count > 0).then_some(count), kind, gpus })
     };
     groups.into_iter().map(group).collect()
+}
+
+impl DynamicBatching {
+    fn schedule(self) -> Result<Schedule, String> {
+        let level = |number: u64, field: &str| {
+            u32::try_from(number).map_err(|_| format!("dynamic_batching.{field} is {number}, too many levels"))
+        };
+        let size = |&size: &i64| {
+            usize::try_from(size).map_err(|_| format!("dynamic_batching.preferred_batch_size holds {size}"))
+        };
+        let own = |(number, policy): (u64, QueuePolicy)| {
+            Ok((level(number, "priority_queue_policy")?, LevelSettings::from(policy.level())))
+        };
+        let Level { timeout_action, default_timeout, allow_timeout_override, max_size } =
+            self.default_queue_policy.level();
+        Ok(Schedule {
+            max_delay: Duration::from_micros(self.max_queue_delay_microseconds),
+            preferred_batch_sizes: self.preferred_batch_size.iter().map(size).collect::<Result<_, _>>()?,
+            priority_levels: level(self.priority_levels, "priority_levels")?,
+            default_priority: level(self.default_priority_level, "default_priority_level")?,
+            timeout_action,
+            default_timeout,
+            allow_timeout_override,
+            max_size,
+            priority: self.priority_queue_policy.into_iter().map(own).collect::<Result<_, String>>()?,
+        })
+    }
+}
+
+impl QueuePolicy {
+    fn level(self) -> Level {
+        let delay = self.timeout_action.as_deref() == Some("DELAY");
+        Level {
+            timeout_action: if delay { TimeoutAction::Delay } else { TimeoutAction::Reject },
+            default_timeout: Duration::from_micros(self.default_timeout_microseconds),
+            allow_timeout_override: self.allow_timeout_override,
+            max_size: self.max_queue_size,
+        }
+    }
 }
 
 impl IoTensor {

@@ -1,7 +1,13 @@
+use std::time::Duration;
+
 use super::*;
 use crate::{
     backend::{Declaration, Device, DeviceKind, InstanceGroup, OptimizationLevel, Options},
-    model::{catalog::VersionPolicy, warmup::described::Filling},
+    model::{
+        catalog::VersionPolicy,
+        schedule::{Level, TimeoutAction},
+        warmup::described::Filling,
+    },
     tensor::DType,
 };
 
@@ -32,6 +38,15 @@ output # the classes
 ]
 version_policy: { specific { versions: [ 1, 3 ] } }
 instance_group [ { count: 2 kind: KIND_CPU rate_limiter { priority: 1 } } ]
+dynamic_batching {
+  preferred_batch_size: [ 4, 8 ]
+  max_queue_delay_microseconds: 250
+  preserve_ordering: true
+  priority_levels: 3
+  default_priority_level: 2
+  default_queue_policy { timeout_action: DELAY default_timeout_microseconds: 1000 allow_timeout_override: true }
+  priority_queue_policy [ { key: 1 value { max_queue_size: 7 } } ]
+}
 optimization { graph { level: 1 } priority: PRIORITY_MAX }
 parameters { key: "intra_op_thread_count" value: { string_value: "2" } }
 parameters { key: "inter_op_thread_count" value: { string_value: "0" } }
@@ -94,6 +109,16 @@ fn everything_that_is_honoured_is_read() {
     assert_eq!(spec.options.session_config["session.disable_prepacking"], "1");
     assert_eq!(spec.options.cuda["gpu_mem_limit"], "1024");
     assert_eq!(spec.options.cuda["cudnn_conv_algo_search"], "HEURISTIC");
+    let queue = &spec.queue;
+    assert_eq!((queue.max_delay, &queue.preferred_batch_sizes[..]), (Duration::from_micros(250), &[4, 8][..]));
+    assert_eq!((queue.priority_levels, queue.default_priority), (3, 2));
+    let usual = Level {
+        timeout_action: TimeoutAction::Delay,
+        default_timeout: Duration::from_millis(1),
+        allow_timeout_override: true,
+        max_size: 0,
+    };
+    assert_eq!(queue.levels(), [Level { max_size: 7, ..Level::default() }, usual, usual]);
     let warmup = &spec.warmup_requests[0];
     assert_eq!((warmup.batch_size, warmup.count, &warmup.inputs["image"].data), (Some(4), 2, &Filling::Zero));
 }
@@ -101,10 +126,17 @@ fn everything_that_is_honoured_is_read() {
 #[test]
 fn what_has_no_effect_is_noted_once() {
     let notes = from_text(FULL, &name()).unwrap().notes;
-    for field in ["metric_tags", "input.format", "instance_group.rate_limiter", "optimization.priority", "'team'"] {
+    for field in [
+        "metric_tags",
+        "input.format",
+        "instance_group.rate_limiter",
+        "optimization.priority",
+        "'team'",
+        "preserve_ordering",
+    ] {
         assert_eq!(notes.iter().filter(|note| note.contains(field)).count(), 1, "{field}: {notes:?}");
     }
-    assert_eq!(notes.len(), 5, "{notes:?}");
+    assert_eq!(notes.len(), 6, "{notes:?}");
 }
 
 #[test]
@@ -131,6 +163,9 @@ fn what_would_change_answers_is_refused_by_name() {
         ("version_policy { latest { } }", "versions.latest"),
         ("input [ { name: \"a\" dims: [ 2 ] reshape { shape: [ 3 ] } } ]", "cannot become"),
         ("input [ { data_type: TYPE_FP32 } ]", "needs a name"),
+        ("dynamic_batching { priority_levels: 2 }", "queue.default_priority"),
+        ("max_batch_size: 4 dynamic_batching { preferred_batch_size: [ 8 ] }", "queue.preferred_batch_sizes"),
+        ("dynamic_batching { preferred_batch_size: [ -8 ] }", "preferred_batch_size"),
         ("name: \"vgg\"", "'vgg'"),
     ] {
         let message = refused(text);

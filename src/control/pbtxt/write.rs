@@ -1,5 +1,7 @@
 //! From a `ModelSpec` to the fields of Triton's model configuration.
 
+use std::collections::BTreeMap;
+
 use serde_json::{Map, Value, json};
 
 use crate::{
@@ -7,6 +9,7 @@ use crate::{
     control::spec::ModelSpec,
     model::{
         catalog::VersionPolicy,
+        schedule::{Level, Schedule, TimeoutAction},
         warmup::described::{DescribedRequest, Filling},
     },
     tensor::DType,
@@ -24,6 +27,7 @@ pub(super) fn fields(spec: &ModelSpec) -> (Value, Vec<&'static str>) {
     set("input", list(&spec.inputs, |declared| tensor(declared, batched)));
     set("output", list(&spec.outputs, |declared| tensor(declared, batched)));
     set("version_policy", policy(&spec.versions));
+    set("dynamic_batching", (spec.queue != Schedule::default()).then(|| dynamic_batching(&spec.queue)));
     set("instance_group", list(&groups(spec), group));
     set("model_warmup", list(&spec.warmup_requests, warmup));
     set("optimization", level(spec.options.optimization).map(|level| json!({ "graph": { "level": level } })));
@@ -79,6 +83,31 @@ fn policy(policy: &VersionPolicy) -> Option<Value> {
         VersionPolicy::All => Some(json!({ "all": {} })),
         VersionPolicy::Specific(list) => Some(json!({ "specific": { "versions": numbers(list) } })),
     }
+}
+
+/// The fields of a schedule, every level with its whole policy.
+fn dynamic_batching(queue: &Schedule) -> Value {
+    let micros = |time: std::time::Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    let policy = |level: &Level| {
+        json!({
+            "timeout_action": if level.timeout_action == TimeoutAction::Delay { "DELAY" } else { "REJECT" },
+            "default_timeout_microseconds": micros(level.default_timeout),
+            "allow_timeout_override": level.allow_timeout_override,
+            "max_queue_size": level.max_size,
+        })
+    };
+    // Without overrides every level is the usual one.
+    let usual = Schedule { priority: BTreeMap::new(), ..queue.clone() }.levels();
+    let levels = queue.levels();
+    let own = |number: &u32| Some((number.to_string(), policy(levels.get(*number as usize - 1)?)));
+    json!({
+        "preferred_batch_size": queue.preferred_batch_sizes,
+        "max_queue_delay_microseconds": micros(queue.max_delay),
+        "priority_levels": queue.priority_levels,
+        "default_priority_level": queue.default_priority,
+        "default_queue_policy": usual.first().map(policy),
+        "priority_queue_policy": queue.priority.keys().filter_map(own).collect::<Map<_, _>>(),
+    })
 }
 
 /// The groups, also when the spec has only a number and a device.
