@@ -18,11 +18,12 @@ use toml::{Table, Value};
 use crate::{
     api::ops::ModelStatus,
     backend::{Backends, onnx::OnnxRuntime},
-    config::{self, Config, LogConfig, LogFormat},
+    config::{self, Config},
     control::{
         ModelControl, pbtxt,
         spec::{ModelSpec, Profile},
     },
+    logging::Logging,
     model::{State, catalog::Catalog},
     server::Server,
 };
@@ -77,6 +78,12 @@ struct ServeArgs {
     /// Model to load with explicit control; may be repeated, * is all
     #[arg(long, value_name = "NAME")]
     load_model: Vec<String>,
+    /// Let loads bring the model's files along
+    #[arg(long)]
+    allow_model_upload: bool,
+    /// Bearer token that loads, unloads and changes to logging need; better as TIDEGATE_TOKEN
+    #[arg(long, value_name = "TOKEN")]
+    token: Option<String>,
     /// How instances and threads divide the cores [default: latency]
     #[arg(long, value_name = "PROFILE")]
     profile: Option<Profile>,
@@ -149,6 +156,8 @@ impl ServeArgs {
         set("model_control", self.model_control.map(Value::try_from).transpose()?);
         set("profile", self.profile.map(Value::try_from).transpose()?);
         set("load_model", (!self.load_model.is_empty()).then(|| self.load_model.clone().into()));
+        set("allow_model_upload", self.allow_model_upload.then(|| true.into()));
+        set("token", self.token.clone().map(Value::from));
         set("strict_readiness", self.strict_readiness.then(|| true.into()));
         let level = self.log_level.as_ref();
         set("log", level.map(|level| Value::Table(Table::from_iter([("level".to_owned(), level.clone().into())]))));
@@ -160,7 +169,7 @@ fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let environment =
         std::env::vars_os().filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?)));
     let (config, unknown) = Config::load(args.config.as_deref(), environment, args.table()?)?;
-    start_logging(&config.log)?;
+    let logging = Logging::start(&config.log)?;
     if !unknown.is_empty() {
         tracing::warn!(variables = unknown.join(" "), "environment variables that no key goes by are ignored");
     }
@@ -168,7 +177,7 @@ fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let onnx = OnnxRuntime::open(config.onnxruntime.clone().or(dylib).as_deref(), config.shared_threads)?;
     let version = onnx.version().to_owned();
     let backends = Backends::new([std::sync::Arc::new(onnx) as std::sync::Arc<dyn crate::backend::Backend>]);
-    let server = Server::start(&config, backends, &version)?;
+    let server = Server::start(&config, backends, &version, logging)?;
     say(format_args!("tidegate {} with ONNX Runtime {version}", env!("CARGO_PKG_VERSION")));
     say(format_args!("  REST  http://{}", server.rest));
     say(format_args!("  gRPC  {}", server.grpc));
@@ -233,17 +242,6 @@ fn announce(catalog: &Catalog, config: &Config, rest: SocketAddr) {
         }
         None => say(format_args!("  try   curl http://{host}/v2")),
     }
-}
-
-fn start_logging(config: &LogConfig) -> anyhow::Result<()> {
-    use tracing_subscriber::{EnvFilter, fmt};
-    let filter = EnvFilter::builder().parse(&config.level).with_context(|| format!("log.level '{}'", config.level))?;
-    let builder = fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    match config.format {
-        LogFormat::Text => builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
-        LogFormat::Json => builder.json().flatten_event(true).init(),
-    }
-    Ok(())
 }
 
 /// Prints what the file says in the other language, behind comments about what that cannot say.

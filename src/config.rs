@@ -13,8 +13,9 @@ use serde_json::Value as Json;
 use toml::{Table, Value};
 
 use crate::{
-    api::{LimitsConfig, codec::NonFinite},
+    api::{LimitsConfig, auth::Token, codec::NonFinite},
     control::{ModelControl, spec::Profile},
+    logging::LogConfig,
     model::QueueConfig,
 };
 
@@ -40,6 +41,13 @@ pub struct Config {
     pub model_control: ModelControl,
     /// Models to load with explicit control; "*" is all.
     pub load_model: Vec<String>,
+    /// Whether a load may bring the model's files along. They are kept below the data directory until the model is
+    /// unloaded, never in the repository; one call may bring 1000 files of `limits.max_message_bytes` together.
+    pub allow_model_upload: bool,
+    /// The bearer token that changes by request (load, unload, logging) need, from everyone. Without one they are
+    /// allowed to callers on this machine only; behind a proxy on this machine every caller is one of those, so set it
+    /// there. In the environment (TIDEGATE_TOKEN) it does not show in the list of processes.
+    pub token: Option<Token>,
     /// The ONNX Runtime library, or the folder that holds it. Default: beside the binary, ./.onnxruntime, the system's.
     pub onnxruntime: Option<PathBuf>,
     /// How instances and threads divide the cores: "latency" (one instance on all) or "throughput" (one per core).
@@ -76,6 +84,8 @@ impl Default for Config {
             ops: any(8002),
             model_control: ModelControl::default(),
             load_model: Vec::new(),
+            allow_model_upload: false,
+            token: None,
             onnxruntime: None,
             profile: Profile::default(),
             shared_threads: None,
@@ -109,30 +119,6 @@ impl Default for ShutdownConfig {
     fn default() -> Self {
         Self { drain_delay: Duration::from_secs(5), drain_timeout: Duration::from_secs(30) }
     }
-}
-
-/// What is written to standard error.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct LogConfig {
-    /// "text" or "json".
-    pub format: LogFormat,
-    /// What to log, as a level or a filter such as "info,tidegate=debug"; debug logs every request.
-    pub level: String,
-}
-
-impl Default for LogConfig {
-    fn default() -> Self {
-        Self { format: LogFormat::Text, level: "info".to_owned() }
-    }
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum LogFormat {
-    #[default]
-    Text,
-    Json,
 }
 
 impl Config {

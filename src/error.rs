@@ -21,6 +21,10 @@ pub enum Code {
     DeadlineExceeded,
     /// The caller went away.
     Cancelled,
+    /// The caller did not say who they are, or not convincingly.
+    Unauthenticated,
+    /// Not allowed: to this caller, or to anyone by configuration.
+    Forbidden,
     /// The feature exists in the protocol and not here.
     Unimplemented,
     /// The model or the server failed; the caller did nothing wrong.
@@ -29,7 +33,7 @@ pub enum Code {
 
 impl Code {
     /// Every code, for tables and tests.
-    pub const ALL: [Code; 9] = [
+    pub const ALL: [Code; 11] = [
         Code::InvalidArgument,
         Code::NotFound,
         Code::NotReady,
@@ -37,6 +41,8 @@ impl Code {
         Code::Overloaded,
         Code::DeadlineExceeded,
         Code::Cancelled,
+        Code::Unauthenticated,
+        Code::Forbidden,
         Code::Unimplemented,
         Code::Internal,
     ];
@@ -51,6 +57,8 @@ impl Code {
             Code::Overloaded => "overloaded",
             Code::DeadlineExceeded => "deadline_exceeded",
             Code::Cancelled => "cancelled",
+            Code::Unauthenticated => "unauthenticated",
+            Code::Forbidden => "forbidden",
             Code::Unimplemented => "unimplemented",
             Code::Internal => "internal",
         }

@@ -14,7 +14,7 @@
 //! | 5 | [`engine`] · [`control`] | the request path · the slow path; they meet only in the catalog |
 //! | 4 | [`model`] | a model in memory: load, warm-up, catalog, batcher, executors |
 //! | 3 | [`backend`] · [`source`] | running a graph · finding its files |
-//! | 2 | [`metrics`] | every metric there is |
+//! | 2 | [`metrics`] · [`logging`] | every metric there is · what is logged |
 //! | 1 | [`tensor`] · [`id`] | bricks |
 //! | 0 | [`error`] | the closed list of ways to fail |
 //!
@@ -50,6 +50,7 @@ pub mod control;
 pub mod engine;
 pub mod error;
 pub mod id;
+pub mod logging;
 pub mod metrics;
 pub mod model;
 pub mod server;

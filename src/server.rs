@@ -30,10 +30,13 @@ use crate::{
     config::Config,
     control::{
         self, ModelControl,
+        command::{Orders, commands},
         reconcile::{Loader, Reconciler},
+        upload::Uploads,
     },
     engine::Engine,
     error::Error,
+    logging::Logging,
     metrics::Metrics,
     model::catalog::{CatalogReader, CatalogWriter, catalog},
     tensor::Tensor,
@@ -80,11 +83,19 @@ impl Server {
     ///
     /// # Errors
     /// Naming the folder that cannot be read, the port in use, or the server that holds the data directory.
-    pub fn start(config: &Config, backends: Backends, onnxruntime_version: &str) -> anyhow::Result<Self> {
+    pub fn start(
+        config: &Config,
+        backends: Backends,
+        onnxruntime_version: &str,
+        logging: Logging,
+    ) -> anyhow::Result<Self> {
         if !config.models.is_dir() {
             bail!("the models folder {} does not exist; name another one with --models", config.models.display());
         }
-        let mut lock = lock(&config.data_directory())?;
+        let data = config.data_directory();
+        let mut lock = lock(&data)?;
+        let uploads = Uploads::open(&data, config.allow_model_upload)
+            .with_context(|| format!("cannot remove old uploads from the data directory {}", data.display()))?;
         let rest_port = Port::bind(config.rest, "--rest")?;
         let grpc_port = Port::bind(config.grpc, "--grpc")?;
         let ops_port = Port::bind(config.ops, "--ops")?;
@@ -94,7 +105,22 @@ impl Server {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let metrics = Metrics::new(env!("CARGO_PKG_VERSION"), onnxruntime_version);
         let (reader, writer) = catalog();
-        let app = Arc::new(app(config, reader, metrics.clone(), onnxruntime_version));
+        let settings = settings(config, cores);
+        let (commands, orders) = commands(&settings, backends.clone(), uploads);
+        let app = Arc::new(App {
+            engine: Engine::new(reader),
+            commands,
+            metrics: metrics.clone(),
+            logging,
+            limits: config.limits.clone(),
+            token: config.token.clone(),
+            json_nonfinite: config.json_nonfinite,
+            strict_readiness: config.strict_readiness,
+            onnxruntime_version: onnxruntime_version.to_owned(),
+            in_flight: AtomicUsize::new(0),
+            draining: CancellationToken::new(),
+            closing: CancellationToken::new(),
+        });
         let loader = Loader { backends, decode_sample, metrics };
         let ops_closing = CancellationToken::new();
         let ops_thread = start_ops(ops_port, ops::router(app.clone()), config, &ops_closing)?;
@@ -102,7 +128,8 @@ impl Server {
         let (stop, stops) = mpsc::channel(2);
         let parts = Parts {
             app: app.clone(),
-            settings: settings(config, cores),
+            settings,
+            orders,
             drain_timeout: config.shutdown.drain_timeout,
             io_threads: config.io_threads.unwrap_or((cores / 2).max(1)),
             rest_port,
@@ -139,20 +166,6 @@ impl Server {
         self.ops_closing.cancel();
         let _ = self.ops_thread.join();
         cut
-    }
-}
-
-fn app(config: &Config, reader: CatalogReader, metrics: Arc<Metrics>, onnxruntime_version: &str) -> App {
-    App {
-        engine: Engine::new(reader),
-        metrics,
-        limits: config.limits.clone(),
-        json_nonfinite: config.json_nonfinite,
-        strict_readiness: config.strict_readiness,
-        onnxruntime_version: onnxruntime_version.to_owned(),
-        in_flight: AtomicUsize::new(0),
-        draining: CancellationToken::new(),
-        closing: CancellationToken::new(),
     }
 }
 
@@ -217,6 +230,7 @@ fn start_ops(
 struct Parts {
     app: Arc<App>,
     settings: control::Settings,
+    orders: Orders,
     drain_timeout: Duration,
     io_threads: usize,
     rest_port: Port,
@@ -244,7 +258,7 @@ impl Parts {
         let (kick, kicks) = mpsc::channel(1);
         let _watcher = watch(&self.settings, kick);
         let (stop_reconciling, stopped) = oneshot::channel();
-        let reconciler = Reconciler::new(self.settings, self.loader, self.writer);
+        let reconciler = Reconciler::new(self.settings, self.loader, self.writer, self.orders);
         let reconciling = tokio::spawn(reconciler.run(kicks, stopped));
         let upkeep = tokio::spawn(upkeep(app.metrics.clone()));
 

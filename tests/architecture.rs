@@ -9,7 +9,7 @@ use std::{
 const LAYERS: [(u8, &[&str]); 11] = [
     (0, &["error"]),
     (1, &["tensor", "id"]),
-    (2, &["metrics"]),
+    (2, &["metrics", "logging"]),
     (3, &["backend", "source"]),
     (4, &["model"]),
     (5, &["engine", "control"]),
@@ -21,7 +21,7 @@ const LAYERS: [(u8, &[&str]); 11] = [
 ];
 
 /// The only places (files, or folders and the file of the same name) that may name a foreign crate.
-const HOMES: [(&str, &[&str]); 18] = [
+const HOMES: [(&str, &[&str]); 19] = [
     ("ort", &["backend/onnx"]),
     ("half", &["backend/onnx", "model/warmup"]),
     ("prost", &["backend/onnx", "api"]),
@@ -39,6 +39,7 @@ const HOMES: [(&str, &[&str]); 18] = [
     ("metrics_process", &["metrics"]),
     ("arc_swap", &["model/catalog"]),
     ("notify", &["server"]),
+    ("tracing_subscriber", &["logging"]),
     ("clap", &["cli", "control"]),
 ];
 

@@ -8,7 +8,7 @@ use std::sync::{
 use crate::support::{Repository, Running, config, eventually, infer_message, message_values, start};
 
 /// Asks over both protocols until told to stop; every answer must be right for the version that gave it.
-fn load(
+pub fn load(
     running: &Arc<Running>,
     stop: &Arc<AtomicBool>,
     answered: &Arc<AtomicUsize>,

@@ -1,7 +1,9 @@
 //! Scenarios against a whole server, one module per topic.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test that fails shall say where")]
 
+mod admin;
 mod architecture;
+mod commands;
 mod documentation;
 mod lifecycle;
 mod overload;
@@ -9,3 +11,4 @@ mod schedule;
 mod shutdown;
 mod support;
 mod swap;
+mod uploads;

@@ -1,4 +1,4 @@
-//! Open Inference Protocol v2 over gRPC, with Triton's read-only extensions.
+//! Open Inference Protocol v2 over gRPC, with Triton's extensions.
 //!
 //! The generated service's router is served by our own listeners: tonic's transport server answers an expired
 //! deadline with CANCELLED. What tonic itself refuses (broken protobuf, too large, unknown compression) is put into
@@ -21,9 +21,9 @@ use tonic::{Request, Response, Status, codec::CompressionEncoding, service::Rout
 use super::{
     App, EXTENSIONS, Record, SERVER_NAME, after, check_size,
     codec::{self, InferReply},
-    health,
+    health, log,
     paced::{Broken, Paced},
-    pb, triton, urgency,
+    pb, repository, triton, urgency,
 };
 use crate::{
     engine,
@@ -121,6 +121,8 @@ fn refusal(headers: &HeaderMap) -> Option<Code> {
         tonic::Code::Internal | tonic::Code::InvalidArgument => Some(Code::InvalidArgument),
         tonic::Code::Unimplemented => Some(Code::Unimplemented),
         tonic::Code::Cancelled | tonic::Code::Unknown => Some(Code::Cancelled),
+        tonic::Code::Unauthenticated => Some(Code::Unauthenticated),
+        tonic::Code::PermissionDenied => Some(Code::Forbidden),
         tonic::Code::NotFound => Some(Code::NotFound),
         tonic::Code::Unavailable => Some(Code::NotReady),
         tonic::Code::DeadlineExceeded => Some(Code::DeadlineExceeded),
@@ -176,6 +178,10 @@ struct Service {
 }
 
 impl Service {
+    fn check_admin<T>(&self, request: &Request<T>) -> Result<(), Error> {
+        self.app.check_admin(request.metadata().as_ref(), request.extensions())
+    }
+
     async fn infer(
         &self,
         request: Request<pb::ModelInferRequest>,
@@ -301,23 +307,29 @@ impl GrpcInferenceService for Service {
         &self,
         request: Request<pb::RepositoryIndexRequest>,
     ) -> Answer<pb::RepositoryIndexResponse> {
-        let catalog = self.app.engine.catalog().load();
-        let models = triton::index(&catalog, request.into_inner().ready);
+        let request = request.into_inner();
+        let models = repository::index(&self.app, &request.repository_name, request.ready).await?;
         Ok(Response::new(pb::RepositoryIndexResponse { models }))
     }
 
     async fn repository_model_load(
         &self,
-        _: Request<pb::RepositoryModelLoadRequest>,
+        request: Request<pb::RepositoryModelLoadRequest>,
     ) -> Answer<pb::RepositoryModelLoadResponse> {
-        unimplemented("loading models by request")
+        self.check_admin(&request)?;
+        let request = request.into_inner();
+        repository::load(&self.app, &request.repository_name, &request.model_name, request.parameters).await?;
+        Ok(Response::new(pb::RepositoryModelLoadResponse {}))
     }
 
     async fn repository_model_unload(
         &self,
-        _: Request<pb::RepositoryModelUnloadRequest>,
+        request: Request<pb::RepositoryModelUnloadRequest>,
     ) -> Answer<pb::RepositoryModelUnloadResponse> {
-        unimplemented("unloading models by request")
+        self.check_admin(&request)?;
+        let request = request.into_inner();
+        repository::unload(&self.app, &request.repository_name, &request.model_name, request.parameters).await?;
+        Ok(Response::new(pb::RepositoryModelUnloadResponse {}))
     }
 
     async fn system_shared_memory_status(
@@ -366,8 +378,11 @@ impl GrpcInferenceService for Service {
         unimplemented("changing trace settings")
     }
 
-    async fn log_settings(&self, _: Request<pb::LogSettingsRequest>) -> Answer<pb::LogSettingsResponse> {
-        unimplemented("changing log settings")
+    async fn log_settings(&self, request: Request<pb::LogSettingsRequest>) -> Answer<pb::LogSettingsResponse> {
+        if !request.get_ref().settings.is_empty() {
+            self.check_admin(&request)?;
+        }
+        Ok(Response::new(log::message(&log::change(&self.app, request.into_inner().settings)?)))
     }
 }
 

@@ -24,7 +24,7 @@ use tokio::{net::TcpStream, sync::mpsc};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::ServiceExt;
 
-use super::LimitsConfig;
+use super::{LimitsConfig, auth::Peer};
 
 const BACKLOG: i32 = 1024;
 /// Room for tensors in flight, per request and per connection.
@@ -167,6 +167,8 @@ impl Context {
 
     async fn connection(self, accepted: Accepted) {
         let Ok(stream) = TcpStream::from_std(accepted.stream) else { return };
+        // Without an address, the peer is gone already.
+        let Ok(peer) = stream.peer_addr().map(|address| Peer(address.ip())) else { return };
         // The timers of HTTP/1 start with the first byte, those of HTTP/2 after the preface; a connection that does
         // not get so far ends here.
         let needed = if accepted.wire == Wire::Grpc { HTTP2_PREFACE } else { 1 };
@@ -183,8 +185,9 @@ impl Context {
         let begun = Arc::new(AtomicBool::new(false));
         let service = TowerToHyperService::new(accepted.router.map_request({
             let begun = begun.clone();
-            move |request: http::Request<hyper::body::Incoming>| {
+            move |mut request: http::Request<hyper::body::Incoming>| {
                 begun.store(true, Ordering::Relaxed);
+                request.extensions_mut().insert(peer);
                 request
             }
         }));

@@ -13,34 +13,47 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    control::command::Commands,
     engine::{Engine, Target},
     error::{Code, Error},
+    logging::Logging,
     metrics::{Metrics, Protocol, VersionMetrics},
     model::{ModelVersion, schedule::Urgency},
     tensor::{DType, Tensor},
 };
 
+pub mod auth;
 pub mod codec;
 pub mod compression;
 pub mod grpc;
 mod health;
 pub mod listen;
+mod log;
 mod message;
 pub mod ops;
 mod paced;
 pub mod pb;
+mod repository;
 pub mod rest;
 pub mod status;
 mod triton;
 
+use auth::Token;
 use codec::NonFinite;
 
 /// The server's name in metadata.
 pub const SERVER_NAME: &str = "tidegate";
 
 /// The protocol extensions that work, as server metadata lists them.
-pub const EXTENSIONS: [&str; 5] =
-    ["binary_tensor_data", "model_configuration", "model_repository", "schedule_policy", "statistics"];
+pub const EXTENSIONS: [&str; 7] = [
+    "binary_tensor_data",
+    "logging",
+    "model_configuration",
+    "model_repository",
+    "model_repository(unload_dependents)",
+    "schedule_policy",
+    "statistics",
+];
 
 /// Bounds of what a client may send, and how slowly.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -79,8 +92,12 @@ impl Default for LimitsConfig {
 /// What every handler can reach.
 pub struct App {
     pub engine: Engine,
+    pub commands: Commands,
     pub metrics: Arc<Metrics>,
+    pub logging: Logging,
     pub limits: LimitsConfig,
+    /// What changes by request need from everyone; without it, they must come from this machine.
+    pub token: Option<Token>,
     pub json_nonfinite: NonFinite,
     /// Whether a failed model makes the whole server unready.
     pub strict_readiness: bool,
@@ -97,6 +114,14 @@ impl App {
     pub fn is_ready(&self) -> bool {
         let catalog = self.engine.catalog().load();
         catalog.complete && !self.draining.is_cancelled() && (!self.strict_readiness || catalog.all_ready())
+    }
+
+    /// Checks that a request may change the server.
+    ///
+    /// # Errors
+    /// See `auth::check_admin`.
+    pub fn check_admin(&self, headers: &http::HeaderMap, extensions: &http::Extensions) -> Result<(), Error> {
+        auth::check_admin(self.token.as_ref(), headers, extensions)
     }
 }
 

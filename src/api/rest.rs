@@ -1,4 +1,4 @@
-//! Open Inference Protocol v2 over REST, with Triton's read-only extensions.
+//! Open Inference Protocol v2 over REST, with Triton's extensions.
 
 use std::{
     collections::VecDeque,
@@ -24,8 +24,9 @@ use super::{
     App, EXTENSIONS, Record, SERVER_NAME, check_size,
     codec::{self, Encoded, InferReply, JsonOptions},
     compression::{self, Encoding},
+    log,
     paced::{Broken, Paced},
-    status, triton, urgency,
+    repository, status, triton, urgency,
 };
 use crate::{
     engine,
@@ -45,16 +46,13 @@ const COMPRESS_FROM: usize = 1024;
 const JOIN_UP_TO: usize = 16 << 10;
 
 /// Why the other verbs of Triton's REST interface are refused.
-const UNSUPPORTED: [(&str, &str); 9] = [
-    ("/v2/repository/models/{model}/load", "loading models by request is not supported"),
-    ("/v2/repository/models/{model}/unload", "unloading models by request is not supported"),
+const UNSUPPORTED: [(&str, &str); 6] = [
     ("/v2/models/{model}/generate", "generate is not supported"),
     ("/v2/models/{model}/generate_stream", "generate is not supported"),
     ("/v2/systemsharedmemory/{*rest}", "shared memory is not supported; send tensors in the request"),
     ("/v2/cudasharedmemory/{*rest}", "shared memory is not supported; send tensors in the request"),
     ("/v2/trace/setting", "trace settings are not supported"),
     ("/v2/models/{model}/trace/setting", "trace settings are not supported"),
-    ("/v2/logging", "logging settings are not supported"),
 ];
 
 /// Every REST route of the data port.
@@ -75,8 +73,13 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v2/models/{model}/versions/{version}/infer", post(infer))
         .route("/v2/models/{model}/versions/{version}/config", get(model_config))
         .route("/v2/models/{model}/versions/{version}/stats", get(model_statistics))
-        .route("/v2/repository/index", post(repository_index))
-        .route("/v2/repository/{repository}/index", post(repository_index));
+        .route("/v2/logging", get(log::rest_settings).post(log::rest_change))
+        .route("/v2/repository/index", post(repository::rest_index))
+        .route("/v2/repository/{repository}/index", post(repository::rest_index))
+        .route("/v2/repository/models/{model}/load", post(repository::rest_load))
+        .route("/v2/repository/models/{model}/unload", post(repository::rest_unload))
+        .route("/v2/repository/{repository}/models/{model}/load", post(repository::rest_load))
+        .route("/v2/repository/{repository}/models/{model}/unload", post(repository::rest_unload));
     for (path, reason) in UNSUPPORTED {
         let refuse = move || async move { status::response(&Error::new(Code::Unimplemented, reason)) };
         router = router.route(path, axum::routing::any(refuse));
@@ -177,22 +180,6 @@ async fn model_statistics(State(app): State<Arc<App>>, named: Named) -> Result<R
 async fn all_statistics(State(app): State<Arc<App>>) -> Result<Response, RestError> {
     let catalog = app.engine.catalog().load();
     Ok(Json(triton::statistics_json(&triton::statistics_of(&catalog, "", "")?)).into_response())
-}
-
-async fn repository_index(State(app): State<Arc<App>>, request: Request) -> Result<Response, RestError> {
-    #[derive(Default, serde::Deserialize)]
-    struct Filter {
-        #[serde(default)]
-        ready: bool,
-    }
-    let body = read_body(&app, request.into_body(), app.limits.max_message_bytes).await?;
-    let filter: Filter = if body.is_empty() {
-        Filter::default()
-    } else {
-        serde_json::from_slice(&body)
-            .map_err(|error| Error::invalid(format!("the body is no index request: {error}")))?
-    };
-    Ok(Json(triton::index_json(&app.engine.catalog().load(), filter.ready)).into_response())
 }
 
 async fn infer(State(app): State<Arc<App>>, named: Result<Named, RestError>, request: Request) -> Response {
@@ -321,7 +308,7 @@ impl http_body::Body for Pieces {
 }
 
 /// Reads a whole body, which may take at most `limit` bytes and pause at most `limits.body_timeout`.
-async fn read_body(app: &App, body: Body, limit: usize) -> Result<Bytes, RestError> {
+pub(super) async fn read_body(app: &App, body: Body, limit: usize) -> Result<Bytes, RestError> {
     let too_large =
         || Error::new(Code::TooLarge, format!("the body is larger than the {limit} bytes of limits.max_message_bytes"));
     let announced = http_body::Body::size_hint(&body).lower();
@@ -388,7 +375,7 @@ fn number_header(headers: &HeaderMap, key: &str, shown: &str) -> Result<Option<u
 }
 
 /// An error, and a status where HTTP has a better one than the code's own.
-struct RestError {
+pub(super) struct RestError {
     error: Error,
     status: Option<StatusCode>,
 }

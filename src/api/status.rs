@@ -25,6 +25,8 @@ fn row(code: Code) -> (u16, tonic::Code) {
         Code::DeadlineExceeded => (504, tonic::Code::DeadlineExceeded),
         // Not registered, but what proxies have long logged for a client that closed the request.
         Code::Cancelled => (499, tonic::Code::Cancelled),
+        Code::Unauthenticated => (401, tonic::Code::Unauthenticated),
+        Code::Forbidden => (403, tonic::Code::PermissionDenied),
         Code::Unimplemented => (501, tonic::Code::Unimplemented),
         Code::Internal => (500, tonic::Code::Internal),
     }
@@ -44,6 +46,9 @@ pub fn response(error: &Error) -> Response {
     let mut response = (http(error.code), Body::from(body)).into_response();
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    if error.code == Code::Unauthenticated {
+        headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    }
     if let Some(pause) = pause(error) {
         // Rounded up: a client told to wait for less than it takes comes back for nothing.
         let seconds = pause.as_nanos().div_ceil(1_000_000_000).max(1);

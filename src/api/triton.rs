@@ -51,11 +51,6 @@ pub fn index(catalog: &Catalog, ready: bool) -> Vec<pb::repository_index_respons
     index
 }
 
-pub fn index_json(catalog: &Catalog, ready: bool) -> Value {
-    let model = |model: pb::repository_index_response::ModelIndex| json!({ "name": model.name, "version": model.version, "state": model.state, "reason": model.reason });
-    index(catalog, ready).into_iter().map(model).collect()
-}
-
 /// Rows to announce as `max_batch_size`: the author's limit, else the group found at warm-up (a hint, not a limit);
 /// 0 when requests are not batched.
 fn max_batch_size(version: &ModelVersion) -> i32 {

@@ -1,9 +1,11 @@
 //! The slow path: what should run, and what does.
 
+pub mod command;
 pub mod pbtxt;
 pub mod reconcile;
 pub mod spec;
 mod tracked;
+pub mod upload;
 
 use std::{path::PathBuf, time::Duration};
 
@@ -17,7 +19,7 @@ pub enum ModelControl {
     /// Changes in the repository are followed.
     #[default]
     Watch,
-    /// Only the models named at start are loaded.
+    /// What is named at start is loaded, and what is asked for later; files that change are loaded when asked for.
     Explicit,
     /// What was there at start is loaded, later changes are ignored.
     None,

@@ -6,7 +6,7 @@
 
 use std::{
     collections::BTreeMap,
-    sync::Arc,
+    sync::{Arc, Weak},
     time::{Duration, Instant},
 };
 
@@ -17,6 +17,7 @@ use tokio::{
 
 use super::{
     ModelControl, Settings,
+    command::Orders,
     spec::ModelSpec,
     tracked::{Progress, SETTLE_TIME, Tracked, targets},
 };
@@ -32,6 +33,8 @@ use crate::{
     },
     source::local::{self, Fingerprint, FoundModel, FoundVersion, Scan},
 };
+
+mod orders;
 
 /// How nice the threads are that load models: they take what the serving threads leave.
 const LOADER_NICENESS: i32 = 10;
@@ -54,8 +57,11 @@ pub struct Reconciler {
     loads: Arc<Semaphore>,
     loading: JoinSet<()>,
     drains: JoinSet<usize>,
+    /// Without watching, what the first look found; with explicit control, changed by commands.
     first_scan: Option<Scan>,
     complete: bool,
+    orders: Orders,
+    ordered: orders::Ordered,
 }
 
 /// Something that happened off the reconciler's task.
@@ -71,7 +77,7 @@ enum Event {
 }
 
 impl Reconciler {
-    pub fn new(settings: Settings, loader: Loader, writer: CatalogWriter) -> Self {
+    pub fn new(settings: Settings, loader: Loader, writer: CatalogWriter, orders: Orders) -> Self {
         let loads = Arc::new(Semaphore::new(settings.load_concurrency.max(1)));
         Self {
             settings,
@@ -84,10 +90,12 @@ impl Reconciler {
             drains: JoinSet::new(),
             first_scan: None,
             complete: false,
+            orders,
+            ordered: orders::Ordered::default(),
         }
     }
 
-    /// Reconciles on every tick, kick and event. When told to stop it drains all versions, which may take as long as
+    /// Reconciles on every tick, kick, event and command. When told to stop it drains all versions, which may take as long as
     /// `stop` says, and returns how many requests were cut short.
     pub async fn run(mut self, mut kicks: mpsc::Receiver<()>, mut stop: oneshot::Receiver<Duration>) -> usize {
         let mut tick = tokio::time::interval(self.settings.poll_interval);
@@ -98,6 +106,7 @@ impl Reconciler {
                 _ = tick.tick() => {}
                 Some(()) = kicks.recv() => {}
                 Some(event) = self.events.1.recv() => self.handle(event),
+                Some(command) = self.orders.0.recv() => self.obey(command).await,
                 Some(_) = self.drains.join_next() => {}
                 Some(_) = self.loading.join_next() => {}
             }
@@ -121,6 +130,7 @@ impl Reconciler {
             }
         }
         self.publish();
+        self.answer();
     }
 
     /// What there is and shall be looked at, by the control mode.
@@ -175,7 +185,11 @@ impl Reconciler {
             self.models.entry(name.clone()).or_default().problem = Some(error.clone());
             return;
         }
-        let spec = ModelSpec::read(&found.settings, name);
+        let spec = match self.ordered.overrides.get(name) {
+            Some(ordered) => Ok(ordered.spec.clone()),
+            None => ModelSpec::read(&found.settings, name),
+        };
+        let awaited = self.ordered.is_awaited(name);
         let targets = targets(&self.models.entry(name.clone()).or_default().versions, found, &spec);
         let first_pass = !self.complete;
         let mut to_load = Vec::new();
@@ -194,7 +208,8 @@ impl Reconciler {
         for wanted in &targets {
             let tracked = model.find_or_insert(name, &wanted.version, &self.loader.metrics);
             let fingerprint = wanted.fingerprint;
-            if tracked.progress.fingerprint() != Some(fingerprint) {
+            let fresh = tracked.progress.fingerprint() != Some(fingerprint);
+            if fresh {
                 let serves = tracked.serving.as_ref().is_some_and(|(_, served)| *served == fingerprint);
                 tracked.progress = if serves {
                     Progress::Done { fingerprint }
@@ -203,11 +218,15 @@ impl Reconciler {
                 };
             }
             let Progress::Settling { since, .. } = &tracked.progress else { continue };
-            // At start nobody has watched the files yet; their age says as much.
-            let settled = since.elapsed() >= SETTLE_TIME || (first_pass && fingerprint.older_than(SETTLE_TIME));
+            // At start nobody has watched the files yet; their age says as much. Whoever asks for a load says that they
+            // are complete; should they change all the same, they settle before the next try.
+            let settled = since.elapsed() >= SETTLE_TIME
+                || (first_pass && fingerprint.older_than(SETTLE_TIME))
+                || (fresh && awaited);
             if settled {
-                tracked.progress = Progress::Loading { fingerprint };
-                to_load.push(wanted.clone());
+                let claim = Arc::new(());
+                to_load.push((wanted.clone(), Arc::downgrade(&claim)));
+                tracked.progress = Progress::Loading { fingerprint, claim };
             }
         }
         for tracked in &mut model.versions {
@@ -219,8 +238,8 @@ impl Reconciler {
             }
         }
         model.forget_missing(&found.versions);
-        for wanted in to_load {
-            self.start_load(name, found, wanted, spec.clone());
+        for (wanted, claim) in to_load {
+            self.start_load(name, found, wanted, claim, spec.clone());
         }
         self.retire_unwanted(name, found.versions.is_empty());
     }
@@ -230,6 +249,7 @@ impl Reconciler {
         name: &ModelName,
         found: &FoundModel,
         wanted: FoundVersion,
+        claim: Weak<()>,
         spec: Result<ModelSpec, Error>,
     ) {
         let events = self.events.0.clone();
@@ -239,16 +259,25 @@ impl Reconciler {
         let FoundVersion { version, files, fingerprint } = wanted;
         let directory = found.directory.clone();
         let plan = spec.map(|spec| self.plan(&name, &version, files.clone(), found, spec));
+        let ordered = self.ordered.overrides.get(&name);
+        let config = ordered.map(|ordered| ordered.config.clone());
+        // Uploaded files stay as long as they are read.
+        let upload = ordered.and_then(|ordered| ordered.upload.clone());
         tracing::info!(model = %name, %version, "loading");
         self.loading.spawn(async move {
             // Closed when the server stops: what has not begun to load need not.
             let Ok(_permit) = loads.acquire_owned().await else { return };
+            if claim.strong_count() == 0 {
+                return tracing::info!(model = %name, %version, "not loaded: nobody wants it any more");
+            }
             let result = match plan {
                 Err(error) => Err(error),
                 Ok(plan) => on_loader_thread(move || load::load(plan, &loader.backends, loader.decode_sample)).await,
             };
             let result = result.map(Box::new);
             let after = local::fingerprint(&files, &directory);
+            let after = after.map(|after| config.map_or(after, |config| after.with(&config)));
+            drop(upload);
             // The receiver is gone only when the server stops; then nobody wants the model any more.
             let _ = events.send(Event::Loaded { name, version, fingerprint, after, result }).await;
         });
@@ -287,8 +316,10 @@ impl Reconciler {
     fn handle(&mut self, event: Event) {
         let Event::Loaded { name, version, fingerprint, after, result } = event;
         let tracked = self.models.get_mut(&name).and_then(|model| model.find(&version));
-        let Some(tracked) = tracked.filter(|tracked| tracked.progress == Progress::Loading { fingerprint }) else {
-            tracing::info!(model = %name, %version, "loaded in vain: its files changed or went away meanwhile");
+        let Some(tracked) = tracked.filter(|tracked| {
+            matches!(tracked.progress, Progress::Loading { fingerprint: loading, .. } if loading == fingerprint)
+        }) else {
+            tracing::info!(model = %name, %version, "loaded in vain: it changed or went away meanwhile");
             return;
         };
         if let Ok(after) = after
@@ -382,6 +413,8 @@ impl Reconciler {
     async fn shut_down(mut self, limit: Duration) -> usize {
         let deadline = Instant::now() + limit;
         self.events.1.close();
+        self.orders.0.close();
+        self.ordered.abandon();
         self.loads.close();
         self.settings.drain_timeout = limit;
         let serving: Vec<_> =

@@ -50,6 +50,8 @@ pub(super) enum Progress {
     },
     Loading {
         fingerprint: Fingerprint,
+        /// Gone with this progress; a load whose turn comes after that need not begin.
+        claim: Arc<()>,
     },
     Done {
         fingerprint: Fingerprint,
@@ -66,7 +68,7 @@ impl Progress {
     pub(super) fn fingerprint(&self) -> Option<Fingerprint> {
         match self {
             Progress::Settling { fingerprint, .. }
-            | Progress::Loading { fingerprint }
+            | Progress::Loading { fingerprint, .. }
             | Progress::Done { fingerprint }
             | Progress::Failed { fingerprint, .. } => Some(*fingerprint),
             Progress::Gone => None,

@@ -55,6 +55,13 @@ pub struct Fingerprint {
 }
 
 impl Fingerprint {
+    /// Stands for the same files used with `settings`.
+    pub fn with(self, settings: &str) -> Self {
+        let mut hasher = DefaultHasher::new();
+        (self.hash, settings).hash(&mut hasher);
+        Self { hash: hasher.finish(), ..self }
+    }
+
     /// Whether every file was last written at least `age` ago.
     pub fn older_than(&self, age: Duration) -> bool {
         self.newest.elapsed().is_ok_and(|elapsed| elapsed >= age)
@@ -94,7 +101,10 @@ pub fn scan(root: &Path, is_model: impl Fn(&str) -> bool) -> io::Result<Scan> {
 }
 
 /// The model in `directory`; `None` when nothing in there looks like one.
-fn scan_model(directory: &Path, is_model: &impl Fn(&str) -> bool) -> io::Result<Option<FoundModel>> {
+///
+/// # Errors
+/// When something cannot be read for a reason that may pass.
+pub fn scan_model(directory: &Path, is_model: &impl Fn(&str) -> bool) -> io::Result<Option<FoundModel>> {
     if !look(directory)?.is_some_and(|metadata| metadata.is_dir()) {
         return Ok(None);
     }

@@ -42,9 +42,14 @@ class ClientContract:
         metadata = client.describe("get_server_metadata")
         assert metadata["name"] == "tidegate"
         assert metadata["version"][0].isdigit()
-        assert {"binary_tensor_data", "model_configuration", "statistics"} <= set(
-            metadata["extensions"]
-        )
+        assert metadata["extensions"] == [
+            "binary_tensor_data",
+            "logging",
+            "model_configuration",
+            "model_repository",
+            "model_repository(unload_dependents)",
+            "statistics",
+        ]
 
     @pytest.mark.parametrize("version", ["", "1"])
     def test_model_metadata(self, client, version):

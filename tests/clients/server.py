@@ -22,10 +22,10 @@ ADDRESS = re.compile(r"^\s*(REST|gRPC|ops)\b\D*([\d.]+:\d+)", re.MULTILINE)
 class Server:
     """One process. `rest`, `grpc` and `ops` are its addresses, as `host:port`."""
 
-    def __init__(self, models, home, config="", flags=()):
+    def __init__(self, models, home, config="", flags=(), host="127.0.0.1"):
         home.mkdir(parents=True, exist_ok=True)
         self.home = home
-        self.process = launch(serve_command(models, home, config, flags), home)
+        self.process = launch(serve_command(models, home, config, flags, host), home)
         try:
             addresses = eventually(self.printed_addresses, START_TIMEOUT)
             self.rest, self.grpc, self.ops = (addresses[port] for port in PORTS.values())
@@ -76,10 +76,10 @@ class Server:
         return "\n".join(self.log().splitlines()[-lines:])
 
 
-def serve_command(models, home, config="", flags=()):
+def serve_command(models, home, config="", flags=(), host="127.0.0.1"):
     command = [BINARY, "serve", "--models", models, "--data", home / "data"]
     for port in PORTS.values():
-        command += [f"--{port}", "127.0.0.1:0"]
+        command += [f"--{port}", f"{host}:0"]
     if config:
         file = home / "tidegate-under-test.toml"
         file.write_text(config)

@@ -28,6 +28,8 @@ TIMEOUT = 30
 CODES = {
     "ok": (200, "OK"),
     "invalid_argument": (400, "INVALID_ARGUMENT"),
+    "unauthenticated": (401, "UNAUTHENTICATED"),
+    "forbidden": (403, "PERMISSION_DENIED"),
     "not_found": (404, "NOT_FOUND"),
     "wrong_verb": (405, None),
     "too_large": (413, "RESOURCE_EXHAUSTED"),

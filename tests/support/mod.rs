@@ -19,6 +19,7 @@ use tidegate::{
     backend::{Backend, Backends, Options, Session, Signature, TensorSpec},
     config::Config,
     error::Error,
+    logging::Logging,
     server::{Server, Stopper},
     tensor::{DType, Data, Tensor},
 };
@@ -160,7 +161,7 @@ pub fn config(repository: &Repository) -> Config {
 }
 
 pub fn try_start(config: &Config) -> anyhow::Result<Server> {
-    Server::start(config, Backends::new([Arc::new(ScriptBackend) as Arc<dyn Backend>]), "none")
+    Server::start(config, Backends::new([Arc::new(ScriptBackend) as Arc<dyn Backend>]), "none", Logging::default())
 }
 
 /// Starts a server and waits until it is ready.
@@ -232,6 +233,16 @@ impl Running {
         let request = http::Request::get(format!("{host}{path}")).body(Full::default()).unwrap();
         let reply = self.send(request).await.unwrap();
         (reply.status, reply.body)
+    }
+
+    /// POST to the REST port; a body of `null` is left out.
+    pub async fn post(&self, path: &str, body: Value, headers: &[(&str, &str)]) -> Reply {
+        let mut request = http::Request::post(format!("{}{path}", self.rest));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let body = if body.is_null() { String::new() } else { body.to_string() };
+        self.send(request.body(Full::from(body)).unwrap()).await.unwrap()
     }
 
     pub fn infer_request(&self, model: &str, values: &[f32], headers: &[(&str, &str)]) -> http::Request<Full<Bytes>> {

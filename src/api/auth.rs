@@ -1,0 +1,144 @@
+//! Who may change the server by request: whoever has the token; without a token, whoever calls from this machine.
+
+use std::{fmt, net::IpAddr};
+
+use http::{Extensions, HeaderMap, header};
+use schemars::JsonSchema;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::error::{Code, Error};
+
+/// Stands in for the token wherever it would show.
+const HIDDEN: &str = "(hidden)";
+
+/// A bearer token; it never shows in logs or printed configurations.
+#[derive(Clone, PartialEq, Eq, JsonSchema)]
+pub struct Token(String);
+
+impl Token {
+    /// # Errors
+    /// When the text cannot be sent in a header; the message does not contain it.
+    pub fn parse(text: String) -> Result<Self, Error> {
+        if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err(Error::invalid("token must be one or more visible ASCII characters without spaces"));
+        }
+        Ok(Self(text))
+    }
+
+    /// Compares in a time that depends on the length of `given` only.
+    fn is(&self, given: &[u8]) -> bool {
+        let wanted = self.0.as_bytes();
+        let pairs = given.iter().zip(wanted.iter().cycle());
+        let difference = pairs.fold(given.len() ^ wanted.len(), |sum, (a, b)| sum | usize::from(a ^ b));
+        // Kept from the optimizer, which might stop at the first difference.
+        std::hint::black_box(difference) == 0
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(HIDDEN)
+    }
+}
+
+impl Serialize for Token {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(HIDDEN)
+    }
+}
+
+impl<'de> Deserialize<'de> for Token {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Token::parse(String::deserialize(deserializer)?).map_err(serde::de::Error::custom)
+    }
+}
+
+/// The address at the other end of the connection; an extension of every request.
+#[derive(Clone, Copy, Debug)]
+pub struct Peer(pub IpAddr);
+
+/// Checks that a request may change the server.
+///
+/// # Errors
+/// `Unauthenticated` when a token is set and the request has another or none, `Forbidden` when none is set and the
+/// request comes from elsewhere.
+pub fn check_admin(token: Option<&Token>, headers: &HeaderMap, extensions: &Extensions) -> Result<(), Error> {
+    let Some(token) = token else {
+        // On a socket of both families, IPv4's loopback comes mapped into IPv6.
+        let here = extensions.get::<Peer>().is_some_and(|Peer(address)| address.to_canonical().is_loopback());
+        return if here {
+            Ok(())
+        } else {
+            let rule =
+                "without a token, changes are allowed from the server's own machine only; set one with TIDEGATE_TOKEN";
+            Err(Error::new(Code::Forbidden, rule))
+        };
+    };
+    match bearer(headers) {
+        Some(given) if token.is(given) => Ok(()),
+        Some(_) => Err(Error::new(Code::Unauthenticated, "the bearer token is not this server's")),
+        None => Err(Error::new(
+            Code::Unauthenticated,
+            "changes need this server's token, in a header as 'authorization: Bearer TOKEN'",
+        )),
+    }
+}
+
+/// The token in the authorization header; the scheme is written in any case.
+fn bearer(headers: &HeaderMap) -> Option<&[u8]> {
+    let (scheme, token) = headers.get(header::AUTHORIZATION)?.as_bytes().split_at_checked("Bearer ".len())?;
+    scheme.eq_ignore_ascii_case(b"Bearer ").then(|| token.trim_ascii())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(token: Option<&str>, authorization: Option<&str>, peer: Option<&str>) -> Result<(), Code> {
+        let token = token.map(|token| Token::parse(token.to_owned()).unwrap());
+        let (mut headers, mut extensions) = (HeaderMap::new(), Extensions::new());
+        if let Some(value) = authorization {
+            headers.insert(header::AUTHORIZATION, value.parse().unwrap());
+        }
+        if let Some(peer) = peer {
+            extensions.insert(Peer(peer.parse().unwrap()));
+        }
+        check_admin(token.as_ref(), &headers, &extensions).map_err(|error| error.code)
+    }
+
+    #[test]
+    fn without_a_token_only_this_machine_may() {
+        for here in ["127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1"] {
+            assert_eq!(check(None, None, Some(here)), Ok(()), "{here}");
+        }
+        for elsewhere in ["10.0.0.1", "0.0.0.0", "::ffff:10.0.0.1", "fe80::1", "2001:db8::1"] {
+            assert_eq!(check(None, Some("Bearer x"), Some(elsewhere)), Err(Code::Forbidden), "{elsewhere}");
+        }
+        assert_eq!(check(None, None, None), Err(Code::Forbidden), "whoever is unknown is not here");
+    }
+
+    #[test]
+    fn a_token_is_needed_from_everyone() {
+        for right in ["Bearer s3cret", "bearer s3cret", "BEARER  s3cret "] {
+            assert_eq!(check(Some("s3cret"), Some(right), Some("10.0.0.1")), Ok(()), "{right}");
+        }
+        for wrong in ["Bearer", "Bearer ", "Bearer s3cre", "Bearer s3crets", "Bearer s3creT", "Basic s3cret", "s3cret"]
+        {
+            let answer = check(Some("s3cret"), Some(wrong), Some("127.0.0.1"));
+            assert_eq!(answer, Err(Code::Unauthenticated), "{wrong}");
+        }
+        let repeated = check(Some("s3cret"), Some("Bearer s3crets3cret"), Some("::1"));
+        assert_eq!(repeated, Err(Code::Unauthenticated));
+        assert_eq!(check(Some("s3cret"), None, Some("127.0.0.1")), Err(Code::Unauthenticated));
+    }
+
+    #[test]
+    fn the_token_shows_nowhere() {
+        let token = Token::parse("s3cret".to_owned()).unwrap();
+        assert_eq!(format!("{token:?} {}", serde_json::to_string(&token).unwrap()), "(hidden) \"(hidden)\"");
+        for bad in ["", "two words", "smörgås", "new\nline"] {
+            let error = Token::parse(bad.to_owned()).unwrap_err();
+            assert!(bad.is_empty() || !error.message.contains(bad), "{error}");
+        }
+    }
+}

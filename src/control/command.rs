@@ -1,0 +1,162 @@
+//! Commands: what an operator asks of the reconciler while it runs, and how the answer comes back.
+
+use std::{path::PathBuf, sync::Arc};
+
+use bytes::Bytes;
+use tokio::sync::{Semaphore, mpsc, oneshot};
+
+use super::{
+    ModelControl, Settings, pbtxt,
+    spec::ModelSpec,
+    upload::{Upload, Uploads},
+};
+use crate::{
+    backend::Backends,
+    error::{Code, Error},
+    id::ModelName,
+    source::local::{self, Scan},
+};
+
+/// Commands on their way to the reconciler; when full, callers wait.
+const QUEUE: usize = 64;
+
+/// What a load may bring along.
+#[derive(Default)]
+pub struct Load {
+    /// Triton's model configuration as JSON, in place of the settings beside the model.
+    pub config: Option<String>,
+    /// By parameter name, `file:<version>/<name>`; in place of the repository's files. They need a `config`.
+    pub files: Vec<(String, Bytes)>,
+}
+
+/// How a model shall run when not as the repository has it.
+pub(super) struct Override {
+    /// What `spec` was read from; tells one override from another.
+    pub(super) config: String,
+    pub(super) spec: ModelSpec,
+    /// In place of the repository's files.
+    pub(super) upload: Option<Arc<Upload>>,
+}
+
+pub(super) type Answer = oneshot::Sender<Result<(), Error>>;
+
+/// A call that waits; the answer to one that was given up goes nowhere.
+pub(super) enum Command {
+    Load { name: ModelName, replacement: Option<Override>, answer: Answer },
+    Unload { name: ModelName, answer: Answer },
+}
+
+/// Asks the reconciler, from anywhere.
+#[derive(Clone)]
+pub struct Commands {
+    sender: mpsc::Sender<Command>,
+    control: ModelControl,
+    models: PathBuf,
+    backends: Backends,
+    uploads: Arc<Uploads>,
+    /// One look at the whole repository at a time.
+    looks: Arc<Semaphore>,
+}
+
+/// The other end, for the reconciler.
+pub struct Orders(pub(super) mpsc::Receiver<Command>);
+
+/// Both ends of the way to the reconciler.
+pub fn commands(settings: &Settings, backends: Backends, uploads: Uploads) -> (Commands, Orders) {
+    let (sender, receiver) = mpsc::channel(QUEUE);
+    let commands = Commands {
+        sender,
+        control: settings.control,
+        models: settings.models.clone(),
+        backends,
+        uploads: Arc::new(uploads),
+        looks: Arc::new(Semaphore::new(1)),
+    };
+    (commands, Orders(receiver))
+}
+
+impl Commands {
+    /// Loads a model, or what has changed of it since, and waits until it serves or failed. Nothing is taken back when
+    /// the future is dropped.
+    ///
+    /// # Errors
+    /// `NotReady` without explicit control, `NotFound` for a model that is not in the repository, `Forbidden` for
+    /// files that may not be uploaded, `InvalidArgument` for a configuration or file that cannot be used, and why the
+    /// model failed.
+    pub async fn load(&self, name: ModelName, load: Load) -> Result<(), Error> {
+        self.check_control()?;
+        let replacement = self.replacement(&name, load).await?;
+        tracing::info!(model = %name, replaced = replacement.is_some(), "asked to load");
+        self.ask(|answer| Command::Load { name, replacement, answer }).await
+    }
+
+    /// Unloads a model, and waits until it takes no more requests; those it has are answered. A model that is not
+    /// loaded may be unloaded.
+    ///
+    /// # Errors
+    /// `NotReady` without explicit control, `NotFound` for a model nobody has heard of.
+    pub async fn unload(&self, name: ModelName) -> Result<(), Error> {
+        self.check_control()?;
+        tracing::info!(model = %name, "asked to unload");
+        self.ask(|answer| Command::Unload { name, answer }).await
+    }
+
+    /// What could be loaded by request: the whole repository with explicit control, else nothing.
+    ///
+    /// # Errors
+    /// `Internal` when the repository cannot be read.
+    pub async fn loadable(&self) -> Result<Scan, Error> {
+        if self.control != ModelControl::Explicit {
+            return Ok(Scan::new());
+        }
+        let unreadable = |error: std::io::Error| {
+            Error::internal(format!("the repository {} cannot be read: {error}", self.models.display()))
+        };
+        let permit = self.looks.clone().acquire_owned().await.map_err(|_| Error::internal("nobody looks any more"))?;
+        let (root, backends) = (self.models.clone(), self.backends.clone());
+        let look = tokio::task::spawn_blocking(move || {
+            // Held to the end of the look, also when whoever asked for it has gone.
+            let _permit = permit;
+            local::scan(&root, |name| backends.knows(name))
+        });
+        look.await.map_err(std::io::Error::other).flatten().map_err(unreadable)
+    }
+
+    fn check_control(&self) -> Result<(), Error> {
+        let mode = match self.control {
+            ModelControl::Explicit => return Ok(()),
+            ModelControl::Watch => "watch",
+            ModelControl::None => "none",
+        };
+        let message = format!(
+            "models are loaded and unloaded by request only with model_control = \"explicit\" (--model-control \
+             explicit); this server runs with \"{mode}\""
+        );
+        Err(Error::new(Code::NotReady, message))
+    }
+
+    async fn replacement(&self, name: &ModelName, load: Load) -> Result<Option<Override>, Error> {
+        if !load.files.is_empty() {
+            self.uploads.check_allowed()?;
+        }
+        let Some(config) = load.config else {
+            let wanting = "uploaded files need a parameter 'config' with the model's configuration";
+            return if load.files.is_empty() { Ok(None) } else { Err(Error::invalid(wanting).of_model(name.as_str())) };
+        };
+        let spec = pbtxt::from_json(&config, name)?;
+        if load.files.is_empty() {
+            return Ok(Some(Override { config, spec, upload: None }));
+        }
+        let (uploads, model) = (self.uploads.clone(), name.clone());
+        let written = tokio::task::spawn_blocking(move || uploads.write(&model, &load.files)).await;
+        let upload = written.map_err(|error| Error::internal(format!("uploading failed: {error}")))??;
+        Ok(Some(Override { config, spec, upload: Some(upload) }))
+    }
+
+    async fn ask(&self, command: impl FnOnce(Answer) -> Command) -> Result<(), Error> {
+        let stopping = || Error::new(Code::NotReady, "the server is stopping");
+        let (answer, answered) = oneshot::channel();
+        self.sender.send(command(answer)).await.map_err(|_| stopping())?;
+        answered.await.unwrap_or_else(|_| Err(stopping()))
+    }
+}
