@@ -27,7 +27,7 @@ const HOMES: [(&str, &[&str]); 17] = [
     ("prost", &["backend/onnx", "api"]),
     ("tonic", &["api"]),
     ("tonic_health", &["api/health"]),
-    ("tonic_reflection", &["api"]),
+    ("tonic_reflection", &["api/reflection"]),
     ("prost_reflect", &["control/pbtxt"]),
     ("base64", &["api"]),
     ("axum", &["api", "server"]),

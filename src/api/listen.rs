@@ -28,7 +28,7 @@ use super::LimitsConfig;
 
 const BACKLOG: i32 = 1024;
 /// Room for tensors in flight, per request and per connection.
-const STREAM_WINDOW: u32 = 8 << 20;
+pub(super) const STREAM_WINDOW: u32 = 8 << 20;
 const CONNECTION_WINDOW: u32 = 64 << 20;
 const MAX_FRAME: u32 = 1 << 20;
 /// Connections handed to an I/O runtime that it has not picked up; when full, accepting waits.

@@ -29,6 +29,7 @@ mod message;
 pub mod ops;
 mod paced;
 pub mod pb;
+mod reflection;
 pub mod rest;
 pub mod status;
 mod triton;
@@ -61,6 +62,8 @@ pub struct LimitsConfig {
     pub keepalive_interval: Duration,
     /// Requests that one HTTP/2 connection may have open.
     pub max_concurrent_streams: u32,
+    /// Requests of one ModelStreamInfer call that run side by side; the next ones are read when answers have left.
+    pub max_stream_requests: usize,
 }
 
 impl Default for LimitsConfig {
@@ -71,6 +74,7 @@ impl Default for LimitsConfig {
             body_timeout: Duration::from_secs(30),
             keepalive_interval: Duration::from_secs(60),
             max_concurrent_streams: 4096,
+            max_stream_requests: 64,
         }
     }
 }

@@ -335,6 +335,7 @@ async fn read_body(app: &App, body: Body, limit: usize) -> Result<Bytes, RestErr
         let frame = frame.map_err(|broken| match broken {
             // Not 504: nothing behind this server is late.
             Broken::Paused(error) => RestError { error, status: Some(StatusCode::REQUEST_TIMEOUT) },
+            Broken::Refused(error) => error.into(),
             lost @ Broken::Lost(_) => Error::invalid(lost.to_string()).into(),
         })?;
         let Ok(data) = frame.into_data() else { continue };
