@@ -6,5 +6,6 @@ mod documentation;
 mod lifecycle;
 mod overload;
 mod shutdown;
+mod streams;
 mod support;
 mod swap;
