@@ -22,7 +22,7 @@ use parking_lot::Mutex;
 use tonic::{Request, Response, Status, codec::CompressionEncoding, metadata::MetadataMap, service::Routes};
 
 use super::{
-    App, EXTENSIONS, Record, SERVER_NAME, check_size,
+    App, EXTENSIONS, Record, SERVER_NAME, check_size, classify,
     codec::{self, InferReply},
     deadline, health,
     paced::{Broken, Paced},
@@ -224,8 +224,8 @@ impl Service {
         let outputs = self.app.engine.infer(&mut target, request).await;
         // It may have run on the successor of the version that was found first.
         record.aim(&target);
-        let outputs = outputs?;
         let version = &target.version;
+        let outputs = classify(version, &call.outputs, outputs?)?;
         Ok(codec::encode_proto(&InferReply {
             model: version.name.as_str(),
             version: version.version.as_str(),

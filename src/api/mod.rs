@@ -40,7 +40,8 @@ use codec::NonFinite;
 pub const SERVER_NAME: &str = "tidegate";
 
 /// The protocol extensions that work, as server metadata lists them.
-pub const EXTENSIONS: [&str; 4] = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"];
+pub const EXTENSIONS: [&str; 6] =
+    ["binary_tensor_data", "classification", "model_configuration", "model_repository", "parameters", "statistics"];
 
 /// Bounds of what a client may send, and how slowly.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -198,6 +199,23 @@ pub fn deadline(start: Instant, timeouts: [Option<Duration>; 2]) -> Option<Insta
 
 /// How many times the largest message a request's texts may take in memory.
 const MAX_EXPANSION: usize = 2;
+
+/// Puts the best classes in the place of the outputs that are wanted so.
+fn classify(
+    version: &ModelVersion,
+    requested: &[codec::RequestedOutput],
+    mut outputs: Vec<Tensor>,
+) -> Result<Vec<Tensor>, Error> {
+    // Outputs come in the order in which they were requested; none were when these are all of the model's.
+    for (requested, output) in requested.iter().zip(&mut outputs) {
+        if let Some(count) = requested.classes {
+            let labels = version.labels.get(&output.name).map_or(&[][..], |labels| labels);
+            *output = codec::classify(output, version.counts_rows(&output.name), count, labels)
+                .map_err(|error| error.of_model(version.name.as_str()))?;
+        }
+    }
+    Ok(outputs)
+}
 
 /// Refuses requests that are small on the wire and huge in memory: a `BYTES` element takes many times the bytes of a
 /// short text.

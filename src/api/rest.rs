@@ -21,7 +21,7 @@ use http_body_util::BodyExt;
 use serde_json::json;
 
 use super::{
-    App, EXTENSIONS, Record, SERVER_NAME, check_size,
+    App, EXTENSIONS, Record, SERVER_NAME, check_size, classify,
     codec::{self, Encoded, InferReply, JsonOptions},
     compression::{self, Encoding},
     deadline,
@@ -244,9 +244,9 @@ async fn try_infer(app: &App, named: &Named, request: Request, record: &mut Reco
     let outputs = app.engine.infer(&mut target, request).await;
     // It may have run on the successor of the version that was found first.
     record.aim(&target);
-    let outputs = outputs?;
-
     let version = &target.version;
+    let outputs = classify(version, &call.outputs, outputs?)?;
+
     let reply =
         InferReply { model: version.name.as_str(), version: version.version.as_str(), id: &call.id, outputs: &outputs };
     let options =

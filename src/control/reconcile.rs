@@ -267,6 +267,7 @@ impl Reconciler {
             instances: spec.instances(profile, cores),
             max_batch_size: spec.max_batch_size,
             batching: spec.batching,
+            labels: spec.labels.iter().map(|(output, path)| (output.clone(), found.directory.join(path))).collect(),
             configured_samples: spec.warmup.iter().map(|path| found.directory.join(path)).collect(),
             sample_folders: vec![files.join(local::SAMPLES), found.directory.join(local::SAMPLES)],
             files,

@@ -1,6 +1,9 @@
 //! `ModelSpec`: what one model.toml may say; without one, the graph is the configuration.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -52,6 +55,9 @@ pub struct ModelSpec {
     pub versions: VersionPolicy,
     /// Sample requests (protocol JSON, relative to the model's folder) to warm up with; a failing one fails the load.
     pub warmup: Vec<PathBuf>,
+    /// Files that name an output's classes, one a line: { OUTPUT = "labels.txt" }, relative to the model's folder. A
+    /// change of a *.txt file there loads the model anew.
+    pub labels: BTreeMap<String, PathBuf>,
     /// How the graph runs.
     pub options: Options,
 }
@@ -132,10 +138,12 @@ mod tests {
     fn a_full_file_is_read() {
         let spec = read(
             "instances = 2\nmax_batch_size = 16\nversions = { latest = 2 }\nwarmup = [\"a.json\"]\n\
+             labels = { y = \"y.txt\" }\n\
              [options]\ndevice = \"cuda:1\"\nintra_op_threads = 3\nsession_config = { \"a.b\" = \"1\" }\n",
         )
         .unwrap();
         assert_eq!(spec.options.device, Device::Cuda(1));
+        assert_eq!(spec.labels["y"], Path::new("y.txt"));
         assert_eq!(spec.versions, VersionPolicy::Latest(2));
         assert_eq!(read("versions = \"all\"").unwrap().versions, VersionPolicy::All);
         assert_eq!(read("").unwrap(), ModelSpec::default());

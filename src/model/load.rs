@@ -1,6 +1,7 @@
 //! Loading a version: files to warmed sessions, everything that can fail done before anyone is served.
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -8,6 +9,7 @@ use std::{
 
 use super::{
     Batching,
+    labels::{self, Labels},
     service_time::ServiceTime,
     warmup::{self, Sample},
 };
@@ -32,6 +34,8 @@ pub struct Plan {
     pub max_batch_size: Option<usize>,
     /// `None`: when warm-up proves that it is safe.
     pub batching: Option<bool>,
+    /// Files with the names of classes, by output.
+    pub labels: BTreeMap<String, PathBuf>,
     /// Sample requests the author configured; one that fails, fails the load.
     pub configured_samples: Vec<PathBuf>,
     /// Folders that may hold sample requests.
@@ -48,6 +52,7 @@ pub struct Loaded {
     pub model_file: &'static str,
     pub batching: Batching,
     pub max_batch_size: Option<usize>,
+    pub labels: Labels,
     pub service: ServiceTime,
     pub took: Duration,
 }
@@ -67,6 +72,7 @@ pub fn load(plan: Plan, backends: &Backends, decode: DecodeSample) -> Result<Loa
     for note in &signature.notes {
         tracing::warn!(model = %plan.name, version = %plan.version, "{note}");
     }
+    let labels = labels::read(&plan.labels, &signature).map_err(|error| error.of_model(plan.name.as_str()))?;
     let samples = collect_samples(&plan, &signature, decode)?;
     let rows_limit = plan.max_batch_size.unwrap_or(warmup::MAX_SWEEP_ROWS).min(warmup::MAX_SWEEP_ROWS);
     let warmed = warmup::warm(first.as_mut(), &samples, plan.batching, rows_limit, plan.name.as_str())?;
@@ -82,6 +88,7 @@ pub fn load(plan: Plan, backends: &Backends, decode: DecodeSample) -> Result<Loa
         model_file: backend.file_name(),
         batching: warmed.batching,
         max_batch_size: plan.max_batch_size,
+        labels,
         service: warmed.service,
         took: start.elapsed(),
     })

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 pub mod batcher;
 pub mod catalog;
 mod executor;
+pub mod labels;
 pub mod load;
 pub mod service_time;
 pub mod warmup;
@@ -24,6 +25,7 @@ pub mod warmup;
 use batcher::{Batcher, Cost, Limits, ShapeKey};
 use executor::Queue;
 pub use executor::Refused;
+use labels::Labels;
 use load::Loaded;
 
 use crate::{
@@ -108,6 +110,7 @@ pub struct ModelVersion {
     pub batching: Batching,
     /// Rows one request may have, when its author set a limit.
     pub max_batch_size: Option<usize>,
+    pub labels: Labels,
     pub instances: usize,
     pub load_duration: Duration,
     pub metrics: Arc<VersionMetrics>,
@@ -144,6 +147,7 @@ impl ModelVersion {
             model_file: loaded.model_file,
             batching: loaded.batching,
             max_batch_size: loaded.max_batch_size,
+            labels: loaded.labels,
             instances,
             load_duration: loaded.took,
             metrics,
@@ -242,6 +246,14 @@ impl ModelVersion {
             Code::NotReady,
             format!("model '{}' version '{}' was unloaded before the request could run", self.name, self.version),
         ))
+    }
+
+    /// Whether the first dimension of the output counts rows: in models that have rows it always does, in others
+    /// where the graph leaves it open and has more dimensions behind it.
+    pub fn counts_rows(&self, output: &str) -> bool {
+        let spec = self.signature.outputs.iter().find(|spec| *spec.name == *output);
+        let open = spec.is_some_and(|spec| spec.shape.len() > 1 && spec.shape[0] < 0);
+        self.has_rows || open
     }
 
     /// Requests submitted and not yet answered.
