@@ -38,7 +38,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 const HTTP2_PREFACE: usize = 24;
 const PEEK_INTERVAL: Duration = Duration::from_millis(20);
 /// How long a connection made just before the port closed may take to send something.
-const LAST_CHANCE: Duration = Duration::from_millis(200);
+pub(super) const LAST_CHANCE: Duration = Duration::from_millis(200);
 
 /// How connections of a port speak.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

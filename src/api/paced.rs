@@ -3,7 +3,7 @@
 use std::{
     future::Future,
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -13,7 +13,7 @@ use http_body::Frame;
 use tokio::time::{Instant, Sleep};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
-use super::listen::STREAM_WINDOW;
+use super::listen::{LAST_CHANCE, STREAM_WINDOW};
 use crate::error::{Code, Error};
 
 /// Bytes in front of each gRPC message: whether it is compressed, and its length.
@@ -45,13 +45,14 @@ impl Paced {
     }
 
     /// A body of any number of gRPC messages, between which the sender may take any time. Once `closing` is cancelled
-    /// it ends between two messages: when nothing more is there, or when it has given all that may have been on the
-    /// way at that moment.
+    /// it ends between two messages: when, after a moment for what is on the way, nothing more is there; or when it
+    /// has given as much as can have been sent by then.
     pub(super) fn of_messages(body: Body, limit: Duration, closing: CancellationToken) -> Self {
         let messages = Messages {
             framing: Framing::default(),
             closing: Box::pin(closing.clone().cancelled_owned()),
             token: closing,
+            moment: None,
             last: STREAM_WINDOW as usize,
         };
         Self { body, limit, timer: None, messages: Some(messages) }
@@ -93,7 +94,9 @@ impl http_body::Body for Paced {
         }
         match &mut this.messages {
             Some(messages) if messages.framing.is_between() => {
-                messages.closing.as_mut().poll(context).map(|()| Some(Err(closing())))
+                ready!(messages.closing.as_mut().poll(context));
+                let moment = messages.moment.get_or_insert_with(|| Box::pin(tokio::time::sleep(LAST_CHANCE)));
+                moment.as_mut().poll(context).map(|()| Some(Err(closing())))
             }
             _ => this.poll_pause(context).map(|broken| Some(Err(broken))),
         }
@@ -121,6 +124,8 @@ struct Messages {
     framing: Framing,
     token: CancellationToken,
     closing: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// Runs since the server stopped: for requests that the network still has.
+    moment: Option<Pin<Box<Sleep>>>,
     /// Bytes still to be read once the server stops. What has been sent by then fits into the stream's window.
     last: usize,
 }
@@ -263,7 +268,7 @@ mod tests {
         }
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn when_the_server_stops_what_was_sent_is_read() {
         let closing = CancellationToken::new();
         let (sender, mut body) = fed(&closing);
@@ -272,7 +277,13 @@ mod tests {
         closing.cancel();
         sender.send(message(9)[8..].to_vec()).unwrap();
         assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap().len(), 6, "half of it had been read");
+        let begin = Instant::now();
+        let late = tokio::time::timeout(LAST_CHANCE / 2, body.frame()).await;
+        assert!(late.is_err(), "something may be on its way");
+        sender.send(message(2)).unwrap();
+        assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap().len(), 7);
         assert!(is_closing(&body.frame().await.unwrap().unwrap_err()));
+        assert_eq!(begin.elapsed().as_millis(), LAST_CHANCE.as_millis());
 
         // Whoever keeps on sending is not listened to for ever, and never cut within a message.
         let (sender, mut body) = fed(&closing);

@@ -17,6 +17,15 @@ SENTENCES = np.array(["Where is the station?", "Wo ist der Bahnhof, bitte?"], dt
 A = np.arange(8, dtype=np.int32).reshape(2, 4)
 B = np.full((2, 4), 100, dtype=np.int32)
 
+EXTENSIONS = {
+    "binary_tensor_data",
+    "classification",
+    "model_configuration",
+    "model_repository",
+    "parameters",
+    "statistics",
+}
+
 KIB = 1024
 # Compresses to almost nothing, so that a compressed message cannot be mistaken.
 ZEROS = np.zeros((256, 256), dtype=np.float32)
@@ -42,9 +51,8 @@ class ClientContract:
         metadata = client.describe("get_server_metadata")
         assert metadata["name"] == "tidegate"
         assert metadata["version"][0].isdigit()
-        assert {"binary_tensor_data", "model_configuration", "statistics"} <= set(
-            metadata["extensions"]
-        )
+        assert metadata["extensions"] == sorted(metadata["extensions"])
+        assert EXTENSIONS <= set(metadata["extensions"])
 
     @pytest.mark.parametrize("version", ["", "1"])
     def test_model_metadata(self, client, version):
