@@ -1,13 +1,23 @@
 //! Many requests on one call: in order, side by side, bounded, and each counted once.
 
-use std::time::{Duration, Instant};
+use std::{
+    convert::Infallible,
+    time::{Duration, Instant},
+};
 
+use bytes::Bytes;
+use http_body::Frame;
+use http_body_util::{BodyExt, StreamBody};
+use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+use prost::Message;
 use tidegate::api::pb::{ModelInferRequest, ModelStreamInferResponse};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Code, Request, Status, Streaming};
 
-use crate::support::{Repository, Running, config, eventually, infer_message, message_values, start};
+use crate::support::{HttpClient, Repository, Running, config, eventually, infer_message, message_values, start};
+
+const PATH: &str = "/inference.GRPCInferenceService/ModelStreamInfer";
 
 /// A stream whose requests are sent by hand.
 struct Call {
@@ -38,13 +48,11 @@ impl Call {
     }
 
     async fn next(&mut self) -> Result<Option<ModelStreamInferResponse>, Status> {
-        tokio::time::timeout(Duration::from_secs(20), self.answers.message())
-            .await
-            .expect("no answer within 20 seconds")
+        tokio::time::timeout(Duration::from_secs(20), self.answers.message()).await.unwrap()
     }
 
     async fn answer(&mut self) -> ModelStreamInferResponse {
-        self.next().await.unwrap().expect("the stream has ended")
+        self.next().await.unwrap().unwrap()
     }
 
     /// The next answer must be the right one to the request `id`.
@@ -271,6 +279,34 @@ async fn a_stream_may_rest_between_requests() {
         call.ask("m", id);
         call.expect(id).await;
     }
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_may_not_rest_in_its_middle() {
+    let repository = Repository::with("m", "");
+    let mut hasty = config(&repository);
+    hasty.limits.body_timeout = Duration::from_millis(300);
+    let running = start(&hasty).await;
+    let (sender, receiver) = mpsc::unbounded_channel();
+    let body = StreamBody::new(UnboundedReceiverStream::new(receiver));
+    let client: HttpClient<_> = Client::builder(TokioExecutor::new()).http2_only(true).build_http();
+    let call = http::Request::post(format!("http://{}{PATH}", running.grpc_address))
+        .header("content-type", "application/grpc")
+        .header("te", "trailers");
+    let mut answers = client.request(call.body(body).unwrap()).await.unwrap().into_body();
+
+    let message = infer_message("m", &[1.0]).encode_to_vec();
+    let mut frame = [&[0][..], &(message.len() as u32).to_be_bytes(), &message].concat();
+    frame.extend_from_within(..7);
+    sender.send(Ok::<_, Infallible>(Frame::data(Bytes::from(frame)))).unwrap();
+    assert!(answers.frame().await.unwrap().unwrap().is_data(), "the whole message is answered");
+    let end = answers.frame().await.unwrap().unwrap().into_trailers().unwrap();
+    assert_eq!(end["grpc-status"], "4");
+    assert!(end["grpc-message"].to_str().unwrap().contains("limits.body_timeout"), "{end:?}");
+    let half = r#"tidegate_requests_total{model="",version="",protocol="grpc",code="deadline_exceeded"}"#;
+    assert_eq!(running.metric(half).await, 1.0);
+    drop(sender);
     running.stop().await;
 }
 

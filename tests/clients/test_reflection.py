@@ -1,5 +1,8 @@
 """Calls by clients that know nothing but what the server says of itself."""
 
+import threading
+import time
+
 import grpc
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
@@ -25,15 +28,18 @@ def channel(server):
         yield channel
 
 
-def ask(channel, version, **fields):
-    """The replies to requests that are sent on one stream, each with one of the fields."""
-    method = channel.stream_stream(
+def reflect(channel, version):
+    return channel.stream_stream(
         f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
         request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
         response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
     )
+
+
+def ask(channel, version, **fields):
+    """The replies to requests that are sent on one stream, each with one of the fields."""
     requests = [reflection_pb2.ServerReflectionRequest(**{k: v}) for k, v in fields.items()]
-    return list(method(iter(requests), timeout=TIMEOUT))
+    return list(reflect(channel, version)(iter(requests), timeout=TIMEOUT))
 
 
 def files(channel, version, **fields):
@@ -117,6 +123,23 @@ def test_health_from_the_description_alone(channel, version):
     pool = pool_of(channel, version, HEALTH)
     status, _ = call_by_description(channel, pool, HEALTH, "Check", {"service": "plus"})
     assert status == {"status": "SERVING"}
+
+
+def test_an_open_stream_holds_nothing_up(repository, serve):
+    server = serve(repository.path, config='[shutdown]\ndrain_delay = "0s"\n')
+    done = threading.Event()
+
+    def requests():
+        yield reflection_pb2.ServerReflectionRequest(list_services="")
+        done.wait()
+
+    with connect(server) as channel:
+        replies = reflect(channel, "v1")(requests())
+        assert next(replies).HasField("list_services_response")
+        start = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - start < 10
+        done.set()
 
 
 def test_the_stock_database(channel):

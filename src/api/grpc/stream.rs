@@ -91,8 +91,11 @@ impl Answers {
         }
     }
 
-    /// Starts the requests that are there, as far as there is room.
+    /// Starts the requests that are there, as far as there is room and time.
     fn read(&mut self, context: &mut Context<'_>) {
+        if self.latest.is_some_and(|latest| latest + EDGE_GRACE <= Instant::now()) {
+            return;
+        }
         while self.has_room() {
             let Some(requests) = &mut self.requests else { return };
             match Pin::new(requests).poll_next(context) {
@@ -184,7 +187,8 @@ impl Stream for Answers {
         this.running.pop_front();
         let answer = match joined {
             Ok((answer, _held)) => answer,
-            Err(error) => Err(Error::internal(format!("the request broke down: {error}"))),
+            // It has panicked, which the log tells.
+            Err(_) => Err(Error::internal("the request broke down")),
         };
         Poll::Ready(Some(this.answer(id, answer)))
     }
