@@ -89,7 +89,8 @@ def test_services_are_listed(channel, version):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_several_questions_on_one_stream(channel, version):
-    replies = ask(channel, version, list_services="", file_containing_symbol=f"{INFERENCE}.ModelInfer")
+    symbol = f"{INFERENCE}.ModelInfer"
+    replies = ask(channel, version, list_services="", file_containing_symbol=symbol)
     kinds = [each.WhichOneof("message_response") for each in replies]
     assert kinds == ["list_services_response", "file_descriptor_response"]
 

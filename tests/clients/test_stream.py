@@ -30,7 +30,7 @@ class Stream:
     def __init__(self, server, **more):
         self.client = GRPC.connect(server)
         self.answers = queue.Queue()
-        self.client.raw.start_stream(lambda result, error: self.answers.put((result, error)), **more)
+        self.client.raw.start_stream(self.take, **more)
 
     def __enter__(self):
         return self
@@ -38,6 +38,9 @@ class Stream:
     def __exit__(self, *_):
         self.client.raw.stop_stream(cancel_requests=True)
         self.client.raw.close()
+
+    def take(self, result, error):
+        self.answers.put((result, error))
 
     def ask(self, model, number, **more):
         """Request `number` of a model, which is its input too."""
