@@ -157,7 +157,7 @@ fn refuse_reserved(parameters: &Parameters) -> Result<(), Error> {
     match parameters.keys().find(|name| name.starts_with("triton_") && *name != FINAL_RESPONSE) {
         None => Ok(()),
         Some(name) => Err(Error::invalid(format!(
-            "parameter '{}': names that begin with 'triton_' are reserved, and the only one known is '{FINAL_RESPONSE}'",
+            "parameter '{}': names that begin with 'triton_' are reserved, and only '{FINAL_RESPONSE}' is known",
             shorten(name)
         ))),
     }
