@@ -162,6 +162,7 @@ impl Config {
             ("shared_threads", self.shared_threads.unwrap_or(1)),
             ("load_concurrency", self.load_concurrency.unwrap_or(1)),
             ("limits.max_message_bytes", self.limits.max_message_bytes),
+            ("limits.max_stream_requests", self.limits.max_stream_requests),
             ("queue.max_requests", self.queue.max_requests),
             ("queue.max_bytes", self.queue.max_bytes),
         ];

@@ -23,11 +23,11 @@ const LAYERS: [(u8, &[&str]); 11] = [
 /// The only places (files, or folders and the file of the same name) that may name a foreign crate.
 const HOMES: [(&str, &[&str]); 19] = [
     ("ort", &["backend/onnx"]),
-    ("half", &["backend/onnx", "model/warmup"]),
+    ("half", &["backend/onnx", "model/warmup", "api/codec/classification"]),
     ("prost", &["backend/onnx", "api"]),
     ("tonic", &["api"]),
     ("tonic_health", &["api/health"]),
-    ("tonic_reflection", &["api"]),
+    ("tonic_reflection", &["api/reflection"]),
     ("prost_reflect", &["control/pbtxt"]),
     ("miette", &["control/pbtxt"]),
     ("base64", &["api"]),

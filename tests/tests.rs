@@ -9,6 +9,7 @@ mod lifecycle;
 mod overload;
 mod schedule;
 mod shutdown;
+mod streams;
 mod support;
 mod swap;
 mod uploads;

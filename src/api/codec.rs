@@ -16,6 +16,7 @@ use crate::{
 };
 
 mod binary;
+mod classification;
 mod elements;
 mod envelope;
 mod json;
@@ -25,6 +26,7 @@ mod proto;
 mod tests;
 
 pub use binary::decode_raw;
+pub use classification::classify;
 pub use elements::NonFinite;
 pub use json::{Encoded, JsonOptions, decode_json, encode_json};
 pub use proto::{decode_proto, encode_proto};
@@ -34,6 +36,9 @@ const MAX_RANK: usize = 64;
 
 /// `BYTES` elements to make room for on the word of a shape; the rest must arrive first.
 const RESERVED_STRINGS: usize = 1024;
+
+/// The request's wish for an answer that says that none follows.
+const FINAL_RESPONSE: &str = "triton_enable_empty_final_response";
 
 /// What a caller says beside the tensors, by name.
 pub type Parameters = BTreeMap<String, Parameter>;
@@ -74,6 +79,8 @@ pub struct RequestedOutput {
     pub parameters: Parameters,
     /// The parameter `binary_data`; overrides `InferCall::binary_output` for this output.
     pub binary: Option<bool>,
+    /// How many of the best classes are wanted instead of the values; the parameter `classification`.
+    pub classes: Option<usize>,
 }
 
 /// What goes back.
@@ -126,9 +133,29 @@ impl InferCall {
         let timeout = unsigned(&parameters, "timeout", "a whole number of microseconds, 0 for none")?;
         let timeout = (timeout > 0).then(|| Duration::from_micros(timeout));
         let priority = unsigned(&parameters, "priority", "a whole number, 1 for the most urgent, 0 for the default")?;
+        refuse_reserved(&parameters)?;
         let binary_output = flag(&parameters, "binary_data_output", "the request")?.unwrap_or(false);
         let outputs = requested(outputs)?;
         Ok(Self { id, timeout, priority, parameters, inputs, outputs, binary_output })
+    }
+}
+
+/// Names that the protocol keeps for itself must not pass for the caller's own.
+fn refuse_reserved(parameters: &Parameters) -> Result<(), Error> {
+    if parameters.contains_key("headers") {
+        return Err(Error::new(
+            Code::Unimplemented,
+            "the parameter 'headers' is reserved for headers that are handed on to models, which is not supported",
+        ));
+    }
+    // Every answer of a stream says that it is the final one, whether the request asks for that or not.
+    flag(parameters, FINAL_RESPONSE, "the request")?;
+    match parameters.keys().find(|name| name.starts_with("triton_") && *name != FINAL_RESPONSE) {
+        None => Ok(()),
+        Some(name) => Err(Error::invalid(format!(
+            "parameter '{}': names that begin with 'triton_' are reserved, and only '{FINAL_RESPONSE}' is known",
+            shorten(name)
+        ))),
     }
 }
 
@@ -143,14 +170,17 @@ fn requested(outputs: Vec<(Arc<str>, Parameters)>) -> Result<Vec<RequestedOutput
                 return Err(Error::invalid(format!("{label} is requested twice")));
             }
             refuse_shared_memory(&label, &parameters)?;
-            if parameters.get("classification").is_some_and(Parameter::is_set) {
-                return Err(Error::new(
-                    Code::Unimplemented,
-                    format!("classification is not supported, and {label} asks for it"),
-                ));
-            }
+            let classes = match parameters.get("classification") {
+                None => None,
+                Some(value) => Some(value.as_unsigned().ok_or_else(|| {
+                    let wanted = "a whole number of classes, 0 for the values themselves";
+                    Error::invalid(format!("{label}: parameter 'classification' must be {wanted}"))
+                })?),
+            };
+            // More classes than memory can count are as good as all of them.
+            let classes = classes.filter(|&count| count > 0).map(|count| usize::try_from(count).unwrap_or(usize::MAX));
             let binary = flag(&parameters, "binary_data", &label)?;
-            Ok(RequestedOutput { name, parameters, binary })
+            Ok(RequestedOutput { name, parameters, binary, classes })
         })
         .collect()
 }

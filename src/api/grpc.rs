@@ -4,7 +4,10 @@
 //! deadline with CANCELLED. What tonic itself refuses (broken protobuf, too large, unknown compression) is put into
 //! our own codes at the edge, so both protocols tell one story.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::{
     Router,
@@ -16,14 +19,14 @@ use axum::{
 use http::{HeaderMap, HeaderValue};
 use http_body_util::BodyExt;
 use parking_lot::Mutex;
-use tonic::{Request, Response, Status, codec::CompressionEncoding, service::Routes};
+use tonic::{Request, Response, Status, codec::CompressionEncoding, metadata::MetadataMap, service::Routes};
 
 use super::{
-    App, EXTENSIONS, Record, SERVER_NAME, after, check_size,
+    App, EXTENSIONS, Record, SERVER_NAME, after, check_size, classify,
     codec::{self, InferReply},
     health, log,
     paced::{Broken, Paced},
-    pb, repository, triton, urgency,
+    pb, reflection, repository, triton, urgency,
 };
 use crate::{
     engine,
@@ -33,7 +36,14 @@ use crate::{
 };
 use pb::grpc_inference_service_server::{GrpcInferenceService, GrpcInferenceServiceServer};
 
+mod stream;
+
+use stream::Answers;
+
 const INFER_PATH: &str = "/inference.GRPCInferenceService/ModelInfer";
+/// Calls whose request bodies hold any number of messages, with pauses between them.
+const STREAM_PATHS: [&str; 3] =
+    ["/inference.GRPCInferenceService/ModelStreamInfer", reflection::V1, reflection::V1ALPHA];
 const ENCODING: &str = "grpc-encoding";
 const ACCEPT_ENCODING: &str = "grpc-accept-encoding";
 const GRPC_STATUS: &str = "grpc-status";
@@ -44,7 +54,10 @@ const GRPC_TIMEOUT: &str = "grpc-timeout";
 const EDGE_GRACE: Duration = Duration::from_millis(20);
 
 /// Every gRPC service of the data port.
-pub fn router(app: Arc<App>) -> Router {
+///
+/// # Errors
+/// `Internal` when the protocol's own descriptors cannot be read.
+pub fn router(app: Arc<App>) -> Result<Router, Error> {
     let limit = app.limits.max_message_bytes;
     let inference = GrpcInferenceServiceServer::new(Service { app: app.clone() })
         .max_decoding_message_size(limit)
@@ -53,11 +66,9 @@ pub fn router(app: Arc<App>) -> Router {
         .accept_compressed(CompressionEncoding::Deflate)
         .send_compressed(CompressionEncoding::Gzip)
         .send_compressed(CompressionEncoding::Deflate);
-    Routes::new(inference)
-        .add_service(health::service(app.clone()))
-        .prepare()
-        .into_axum_router()
-        .layer(axum::middleware::from_fn_with_state(app, edge))
+    let routes = Routes::new(inference).add_service(health::service(app.clone()));
+    let routes = reflection::add(routes)?;
+    Ok(routes.prepare().into_axum_router().layer(axum::middleware::from_fn_with_state(app, edge)))
 }
 
 /// The record of a request that no handler has picked up yet.
@@ -76,9 +87,14 @@ async fn edge(State(app): State<Arc<App>>, mut request: HttpRequest, next: Next)
         }
         return Status::from(error).into_http();
     };
-    let deadline = after(std::time::Instant::now(), timeout);
+    let deadline = after(Instant::now(), timeout);
     let limit = app.limits.body_timeout;
-    let mut request = request.map(|body| Body::new(Paced::new(body, limit).map_err(broken)));
+    let streams = STREAM_PATHS.contains(&path.as_str());
+    let pace = |body| match streams {
+        true => Paced::of_messages(body, limit, app.closing.clone()),
+        false => Paced::new(body, limit),
+    };
+    let mut request = request.map(|body| Body::new(pace(body).map_err(broken)));
     let unclaimed: Unclaimed = Arc::new(Mutex::new(record));
     request.extensions_mut().insert(unclaimed.clone());
     let call = next.run(request);
@@ -115,7 +131,12 @@ async fn edge(State(app): State<Arc<App>>, mut request: HttpRequest, next: Next)
 /// Our code for a call that was refused before any handler saw it.
 fn refusal(headers: &HeaderMap) -> Option<Code> {
     let status = headers.get(GRPC_STATUS)?.to_str().ok()?.parse::<i32>().ok()?;
-    match tonic::Code::from_i32(status) {
+    own_code(tonic::Code::from_i32(status))
+}
+
+/// What we call a refusal of tonic's; `None` when it is none.
+fn own_code(code: tonic::Code) -> Option<Code> {
+    match code {
         tonic::Code::Ok => None,
         tonic::Code::OutOfRange | tonic::Code::ResourceExhausted => Some(Code::TooLarge),
         tonic::Code::Internal | tonic::Code::InvalidArgument => Some(Code::InvalidArgument),
@@ -141,7 +162,7 @@ fn answer_in_kind(headers: &mut HeaderMap) {
 /// What tonic shall answer when a body breaks off.
 fn broken(broken: Broken) -> Status {
     match broken {
-        Broken::Paused(error) => error.into(),
+        Broken::Paused(error) | Broken::Refused(error) => error.into(),
         lost @ Broken::Lost(_) => Status::cancelled(lost.to_string()),
     }
 }
@@ -153,6 +174,11 @@ struct Malformed;
 fn timeout(headers: &HeaderMap) -> Result<Option<Duration>, Malformed> {
     let Some(value) = headers.get(GRPC_TIMEOUT) else { return Ok(None) };
     value.to_str().ok().and_then(parse_timeout).map(Some).ok_or(Malformed)
+}
+
+/// When the caller of a call that began at `start` stops waiting; the edge has refused headers that cannot be read.
+fn latest(start: Instant, metadata: &MetadataMap) -> Option<Instant> {
+    after(start, timeout(metadata.as_ref()).unwrap_or_default())
 }
 
 /// Up to eight digits and a unit.
@@ -173,6 +199,7 @@ fn parse_timeout(text: &str) -> Option<Duration> {
     }
 }
 
+#[derive(Clone)]
 struct Service {
     app: Arc<App>,
 }
@@ -182,13 +209,13 @@ impl Service {
         self.app.check_admin(request.metadata().as_ref(), request.extensions())
     }
 
+    /// Answers one request, which the call that carries it wants to have until `latest`.
     async fn infer(
         &self,
-        request: Request<pb::ModelInferRequest>,
+        message: pb::ModelInferRequest,
+        latest: Option<Instant>,
         record: &mut Record,
     ) -> Result<pb::ModelInferResponse, Error> {
-        let grpc_timeout = timeout(request.metadata().as_ref()).unwrap_or_default();
-        let message = request.into_inner();
         record.request_id.clone_from(&message.id);
         let version = Some(message.model_version.as_str());
         let found = self.app.engine.resolve(&message.model_name, version);
@@ -198,13 +225,13 @@ impl Service {
             .and_then(|call| check_size(call, self.app.limits.max_message_bytes))
             .map_err(|error| error.of_model(target.version.name.as_str()))?;
         let names: Vec<Arc<str>> = call.outputs.iter().map(|output| output.name.clone()).collect();
-        let urgency = urgency(record.started(), &call, grpc_timeout);
+        let urgency = urgency(record.started(), &call, latest);
         let request = engine::Request { inputs: call.inputs, outputs: &names, urgency };
         let outputs = self.app.engine.infer(&mut target, request).await;
         // It may have run on the successor of the version that was found first.
         record.aim(&target);
-        let outputs = outputs?;
         let version = &target.version;
+        let outputs = classify(version, &call.outputs, outputs?)?;
         Ok(codec::encode_proto(&InferReply {
             model: version.name.as_str(),
             version: version.version.as_str(),
@@ -263,7 +290,8 @@ impl GrpcInferenceService for Service {
     async fn model_infer(&self, request: Request<pb::ModelInferRequest>) -> Answer<pb::ModelInferResponse> {
         let unclaimed = request.extensions().get::<Unclaimed>().and_then(|unclaimed| unclaimed.lock().take());
         let Some(mut record) = unclaimed else { return Err(Status::internal("the call came in past the edge")) };
-        match self.infer(request, &mut record).await {
+        let latest = latest(record.started(), request.metadata());
+        match self.infer(request.into_inner(), latest, &mut record).await {
             Ok(response) => {
                 record.finish(None);
                 Ok(Response::new(response))
@@ -275,13 +303,13 @@ impl GrpcInferenceService for Service {
         }
     }
 
-    type ModelStreamInferStream = tokio_stream::Empty<Result<pb::ModelStreamInferResponse, Status>>;
+    type ModelStreamInferStream = Answers;
 
     async fn model_stream_infer(
         &self,
-        _: Request<tonic::Streaming<pb::ModelInferRequest>>,
+        request: Request<tonic::Streaming<pb::ModelInferRequest>>,
     ) -> Answer<Self::ModelStreamInferStream> {
-        unimplemented("ModelStreamInfer")
+        Ok(Response::new(Answers::new(self.clone(), request)))
     }
 
     async fn model_config(&self, request: Request<pb::ModelConfigRequest>) -> Answer<pb::ModelConfigResponse> {

@@ -14,6 +14,9 @@ use tonic_health::pb::{
 
 use super::App;
 
+/// The service's own description, for reflection.
+pub const DESCRIPTORS: &[u8] = tonic_health::pb::FILE_DESCRIPTOR_SET;
+
 pub fn service(app: Arc<App>) -> HealthServer<impl Health> {
     HealthServer::new(Service { app })
 }

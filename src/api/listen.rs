@@ -28,7 +28,7 @@ use super::{LimitsConfig, auth::Peer};
 
 const BACKLOG: i32 = 1024;
 /// Room for tensors in flight, per request and per connection.
-const STREAM_WINDOW: u32 = 8 << 20;
+pub(super) const STREAM_WINDOW: u32 = 8 << 20;
 const CONNECTION_WINDOW: u32 = 64 << 20;
 const MAX_FRAME: u32 = 1 << 20;
 /// Connections handed to an I/O runtime that it has not picked up; when full, accepting waits.
@@ -38,7 +38,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 const HTTP2_PREFACE: usize = 24;
 const PEEK_INTERVAL: Duration = Duration::from_millis(20);
 /// How long a connection made just before the port closed may take to send something.
-const LAST_CHANCE: Duration = Duration::from_millis(200);
+pub(super) const LAST_CHANCE: Duration = Duration::from_millis(200);
 
 /// How connections of a port speak.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

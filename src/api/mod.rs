@@ -33,6 +33,7 @@ mod message;
 pub mod ops;
 mod paced;
 pub mod pb;
+mod reflection;
 mod repository;
 pub mod rest;
 pub mod status;
@@ -45,12 +46,14 @@ use codec::NonFinite;
 pub const SERVER_NAME: &str = "tidegate";
 
 /// The protocol extensions that work, as server metadata lists them.
-pub const EXTENSIONS: [&str; 7] = [
+pub const EXTENSIONS: [&str; 9] = [
     "binary_tensor_data",
+    "classification",
     "logging",
     "model_configuration",
     "model_repository",
     "model_repository(unload_dependents)",
+    "parameters",
     "schedule_policy",
     "statistics",
 ];
@@ -75,6 +78,8 @@ pub struct LimitsConfig {
     pub keepalive_interval: Duration,
     /// Requests that one HTTP/2 connection may have open.
     pub max_concurrent_streams: u32,
+    /// Requests of one ModelStreamInfer call that run side by side; the next ones are read when answers have left.
+    pub max_stream_requests: usize,
 }
 
 impl Default for LimitsConfig {
@@ -85,6 +90,7 @@ impl Default for LimitsConfig {
             body_timeout: Duration::from_secs(30),
             keepalive_interval: Duration::from_secs(60),
             max_concurrent_streams: 4096,
+            max_stream_requests: 64,
         }
     }
 }
@@ -213,9 +219,9 @@ impl Drop for Record {
     }
 }
 
-/// What a call that arrived at `start` says of its hurry, beside the patience of its transport.
-pub fn urgency(start: Instant, call: &codec::InferCall, transport: Option<Duration>) -> Urgency {
-    Urgency { priority: call.priority, deadline: after(start, transport), timeout: after(start, call.timeout) }
+/// What a call that arrived at `start` says of its hurry; its transport gives it up at `deadline`.
+pub fn urgency(start: Instant, call: &codec::InferCall, deadline: Option<Instant>) -> Urgency {
+    Urgency { priority: call.priority, deadline, timeout: after(start, call.timeout) }
 }
 
 /// The end of a timeout; none when it lies beyond all time.
@@ -225,6 +231,23 @@ pub fn after(start: Instant, timeout: Option<Duration>) -> Option<Instant> {
 
 /// How many times the largest message a request's texts may take in memory.
 const MAX_EXPANSION: usize = 2;
+
+/// Puts the best classes in the place of the outputs that are wanted so.
+fn classify(
+    version: &ModelVersion,
+    requested: &[codec::RequestedOutput],
+    mut outputs: Vec<Tensor>,
+) -> Result<Vec<Tensor>, Error> {
+    // Outputs come in the order in which they were requested; none were when these are all of the model's.
+    for (requested, output) in requested.iter().zip(&mut outputs) {
+        if let Some(count) = requested.classes {
+            let labels = version.labels.get(&output.name).map_or(&[][..], |labels| labels);
+            *output = codec::classify(output, version.counts_rows(&output.name), count, labels)
+                .map_err(|error| error.of_model(version.name.as_str()))?;
+        }
+    }
+    Ok(outputs)
+}
 
 /// Refuses requests that are small on the wire and huge in memory: a `BYTES` element takes many times the bytes of a
 /// short text.

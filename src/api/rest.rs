@@ -21,7 +21,7 @@ use http_body_util::BodyExt;
 use serde_json::json;
 
 use super::{
-    App, EXTENSIONS, Record, SERVER_NAME, check_size,
+    App, EXTENSIONS, Record, SERVER_NAME, after, check_size, classify,
     codec::{self, Encoded, InferReply, JsonOptions},
     compression::{self, Encoding},
     log,
@@ -227,14 +227,14 @@ async fn try_infer(app: &App, named: &Named, request: Request, record: &mut Reco
     }
 
     let names: Vec<Arc<str>> = call.outputs.iter().map(|output| output.name.clone()).collect();
-    let urgency = urgency(record.started(), &call, waits);
+    let urgency = urgency(record.started(), &call, after(record.started(), waits));
     let request = engine::Request { inputs: call.inputs, outputs: &names, urgency };
     let outputs = app.engine.infer(&mut target, request).await;
     // It may have run on the successor of the version that was found first.
     record.aim(&target);
-    let outputs = outputs?;
-
     let version = &target.version;
+    let outputs = classify(version, &call.outputs, outputs?)?;
+
     let reply =
         InferReply { model: version.name.as_str(), version: version.version.as_str(), id: &call.id, outputs: &outputs };
     let options =
@@ -323,6 +323,7 @@ pub(super) async fn read_body(app: &App, body: Body, limit: usize) -> Result<Byt
         let frame = frame.map_err(|broken| match broken {
             // Not 504: nothing behind this server is late.
             Broken::Paused(error) => RestError { error, status: Some(StatusCode::REQUEST_TIMEOUT) },
+            Broken::Refused(error) => error.into(),
             lost @ Broken::Lost(_) => Error::invalid(lost.to_string()).into(),
         })?;
         let Ok(data) = frame.into_data() else { continue };

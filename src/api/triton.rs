@@ -99,6 +99,7 @@ pub fn config(version: &ModelVersion, policy: &VersionPolicy) -> pb::ModelConfig
         data_type: config_type(spec.dtype).into(),
         dims: config_dims(version, &spec.shape),
         reshape: reshape(version, &interface.outputs, spec),
+        label_filename: label_file(version, spec),
         ..Default::default()
     };
     pb::ModelConfig {
@@ -130,6 +131,12 @@ fn reshape(version: &ModelVersion, declared: &[Declaration], spec: &TensorSpec) 
     let declared = declared.iter().find(|declared| declared.name == *spec.name)?;
     let shape = declared.reshape.as_ref()?;
     Some(pb::ModelTensorReshape { shape: config_dims(version, shape) })
+}
+
+/// The name of the file with an output's labels; empty when there is none.
+fn label_file(version: &ModelVersion, spec: &TensorSpec) -> String {
+    let name = version.label_files.get(&*spec.name).and_then(|path| path.file_name());
+    name.map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
 fn dynamic_batching(schedule: &Schedule) -> pb::ModelDynamicBatching {

@@ -305,6 +305,7 @@ impl Reconciler {
             max_batch_size: spec.max_batch_size,
             batching: spec.batching,
             schedule: spec.queue,
+            labels: spec.labels.iter().map(|(output, path)| (output.clone(), found.directory.join(path))).collect(),
             configured_samples: spec.warmup.iter().map(|path| found.directory.join(path)).collect(),
             described_samples: (spec.warmup_requests, found.directory.join(local::SAMPLES)),
             sample_folders: vec![files.join(local::SAMPLES), found.directory.join(local::SAMPLES)],

@@ -1,6 +1,9 @@
 //! `ModelSpec`: what one model.toml may say; without one, the graph is the configuration.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -61,6 +64,9 @@ pub struct ModelSpec {
     pub warmup_requests: Vec<DescribedRequest>,
     /// How requests wait for their run.
     pub queue: Schedule,
+    /// Files that name an output's classes, one a line: { OUTPUT = "labels.txt" }, relative to the model's folder. A
+    /// change of a *.txt file there loads the model anew.
+    pub labels: BTreeMap<String, PathBuf>,
     /// How the graph runs.
     pub options: Options,
     /// What operators should know of the file, such as fields that have no effect here.
@@ -243,11 +249,14 @@ mod tests {
     fn a_full_file_is_read() {
         let spec = read(
             "instances = 2\nmax_batch_size = 16\nversions = { latest = 2 }\nwarmup = [\"a.json\"]\n\
+             labels = { y = \"y.txt\" }\n\
              [queue]\nmax_delay = \"2ms\"\npriority_levels = 2\ndefault_priority = 2\n\
-             [queue.priority.1]\nmax_size = 9\n[options]\ndevice = \"cuda:1\"\nintra_op_threads = 3\nsession_config = { \"a.b\" = \"1\" }\n",
+             [queue.priority.1]\nmax_size = 9\n\
+             [options]\ndevice = \"cuda:1\"\nintra_op_threads = 3\nsession_config = { \"a.b\" = \"1\" }\n",
         )
         .unwrap();
         assert_eq!(spec.options.device, Device::Cuda(1));
+        assert_eq!(spec.labels["y"], Path::new("y.txt"));
         assert_eq!(spec.versions, VersionPolicy::Latest(2));
         assert_eq!((spec.queue.max_delay, spec.queue.levels()[0].max_size), (Duration::from_millis(2), 9));
         assert_eq!(read("versions = \"all\"").unwrap().versions, VersionPolicy::All);

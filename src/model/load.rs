@@ -1,6 +1,7 @@
 //! Loading a version: files to warmed sessions, everything that can fail done before anyone is served.
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -8,6 +9,7 @@ use std::{
 
 use super::{
     Batching,
+    labels::{self, Labels},
     schedule::Schedule,
     service_time::ServiceTime,
     warmup::{self, Sample, Wanted, described::DescribedRequest},
@@ -44,6 +46,8 @@ pub struct Plan {
     /// `None`: when warm-up proves that it is safe.
     pub batching: Option<bool>,
     pub schedule: Schedule,
+    /// Files with the names of classes, by output.
+    pub labels: BTreeMap<String, PathBuf>,
     /// Sample requests the author configured; one that fails, fails the load.
     pub configured_samples: Vec<PathBuf>,
     /// Sample requests the author described, and the folder of their files; they count as configured.
@@ -69,6 +73,8 @@ pub struct Loaded {
     pub batching: Batching,
     pub max_batch_size: Option<usize>,
     pub schedule: Schedule,
+    pub labels: Labels,
+    pub label_files: BTreeMap<String, PathBuf>,
     pub service: ServiceTime,
     pub took: Duration,
 }
@@ -93,6 +99,7 @@ pub fn load(plan: Plan, backends: &Backends, decode: DecodeSample) -> Result<Loa
     for note in &signature.notes {
         tracing::warn!(model = %plan.name, version = %plan.version, "{note}");
     }
+    let labels = labels::read(&plan.labels, &signature).map_err(|error| error.of_model(plan.name.as_str()))?;
     let samples = collect_samples(&plan, &signature, decode)?;
     let rows_limit = plan.max_batch_size.unwrap_or(warmup::MAX_SWEEP_ROWS).min(warmup::MAX_SWEEP_ROWS);
     let wanted = Wanted { batching: plan.batching, limit: rows_limit, sizes: &plan.schedule.preferred_batch_sizes };
@@ -113,6 +120,8 @@ pub fn load(plan: Plan, backends: &Backends, decode: DecodeSample) -> Result<Loa
         batching: warmed.batching,
         max_batch_size: plan.max_batch_size,
         schedule: plan.schedule,
+        labels,
+        label_files: plan.labels,
         service: warmed.service,
         took: start.elapsed(),
     })

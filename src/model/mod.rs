@@ -1,6 +1,8 @@
 //! A model in memory: its versions from load to unload, its queue, and the threads that run it.
 
 use std::{
+    collections::BTreeMap,
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -17,6 +19,7 @@ use serde::{Deserialize, Serialize};
 pub mod batcher;
 pub mod catalog;
 mod executor;
+pub mod labels;
 pub mod load;
 pub mod schedule;
 pub mod service_time;
@@ -25,6 +28,7 @@ pub mod warmup;
 use batcher::{Batcher, Cost, Limits, ShapeKey};
 pub use executor::Refused;
 use executor::{Queue, Ticket};
+use labels::Labels;
 use load::Loaded;
 use schedule::{Level, Place, Schedule, TimeoutAction, Urgency};
 
@@ -119,6 +123,9 @@ pub struct ModelVersion {
     pub schedule: Schedule,
     /// What the schedule says of each level of priority.
     levels: Vec<Level>,
+    pub labels: Labels,
+    /// Where the labels came from, by output.
+    pub label_files: BTreeMap<String, PathBuf>,
     pub instances: usize,
     pub load_duration: Duration,
     pub metrics: Arc<VersionMetrics>,
@@ -160,6 +167,8 @@ impl ModelVersion {
             max_batch_size: loaded.max_batch_size,
             levels: loaded.schedule.levels(),
             schedule: loaded.schedule,
+            labels: loaded.labels,
+            label_files: loaded.label_files,
             instances,
             load_duration: loaded.took,
             metrics,
@@ -283,6 +292,14 @@ impl ModelVersion {
             Code::NotReady,
             format!("model '{}' version '{}' was unloaded before the request could run", self.name, self.version),
         ))
+    }
+
+    /// Whether the first dimension of the output counts rows: in models that have rows it always does, in others
+    /// where the graph leaves it open and has more dimensions behind it.
+    pub fn counts_rows(&self, output: &str) -> bool {
+        let spec = self.signature.outputs.iter().find(|spec| *spec.name == *output);
+        let open = spec.is_some_and(|spec| spec.shape.len() > 1 && spec.shape[0] < 0);
+        self.has_rows || open
     }
 
     /// Requests submitted and not yet answered.

@@ -144,7 +144,7 @@ pub fn scan_model(directory: &Path, is_model: &impl Fn(&str) -> bool) -> io::Res
 }
 
 /// The fingerprint of a version whose files lie in `files`, in the model folder `model`: of these files, and of the
-/// settings and sample requests beside the versions.
+/// settings, labels and sample requests beside the versions.
 ///
 /// # Errors
 /// When something cannot be read for a reason that may pass.
@@ -153,7 +153,7 @@ pub fn fingerprint(files: &Path, model: &Path) -> io::Result<Fingerprint> {
     collect(files, 0, &mut paths)?;
     for path in list(model)? {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        if [MODEL_FILE, TRITON_FILE, SAMPLES].contains(&name) || name.ends_with(".json") {
+        if [MODEL_FILE, TRITON_FILE, SAMPLES].contains(&name) || name.ends_with(".json") || name.ends_with(".txt") {
             collect(&path, 0, &mut paths)?;
         }
     }
@@ -259,13 +259,13 @@ mod tests {
     }
 
     #[test]
-    fn settings_and_samples_are_part_of_every_fingerprint() {
+    fn settings_labels_and_samples_are_part_of_every_fingerprint() {
         let root = tempfile::tempdir().unwrap();
         write(root.path(), "m/1/model.onnx", "");
         let look = || scan(root.path(), |_| true).unwrap()["m"].versions[0].fingerprint;
         let mut before = look();
         assert_eq!(before, look());
-        for file in ["m/model.toml", "m/warmup/a.json", "m/1/weights.bin"] {
+        for file in ["m/model.toml", "m/labels.txt", "m/warmup/a.json", "m/1/weights.bin"] {
             write(root.path(), file, "x");
             assert_ne!(before, look(), "{file}");
             before = look();

@@ -5,7 +5,7 @@ rest.json    calls of REST paths
 json.json    infer bodies that are JSON, or are not
 binary.json  infer bodies with headers: binary tensors, compression, limits
 grpc.json    calls of gRPC methods
-frames.json  calls that no gRPC library would make
+frames.json  calls that no gRPC library would make, unary and on a stream
 
 A case says which `code` it must get; one table tells what that is over each protocol.
 `error_contains` are expressions that the message must match, `reply` is a part of the reply
@@ -33,6 +33,7 @@ from wire import CODES, TIMEOUT, call, call_frame, frame
 LIMIT = 1 << 20
 CASES = Path(__file__).resolve().parent / "conformance"
 INFER_METHOD = "inference.GRPCInferenceService/ModelInfer"
+STREAM_METHOD = "inference.GRPCInferenceService/ModelStreamInfer"
 
 
 def cases(file):
@@ -190,11 +191,13 @@ def call_method(server, name, request):
         return method(request, timeout=TIMEOUT)
 
 
+@pytest.mark.parametrize("method", [INFER_METHOD, STREAM_METHOD])
 @cases("frames.json")
-def test_frames(server, case):
+def test_frames(server, case, method):
     sent = build(case["bytes"]) if "bytes" in case else framed(case)
-    method = case.get("method", INFER_METHOD)
-    reply = call_frame(server.grpc, method, sent, case.get("headers"))
+    if method == STREAM_METHOD and "stream_code" in case:
+        case = case | {"code": case["stream_code"]}
+    reply = call_frame(server.grpc, case.get("method", method), sent, case.get("headers"))
     expect(case, reply.status, reply.error)
     expect_headers(case, reply.headers)
     if "reply_flag" in case:

@@ -90,6 +90,7 @@ input [ { name: "bias" data_type: TYPE_FP32 dims: [ -1, 1 ] optional: true } ]
 
 NAMED_FILE = """
 default_model_filename: "net.onnx"
+output [ { name: "y" label_filename: "classes.txt" } ]
 optimization { graph { level: -1 } execution_accelerators { cpu_execution_accelerator [ { name: "openvino" } ] } }
 parameters { key: "intra_op_thread_count" value: { string_value: "1" } }
 parameters { key: "execution_mode" value: { string_value: "1" } }
@@ -137,7 +138,8 @@ def triton(tmp_path_factory):
     repository.triton("unbatched", identity("FP32", ["rows", 3]), UNBATCHED)
     repository.triton("reshaped", flat(), RESHAPED)
     repository.triton("optional", with_default(), OPTIONAL)
-    repository.triton("named_file", identity("FP32"), NAMED_FILE, file="net.onnx")
+    labels = {"classes.txt": b"cat\ndog\n"}
+    repository.triton("named_file", identity("FP32"), NAMED_FILE, file="net.onnx", more=labels)
     repository.triton("in_a_folder", identity("FP32"), "", file="model.onnx/model.onnx")
     for name, (config, graph, _) in FAILING.items():
         repository.triton(name, graph, config)
@@ -187,7 +189,9 @@ def test_the_configuration_comes_back(triton, kit):
         reshaped = config_of(client, "reshaped")
         assert [int(size) for size in reshaped["output"][0]["dims"]] == [1, 1]
         assert reshaped["input"][0]["reshape"].get("shape", []) == []
-        assert config_of(client, "named_file")["default_model_filename"] == "net.onnx"
+        named = config_of(client, "named_file")
+        assert named["default_model_filename"] == "net.onnx"
+        assert named["output"][0]["label_filename"] == "classes.txt"
         assert config_of(client, "optional")["input"][1]["optional"] is True
 
 
@@ -234,6 +238,15 @@ def test_the_file_may_have_another_place(triton, name):
     x = np.float32([[1, 2]])
     with HTTP.connect(triton) as client:
         assert np.array_equal(client.infer(name, {"x": x}).as_numpy("y"), x)
+
+
+@pytest.mark.parametrize("kit", KITS, ids=lambda kit: f"{kit.port}-{kit.asynchronous}")
+def test_classes_have_the_names_in_the_label_file(triton, kit):
+    with kit.connect(triton) as client:
+        wanted = [kit.package.InferRequestedOutput("y", class_count=1)]
+        given = [client.input("x", np.float32([[1, 2]]))]
+        answer = client.raw.infer("named_file", given, outputs=wanted)
+        assert answer.as_numpy("y").tolist() == [[b"2.000000:1:dog"]]
 
 
 def test_what_has_no_effect_is_said(triton):

@@ -254,10 +254,10 @@ fn features_that_are_not_here_are_refused() {
     for (place, parameters, message) in [
         ("input", r#"{"shared_memory_region":"r","shared_memory_byte_size":1}"#, "input 'x'"),
         ("output", r#"{"shared_memory_region":"r"}"#, "shared memory is not supported, and output 'y'"),
-        ("output", r#"{"classification":3}"#, "classification is not supported, and output 'y'"),
         ("request", r#"{"sequence_id":7}"#, "sequence batching is not supported"),
         ("request", r#"{"sequence_id":"s"}"#, "'sequence_id'"),
         ("request", r#"{"sequence_start":true}"#, "'sequence_start'"),
+        ("request", r#"{"headers":"a: b"}"#, "'headers' is reserved"),
     ] {
         let error = with(place, parameters).unwrap_err();
         assert_eq!(error.code, Code::Unimplemented, "{parameters}");
@@ -269,7 +269,19 @@ fn features_that_are_not_here_are_refused() {
     ] {
         assert_eq!(with("request", parameters).unwrap().timeout, None);
     }
-    assert!(with("output", r#"{"classification":0}"#).is_ok());
+    for (count, classes) in [("0", None), ("3", Some(3)), ("18446744073709551615", Some(usize::MAX))] {
+        let call = with("output", &format!(r#"{{"classification":{count}}}"#)).unwrap();
+        assert_eq!(call.outputs[0].classes, classes);
+    }
+    for count in ["-1", "1.5", "2.0", r#""3""#, "true"] {
+        let error = with("output", &format!(r#"{{"classification":{count}}}"#)).unwrap_err();
+        assert_eq!(error.code, Code::InvalidArgument);
+        assert!(error.message.contains("output 'y': parameter 'classification' must be a whole number"), "{error}");
+    }
+    assert!(with("request", r#"{"triton_enable_empty_final_response":true}"#).is_ok());
+    for parameters in [r#"{"triton_enable_empty_final_response":1}"#, r#"{"triton_other":true}"#] {
+        assert_eq!(with("request", parameters).unwrap_err().code, Code::InvalidArgument, "{parameters}");
+    }
 }
 
 #[test]
@@ -320,7 +332,12 @@ fn replies_are_written_exactly() {
         tensor("e", DType::Int64, &[0], plain::<8>(&[])),
     ];
     let reply = InferReply { model: "m", version: "7", id: "i", outputs: &outputs };
-    let wants = |name: &str, binary| RequestedOutput { name: name.into(), parameters: Parameters::new(), binary };
+    let wants = |name: &str, binary| RequestedOutput {
+        name: name.into(),
+        parameters: Parameters::new(),
+        binary,
+        classes: None,
+    };
     let requested = [wants("h", Some(true)), wants("f", None)];
     let options = JsonOptions { requested: &requested, binary_output: false, non_finite: NonFinite::Literal };
     let encoded = encode_json(&reply, &options).unwrap();

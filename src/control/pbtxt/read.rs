@@ -1,6 +1,6 @@
 //! From the fields of Triton's model configuration to a `ModelSpec`.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -105,6 +105,7 @@ struct IoTensor {
     dims: Vec<i64>,
     reshape: Option<Reshape>,
     optional: bool,
+    label_filename: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -218,6 +219,9 @@ impl ModelConfig {
         let declare = |list: Vec<IoTensor>, kind: &str| {
             list.into_iter().map(|tensor| tensor.declare(kind, batch > 0)).collect::<Result<Vec<_>, _>>()
         };
+        let label_file =
+            |output: &IoTensor| Some((output.name.clone(), PathBuf::from(output.label_filename.as_ref()?)));
+        let labels = self.output.iter().filter_map(label_file).collect();
         let mut options = Options::default();
         for (key, value) in &self.parameters {
             if !parameter(&mut options, key, &value.string_value)? {
@@ -241,6 +245,7 @@ impl ModelConfig {
             max_batch_size: (batch > 0).then_some(batch),
             batching: if batch > 0 { Some(true) } else { (!complete).then_some(false) },
             versions: versions(self.version_policy),
+            labels,
             queue: self.dynamic_batching.map(DynamicBatching::schedule).transpose()?.unwrap_or_default(),
             warmup_requests: self.model_warmup.into_iter().map(Warmup::describe).collect::<Result<_, _>>()?,
             options,

@@ -34,7 +34,7 @@ input [
 ]
 output # the classes
 [
-  { name: "label" data_type: TYPE_STRING dims: [ -1 ] }
+  { name: "label" data_type: TYPE_STRING dims: [ -1 ] label_filename: "classes.txt" }
 ]
 version_policy: { specific { versions: [ 1, 3 ] } }
 instance_group [ { count: 2 kind: KIND_CPU rate_limiter { priority: 1 } } ]
@@ -99,6 +99,7 @@ fn everything_that_is_honoured_is_read() {
     assert_eq!(spec.inputs, [image, scale]);
     assert_eq!(spec.outputs[0].datatype, Some(DType::Bytes));
     assert_eq!(spec.outputs[0].shape, Some(vec![-1, -1]));
+    assert_eq!(spec.labels["label"], std::path::Path::new("classes.txt"));
     assert_eq!(spec.versions, VersionPolicy::Specific(vec!["1".into(), "3".into()]));
     assert_eq!(spec.instance_group, [InstanceGroup { count: Some(2), kind: DeviceKind::Cpu, gpus: vec![] }]);
     let Options { device, optimization, intra_op_threads, inter_op_threads, parallel, .. } = spec.options;

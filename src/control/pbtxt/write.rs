@@ -1,6 +1,6 @@
 //! From a `ModelSpec` to the fields of Triton's model configuration.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::PathBuf};
 
 use serde_json::{Map, Value, json};
 
@@ -25,7 +25,7 @@ pub(super) fn fields(spec: &ModelSpec) -> (Value, Vec<&'static str>) {
     set("default_model_filename", spec.file_name.clone().map(Value::from));
     set("max_batch_size", spec.max_batch_size.filter(|_| batched).map(Value::from));
     set("input", list(&spec.inputs, |declared| tensor(declared, batched)));
-    set("output", list(&spec.outputs, |declared| tensor(declared, batched)));
+    set("output", list(&spec.outputs, |declared| output(declared, batched, spec.labels.get(&declared.name))));
     set("version_policy", policy(&spec.versions));
     set("dynamic_batching", (spec.queue != Schedule::default()).then(|| dynamic_batching(&spec.queue)));
     set("instance_group", list(&groups(spec), group));
@@ -40,6 +40,7 @@ pub(super) fn fields(spec: &ModelSpec) -> (Value, Vec<&'static str>) {
         ("batching", spec.batching == Some(false) && spec.inputs.is_empty() && spec.outputs.is_empty()),
         ("batching", spec.batching.is_none() && !(spec.inputs.is_empty() && spec.outputs.is_empty())),
         ("max_batch_size", spec.max_batch_size.is_some() && !batched),
+        ("labels", spec.labels.keys().any(|name| !spec.outputs.iter().any(|output| output.name == *name))),
         ("warmup", !spec.warmup.is_empty()),
         ("options.share_prepacked_weights", spec.options.share_prepacked_weights.is_some()),
         ("options.optimized_model", spec.options.optimized_model.is_some()),
@@ -69,6 +70,14 @@ fn tensor(declared: &Declaration, batched: bool) -> Value {
         tensor["optional"] = true.into();
     }
     tensor
+}
+
+fn output(declared: &Declaration, batched: bool, labels: Option<&PathBuf>) -> Value {
+    let mut output = tensor(declared, batched);
+    if let Some(file) = labels {
+        output["label_filename"] = file.display().to_string().into();
+    }
+    output
 }
 
 fn type_name(datatype: DType) -> String {

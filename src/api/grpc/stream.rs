@@ -1,0 +1,233 @@
+//! `ModelStreamInfer`: any number of requests on one call, each answered once, in the order they came.
+//!
+//! Up to `limits.max_stream_requests` requests of a stream run side by side, as long as they and the answers that are
+//! ready hold no more than `limits.max_message_bytes`; then nothing is read until an answer has left. The connection
+//! pulls the answers, so a client that reads none is not read from either, and flow control makes it wait.
+//!
+//! A request that fails says so in its place and the stream goes on, unless the client asked for the stream to end
+//! with the first failure (`triton_grpc_error: true`). What cannot be read as a request always ends the stream, after
+//! the answers to the requests before it.
+
+use std::{
+    collections::VecDeque,
+    future::Future,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll},
+    time::Instant,
+};
+
+use http::HeaderMap;
+use prost::Message;
+use tokio::time::Sleep;
+use tokio_stream::Stream;
+use tokio_util::task::AbortOnDropHandle;
+use tonic::{Request, Status, Streaming};
+
+use super::{EDGE_GRACE, Service, latest, own_code};
+use crate::{
+    api::{
+        Record,
+        pb::{
+            InferParameter, ModelInferRequest, ModelInferResponse, ModelStreamInferResponse,
+            infer_parameter::ParameterChoice,
+        },
+        status,
+    },
+    error::{Code, Error},
+    metrics::Protocol,
+};
+
+/// The metadata key that asks for failures as the status of the call.
+const ERRORS_END_THE_STREAM: &str = "triton_grpc_error";
+
+/// The parameter of an answer that none follows to its request.
+const FINAL: &str = "triton_final_response";
+
+/// The answers to a stream of requests.
+pub(super) struct Answers {
+    service: Service,
+    /// What the call began with, for the records of its requests.
+    headers: HeaderMap,
+    /// `None` when there are no more.
+    requests: Option<Streaming<ModelInferRequest>>,
+    /// Oldest first. Dropping one gives it up.
+    running: VecDeque<Running>,
+    /// Bytes of the requests that run and of the answers that are ready.
+    held: Arc<AtomicUsize>,
+    /// When the client stops waiting.
+    latest: Option<Instant>,
+    /// A little later, so that requests that are late can say so themselves.
+    end_of_time: Option<Pin<Box<Sleep>>>,
+    errors_end_the_stream: bool,
+    /// What the stream ends with once everything is answered.
+    end: Option<Status>,
+}
+
+/// A request on its way.
+struct Running {
+    id: String,
+    answer: AbortOnDropHandle<(Result<ModelInferResponse, Error>, Held)>,
+}
+
+impl Answers {
+    pub(super) fn new(service: Service, request: Request<Streaming<ModelInferRequest>>) -> Self {
+        let (metadata, _, requests) = request.into_parts();
+        let latest = latest(Instant::now(), &metadata);
+        let asked = metadata.get(ERRORS_END_THE_STREAM);
+        Self {
+            service,
+            requests: Some(requests),
+            running: VecDeque::new(),
+            held: Arc::default(),
+            latest,
+            end_of_time: latest.map(|latest| Box::pin(tokio::time::sleep_until((latest + EDGE_GRACE).into()))),
+            errors_end_the_stream: asked.is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"true")),
+            end: None,
+            headers: metadata.into_headers(),
+        }
+    }
+
+    /// Starts the requests that are there, as far as there is room and time.
+    fn read(&mut self, context: &mut Context<'_>) {
+        if self.latest.is_some_and(|latest| latest + EDGE_GRACE <= Instant::now()) {
+            return;
+        }
+        while self.has_room() {
+            let Some(requests) = &mut self.requests else { return };
+            match Pin::new(requests).poll_next(context) {
+                Poll::Pending => return,
+                Poll::Ready(Some(Ok(message))) => self.start(message),
+                Poll::Ready(Some(Err(status))) => return self.stop_reading(&status),
+                Poll::Ready(None) => self.requests = None,
+            }
+        }
+    }
+
+    /// One request may always run, however large it is.
+    fn has_room(&self) -> bool {
+        let limits = &self.service.app.limits;
+        self.running.is_empty()
+            || (self.running.len() < limits.max_stream_requests
+                && self.held.load(Ordering::Relaxed) < limits.max_message_bytes)
+    }
+
+    fn start(&mut self, message: ModelInferRequest) {
+        let mut record = Record::start(&self.service.app, Protocol::Grpc, &self.headers);
+        let id = message.id.clone();
+        let mut held = Held::new(&self.held, message.encoded_len());
+        let (service, latest) = (self.service.clone(), self.latest);
+        let answer = AbortOnDropHandle::new(tokio::spawn(async move {
+            let answer = service.infer(message, latest, &mut record).await;
+            held.change(answer.as_ref().map_or(0, Message::encoded_len));
+            record.finish(answer.as_ref().err().map(|error| error.code));
+            (answer, held)
+        }));
+        self.running.push_back(Running { id, answer });
+    }
+
+    /// The stream will end with what was wrong with the body.
+    fn stop_reading(&mut self, refused: &Status) {
+        self.requests = None;
+        let code = own_code(refused.code()).unwrap_or(Code::Internal);
+        // That the server stops is no request that failed.
+        if code != Code::NotReady {
+            Record::start(&self.service.app, Protocol::Grpc, &self.headers).finish(Some(code));
+        }
+        self.end = Some(Status::new(status::grpc(code), refused.message()));
+    }
+
+    fn answer(
+        &mut self,
+        id: String,
+        answer: Result<ModelInferResponse, Error>,
+    ) -> Result<ModelStreamInferResponse, Status> {
+        let (error_message, mut response) = match answer {
+            Ok(response) => (String::new(), response),
+            Err(error) if self.errors_end_the_stream => {
+                self.give_up();
+                return Err(error.into());
+            }
+            Err(error) => (error.message, ModelInferResponse { id, ..ModelInferResponse::default() }),
+        };
+        let last = InferParameter { parameter_choice: Some(ParameterChoice::BoolParam(true)) };
+        response.parameters.insert(FINAL.to_owned(), last);
+        Ok(ModelStreamInferResponse { error_message, infer_response: Some(response) })
+    }
+
+    /// Nothing more is read or answered.
+    fn give_up(&mut self) {
+        self.requests = None;
+        self.running.clear();
+        self.end = None;
+        self.end_of_time = None;
+    }
+}
+
+impl Stream for Answers {
+    type Item = Result<ModelStreamInferResponse, Status>;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
+        this.read(context);
+        let Some(oldest) = this.running.front_mut() else {
+            if this.requests.is_none() {
+                this.end_of_time = None;
+                return Poll::Ready(this.end.take().map(Err));
+            }
+            return this.poll_end_of_time(context);
+        };
+        let Poll::Ready(joined) = Pin::new(&mut oldest.answer).poll(context) else {
+            return this.poll_end_of_time(context);
+        };
+        let id = std::mem::take(&mut oldest.id);
+        this.running.pop_front();
+        let answer = match joined {
+            Ok((answer, _held)) => answer,
+            // It has panicked, which the log tells.
+            Err(_) => Err(Error::internal("the request broke down")),
+        };
+        Poll::Ready(Some(this.answer(id, answer)))
+    }
+}
+
+impl Answers {
+    fn poll_end_of_time(
+        &mut self,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<ModelStreamInferResponse, Status>>> {
+        let Some(end) = &mut self.end_of_time else { return Poll::Pending };
+        end.as_mut().poll(context).map(|()| {
+            self.give_up();
+            Some(Err(Error::new(Code::DeadlineExceeded, "the deadline of the stream passed").into()))
+        })
+    }
+}
+
+/// Bytes counted in a total for as long as this lives.
+struct Held {
+    total: Arc<AtomicUsize>,
+    bytes: usize,
+}
+
+impl Held {
+    fn new(total: &Arc<AtomicUsize>, bytes: usize) -> Self {
+        total.fetch_add(bytes, Ordering::Relaxed);
+        Self { total: total.clone(), bytes }
+    }
+
+    fn change(&mut self, bytes: usize) {
+        self.total.fetch_add(bytes, Ordering::Relaxed);
+        self.total.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.bytes = bytes;
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.total.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
