@@ -30,8 +30,10 @@ pub mod ops;
 mod paced;
 pub mod pb;
 pub mod rest;
+mod shapes;
 pub mod status;
 mod triton;
+mod v1;
 
 use codec::NonFinite;
 
@@ -199,9 +201,14 @@ const MAX_EXPANSION: usize = 2;
 /// short text.
 fn check_size(call: codec::InferCall, limit: usize) -> Result<codec::InferCall, Error> {
     let texts = call.inputs.iter().filter(|input| input.dtype == DType::Bytes);
-    let held: usize = texts.map(Tensor::byte_len).sum();
+    text_budget(texts.map(Tensor::byte_len).sum(), limit)?;
+    Ok(call)
+}
+
+/// Refuses texts that take `held` bytes in memory when that is too much for messages of `limit` bytes.
+fn text_budget(held: usize, limit: usize) -> Result<(), Error> {
     if held <= limit.saturating_mul(MAX_EXPANSION) {
-        return Ok(call);
+        return Ok(());
     }
     Err(Error::new(
         Code::TooLarge,

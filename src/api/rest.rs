@@ -1,4 +1,4 @@
-//! Open Inference Protocol v2 over REST, with Triton's read-only extensions.
+//! Everything over REST: the Open Inference Protocol v2, Triton's extensions, and other servers' shapes of a request.
 
 use std::sync::Arc;
 
@@ -19,16 +19,17 @@ use crate::{
 
 mod body;
 mod exchange;
+mod generate;
+mod invocations;
+mod predict;
 
 use body::read_body;
 use exchange::infer;
 
 /// Why the other verbs of Triton's REST interface are refused.
-const UNSUPPORTED: [(&str, &str); 9] = [
+const UNSUPPORTED: [(&str, &str); 7] = [
     ("/v2/repository/models/{model}/load", "loading models by request is not supported"),
     ("/v2/repository/models/{model}/unload", "unloading models by request is not supported"),
-    ("/v2/models/{model}/generate", "generate is not supported"),
-    ("/v2/models/{model}/generate_stream", "generate is not supported"),
     ("/v2/systemsharedmemory/{*rest}", "shared memory is not supported; send tensors in the request"),
     ("/v2/cudasharedmemory/{*rest}", "shared memory is not supported; send tensors in the request"),
     ("/v2/trace/setting", "trace settings are not supported"),
@@ -61,6 +62,9 @@ pub fn router(app: Arc<App>) -> Router {
         router = router.route(path, axum::routing::any(refuse));
     }
     router
+        .merge(generate::routes())
+        .merge(predict::routes())
+        .merge(invocations::routes())
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_verb)
         .layer(axum::middleware::map_response_with_state(app.clone(), say_goodbye))

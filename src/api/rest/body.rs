@@ -26,6 +26,9 @@ use crate::{
 /// Where the JSON of a message ends and its binary tensors begin.
 pub(super) const HEADER_LENGTH: &str = "inference-header-content-length";
 
+/// Never compressed: an event must not wait for the next one to fill a block.
+const EVENTS: &str = "text/event-stream";
+
 /// JSON answers smaller than this are never compressed.
 const COMPRESS_FROM: usize = 1024;
 
@@ -39,6 +42,18 @@ pub(super) struct Reply {
     pieces: Vec<Bytes>,
     /// What `Inference-Header-Content-Length` must say; `None` when all of it is text.
     header_length: Option<usize>,
+}
+
+impl Reply {
+    pub(super) fn json(text: impl Into<Bytes>) -> Self {
+        Self { media_type: "application/json", pieces: vec![text.into()], header_length: None }
+    }
+
+    /// A stream of one server-sent event; `json` has no line ends.
+    pub(super) fn event(json: &[u8]) -> Self {
+        let text = [b"data: ", json, b"\n\n"].concat();
+        Self { media_type: EVENTS, pieces: vec![text.into()], header_length: None }
+    }
 }
 
 impl From<Encoded> for Reply {
@@ -55,6 +70,7 @@ pub(super) fn respond(reply: Reply, asked: Encoding, headers: &HeaderMap) -> Res
     let Reply { media_type, mut pieces, header_length } = reply;
     let accepted = headers.get(header::ACCEPT_ENCODING).and_then(|value| value.to_str().ok());
     let encoding = match asked {
+        _ if media_type == EVENTS => Encoding::Identity,
         Encoding::Identity
             if header_length.is_none() && pieces.iter().map(Bytes::len).sum::<usize>() >= COMPRESS_FROM =>
         {

@@ -35,6 +35,8 @@ pub(super) struct Question<'a> {
     pub(super) body: &'a Bytes,
     /// The version that was found for it.
     pub(super) version: &'a ModelVersion,
+    /// `limits.max_message_bytes`.
+    pub(super) limit: usize,
 }
 
 /// `POST …/infer`, the Open Inference Protocol's own shape.
@@ -106,7 +108,7 @@ async fn try_exchange<A>(
     let limit = app.limits.max_message_bytes;
     let body = body::read_body(app, body, limit).await?;
     let body = compression::decode_body(encoding, body, limit)?;
-    let question = Question { headers: &headers, body: &body, version: &target.version };
+    let question = Question { headers: &headers, body: &body, version: &target.version, limit };
     let asked = read(&question).and_then(|(call, asked)| Ok((check_size(call, limit)?, asked)));
     let (mut call, asked) = asked.map_err(|error| error.of_model(&named.model))?;
     if !call.id.is_empty() {
