@@ -107,4 +107,6 @@ def test_compression(server):
 
 
 def test_other_verbs(server):
-    assert call(server.rest, "GET", PATH).status == 405
+    reply = call(server.rest, "GET", PATH)
+    assert reply.status == 405
+    assert list(reply.json()) == ["error"]

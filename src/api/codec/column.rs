@@ -1,7 +1,8 @@
 //! `Column`: a tensor that grows value by value, as rows of objects, cells of tables and nested arrays bring them.
 //!
-//! The elements are kept as the bytes they become. From text they grow to four times its length at most (eight bytes
-//! for a digit and a comma); texts are bounded by the limit that holds for all requests.
+//! The elements are kept as the bytes they become. These are four times their text at most in JSON (eight bytes for a
+//! digit and a comma), eight times in CSV (for a field of which there is only its comma); texts are bounded by the limit
+//! that holds for all requests.
 
 use std::{borrow::Cow, fmt::Display};
 

@@ -9,7 +9,7 @@ use crate::{
     backend::{Signature, TensorSpec},
     error::Error,
     id::shorten,
-    tensor::{DType, Shape, elements},
+    tensor::{DType, Shape, Tensor, elements},
 };
 
 /// Reads a request. Members that name inputs are tensors of one request; `id` is echoed; all others, and the members
@@ -73,7 +73,7 @@ pub(in crate::api) fn write(reply: &InferReply<'_>, non_finite: NonFinite) -> Re
         put_json(&mut json, &*output.name)?;
         json.push(b':');
         if elements(&output.shape) == Some(1) {
-            let scalar = crate::tensor::Tensor { shape: Shape::new(), ..output.clone() };
+            let scalar = Tensor { shape: Shape::new(), ..output.clone() };
             write_nested(&scalar, None, Spelling::Plain, non_finite, &mut json)?;
         } else {
             write_flat(output, Spelling::Plain, non_finite, &mut json)?;
@@ -112,7 +112,7 @@ fn too_many() -> Error {
     Error::invalid(format!("the request has more than {MAX_NAMES} members"))
 }
 
-fn tensor(spec: &TensorSpec, value: Json<'_>, limit: usize) -> Result<crate::tensor::Tensor, Error> {
+fn tensor(spec: &TensorSpec, value: Json<'_>, limit: usize) -> Result<Tensor, Error> {
     let label = format!("input '{}'", spec.name);
     let mut column = Column::new(spec, limit);
     let given = column.push(format_args!("{label}"), value)?;
