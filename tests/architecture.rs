@@ -23,7 +23,7 @@ const LAYERS: [(u8, &[&str]); 11] = [
 /// The only places (files, or folders and the file of the same name) that may name a foreign crate.
 const HOMES: [(&str, &[&str]); 19] = [
     ("ort", &["backend/onnx"]),
-    ("half", &["backend/onnx", "model/warmup", "api/codec/classification"]),
+    ("half", &["backend/onnx", "model/warmup", "api/codec"]),
     ("prost", &["backend/onnx", "api"]),
     ("tonic", &["api"]),
     ("tonic_health", &["api/health"]),

@@ -17,6 +17,8 @@ use crate::{
 
 mod binary;
 mod classification;
+mod column;
+mod document;
 mod elements;
 mod envelope;
 mod json;
@@ -24,12 +26,17 @@ mod literals;
 mod proto;
 #[cfg(test)]
 mod tests;
+mod values;
 
 pub use binary::decode_raw;
 pub use classification::classify;
-pub use elements::NonFinite;
+pub(super) use column::{Column, coded};
+pub(super) use document::{Document, Json};
+pub(super) use json::put_json;
 pub use json::{Encoded, JsonOptions, decode_json, encode_json};
 pub use proto::{decode_proto, encode_proto};
+pub use values::NonFinite;
+pub(super) use values::{Spelling, write_flat, write_nested};
 
 /// More dimensions than any graph has; keeps shapes, and the messages that quote them, short.
 const MAX_RANK: usize = 64;
@@ -116,7 +123,7 @@ impl Parameter {
 
 impl InferCall {
     /// Puts a decoded message together and reads the parameters that have a meaning here.
-    fn new(
+    pub(super) fn new(
         id: String,
         parameters: Parameters,
         inputs: Vec<Tensor>,

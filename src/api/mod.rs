@@ -36,8 +36,10 @@ pub mod pb;
 mod reflection;
 mod repository;
 pub mod rest;
+mod shapes;
 pub mod status;
 mod triton;
+mod v1;
 
 use auth::Token;
 use codec::NonFinite;
@@ -253,9 +255,14 @@ fn classify(
 /// short text.
 fn check_size(call: codec::InferCall, limit: usize) -> Result<codec::InferCall, Error> {
     let texts = call.inputs.iter().filter(|input| input.dtype == DType::Bytes);
-    let held: usize = texts.map(Tensor::byte_len).sum();
+    text_budget(texts.map(Tensor::byte_len).sum(), limit)?;
+    Ok(call)
+}
+
+/// Refuses texts that take `held` bytes in memory when that is too much for messages of `limit` bytes.
+fn text_budget(held: usize, limit: usize) -> Result<(), Error> {
     if held <= limit.saturating_mul(MAX_EXPANSION) {
-        return Ok(call);
+        return Ok(());
     }
     Err(Error::new(
         Code::TooLarge,

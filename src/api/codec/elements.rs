@@ -1,15 +1,13 @@
-//! A tensor's elements as JSON text: straight into their bytes and back, with no value in between.
+//! A tensor's elements from JSON text, straight into their bytes with no value in between.
 //!
 //! A tensor of a million elements must not pass through a million boxed values, and a 64-bit integer not through a
 //! float. The text has been checked by the JSON parser before, so this only needs to tell tokens apart, and it keeps
 //! its own stack: nesting costs no calls.
 
-use std::{fmt::Display, io};
+use std::fmt::Display;
 
 use bytes::Bytes;
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
-use serde_json::ser::{CompactFormatter, Formatter};
+use half::{bf16, f16};
 use smallvec::SmallVec;
 
 use super::{
@@ -19,21 +17,8 @@ use super::{
 use crate::{
     error::Error,
     id::shorten,
-    tensor::{DType, Data, Tensor},
+    tensor::{DType, Data, Shape},
 };
-
-/// What stands in a JSON reply for a float that is no number.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum NonFinite {
-    /// `NaN`, `Infinity` and `-Infinity`, which most clients read and strict JSON parsers refuse.
-    #[default]
-    Literal,
-    /// `null`.
-    Null,
-    /// The call fails.
-    Error,
-}
 
 /// Reads the elements of a `data` array, flat or nested, of which `expected` should be there.
 ///
@@ -59,72 +44,14 @@ pub(super) fn read(label: &str, dtype: DType, expected: usize, text: &str, sourc
     data.map(Data::Plain)
 }
 
-/// Writes the elements as a flat JSON array.
+/// Calls `leaf` with each element's index and text, and gives the sizes of the array and of those in it.
 ///
-/// # Errors
-/// `InvalidArgument` when JSON cannot carry the tensor and the caller should ask for binary data.
-pub(super) fn write(tensor: &Tensor, non_finite: NonFinite, out: &mut Vec<u8>) -> Result<(), Error> {
-    let label = format!("output '{}'", tensor.name);
-    let bytes = match &tensor.data {
-        Data::Plain(bytes) => bytes,
-        Data::Strings(strings) => {
-            return list(out, strings, |index, string, out| match std::str::from_utf8(string) {
-                Ok(text) => serde_json::to_writer(out, text).map_err(|error| unwritable(error.into())),
-                Err(_) => Err(Error::invalid(format!(
-                    "{label}: element {index} is not UTF-8, which JSON cannot carry; request it as binary data"
-                ))),
-            });
-        }
-    };
-    macro_rules! integers {
-        ($type:ty, $write:ident) => {
-            list(out, bytes.as_chunks().0, |_, &raw, out| {
-                CompactFormatter.$write(out, <$type>::from_le_bytes(raw)).map_err(unwritable)
-            })
-        };
-    }
-    macro_rules! floats {
-        ($type:ty, $write:ident) => {
-            list(out, bytes.as_chunks().0, |index, &raw, out| {
-                let value = <$type>::from_le_bytes(raw);
-                if value.is_finite() {
-                    return CompactFormatter.$write(out, value).map_err(unwritable);
-                }
-                out.extend_from_slice(substitute(&label, index, value.into(), non_finite)?.as_bytes());
-                Ok(())
-            })
-        };
-    }
-    match tensor.dtype {
-        DType::Bool => list(out, bytes, |_, &value, out| {
-            out.extend_from_slice(if value == 0 { b"false" } else { b"true" });
-            Ok(())
-        }),
-        DType::Uint8 => integers!(u8, write_u8),
-        DType::Uint16 => integers!(u16, write_u16),
-        DType::Uint32 => integers!(u32, write_u32),
-        DType::Uint64 => integers!(u64, write_u64),
-        DType::Int8 => integers!(i8, write_i8),
-        DType::Int16 => integers!(i16, write_i16),
-        DType::Int32 => integers!(i32, write_i32),
-        DType::Int64 => integers!(i64, write_i64),
-        DType::Fp32 => floats!(f32, write_f32),
-        DType::Fp64 => floats!(f64, write_f64),
-        DType::Fp16 | DType::Bf16 | DType::Bytes => {
-            Err(Error::invalid(format!("{label}: {} cannot be sent as JSON; request it as binary data", tensor.dtype)))
-        }
-    }
-}
-
-/// Calls `leaf` with each element's index and text, and gives their number.
-///
-/// Flat and nested arrays are both right, whatever the shape; rows of different lengths, and elements beside arrays,
-/// are not.
-fn walk<'a>(
-    label: &str,
+/// Rows of different lengths, and elements beside arrays, are wrong. `subject` is what the text is called.
+pub(super) fn walk<'a>(
+    subject: impl Display,
     text: &'a str,
     mut leaf: impl FnMut(usize, &'a str) -> Result<(), Error>,
-) -> Result<usize, Error> {
+) -> Result<Shape, Error> {
     let bytes = text.as_bytes();
     // The entries so far of each array that is open, and how many every array of that depth must have.
     let mut open = SmallVec::<[usize; 8]>::new();
@@ -133,16 +60,16 @@ fn walk<'a>(
     let mut count = 0;
     let mut at = 0;
     if bytes.first() != Some(&b'[') {
-        return Err(Error::invalid(format!("{label}: 'data' must be an array, got {}", shorten(text))));
+        return Err(Error::invalid(format!("{subject} must be an array, got {}", shorten(text))));
     }
-    let mixed = |count| Error::invalid(format!("{label}: 'data' mixes arrays and elements at element {count}"));
+    let mixed = |count| Error::invalid(format!("{subject} mixes arrays and elements at element {count}"));
     while let Some(&byte) = bytes.get(at) {
         let depth = open.len();
         match byte {
             b',' | b' ' | b'\n' | b'\r' | b'\t' => at += 1,
             b'[' => {
                 if depth == MAX_RANK {
-                    return Err(Error::invalid(format!("{label}: 'data' is nested deeper than {MAX_RANK} levels")));
+                    return Err(Error::invalid(format!("{subject} is nested deeper than {MAX_RANK} levels")));
                 }
                 if leaf_depth == Some(depth) {
                     return Err(mixed(count));
@@ -162,7 +89,7 @@ fn walk<'a>(
                     let width = *width.get_or_insert(entries);
                     if width != entries {
                         return Err(Error::invalid(format!(
-                            "{label}: 'data' has rows of {width} and of {entries} entries before element {count}"
+                            "{subject} has rows of {width} and of {entries} entries before element {count}"
                         )));
                     }
                 }
@@ -185,7 +112,7 @@ fn walk<'a>(
             }
         }
     }
-    Ok(count)
+    Ok(widths.into_iter().map(Option::unwrap_or_default).collect())
 }
 
 /// The index after the element that starts at `start`.
@@ -193,7 +120,7 @@ fn token_end(bytes: &[u8], start: usize) -> usize {
     let rest = bytes[start..].iter();
     let found = match bytes[start] {
         b'"' => return string_end(bytes, start),
-        // Of all objects only masked literals are ever read further, and those hold no other object.
+        // No object that means something as an element holds another one, or a brace in a string.
         b'{' => rest.copied().position(|byte| byte == b'}').map(|index| index + 1),
         _ => rest.copied().position(|byte| matches!(byte, b',' | b']' | b' ' | b'\n' | b'\r' | b'\t')),
     };
@@ -203,12 +130,16 @@ fn token_end(bytes: &[u8], start: usize) -> usize {
 fn plain<E: Element>(label: &str, text: &str, expected: usize) -> Result<Bytes, Error> {
     // The shape is only a claim; each element but the last takes a digit and a comma.
     let mut out = Vec::with_capacity(expected.min(text.len() / 2) * size_of::<E>());
-    let count = walk(label, text, |index, token| match E::parse(token) {
-        Some(element) => {
-            element.put(&mut out);
-            Ok(())
+    let mut count = 0;
+    walk(format_args!("{label}: 'data'"), text, |index, token| {
+        count = index + 1;
+        match E::parse(token) {
+            Some(element) => {
+                element.put(&mut out);
+                Ok(())
+            }
+            None => Err(wrong(label, index, token, E::wanted())),
         }
-        None => Err(wrong(label, index, token, E::wanted())),
     })?;
     check_count(label, expected, count)?;
     Ok(out.into())
@@ -216,22 +147,26 @@ fn plain<E: Element>(label: &str, text: &str, expected: usize) -> Result<Bytes, 
 
 fn strings(label: &str, text: &str, expected: usize, source: &Bytes) -> Result<Data, Error> {
     let mut out = Vec::with_capacity(expected.min(RESERVED_STRINGS));
-    let count = walk(label, text, |index, token| {
-        let quoted = token.strip_prefix('"').and_then(|rest| rest.strip_suffix('"'));
-        let element = match quoted {
-            Some(plain) if !plain.contains('\\') => source.slice_ref(plain.as_bytes()),
-            // Checked text may still name half of a surrogate pair.
-            Some(_) => match serde_json::from_str::<String>(token) {
-                Ok(unescaped) => unescaped.into(),
-                Err(_) => return Err(wrong(label, index, token, "a string of whole Unicode characters")),
-            },
-            None => return Err(wrong(label, index, token, "a string")),
-        };
-        out.push(element);
+    walk(format_args!("{label}: 'data'"), text, |index, token| {
+        out.push(string(token, source).map_err(|wanted| wrong(label, index, token, wanted))?);
         Ok(())
     })?;
-    check_count(label, expected, count)?;
+    check_count(label, expected, out.len())?;
     Ok(Data::Strings(out))
+}
+
+/// What a string holds, as a slice of `source` when nothing in it is escaped; else what it should have been.
+pub(super) fn string(token: &str, source: &Bytes) -> Result<Bytes, &'static str> {
+    let quoted = token.strip_prefix('"').and_then(|rest| rest.strip_suffix('"'));
+    match quoted {
+        Some(plain) if !plain.contains('\\') => Ok(source.slice_ref(plain.as_bytes())),
+        // Checked text may still name half of a surrogate pair.
+        Some(_) => match serde_json::from_str::<String>(token) {
+            Ok(unescaped) => Ok(unescaped.into()),
+            Err(_) => Err("a string of whole Unicode characters"),
+        },
+        None => Err("a string"),
+    }
 }
 
 fn check_count(label: &str, expected: usize, count: usize) -> Result<(), Error> {
@@ -247,7 +182,7 @@ fn wrong(label: &str, index: usize, token: &str, wanted: impl Display) -> Error 
 }
 
 /// An element of fixed size.
-trait Element: Sized {
+pub(super) trait Element: Sized {
     /// `None` for the wrong JSON type and for numbers out of range.
     fn parse(token: &str) -> Option<Self>;
     /// What `parse` takes, to follow "must be".
@@ -294,11 +229,11 @@ macro_rules! integer_elements {
 integer_elements!(u8, u16, u32, u64, i8, i16, i32, i64);
 
 macro_rules! float_elements {
-    ($($type:ident, $name:literal);*) => {$(
+    ($($type:ident, $name:literal, $read:expr);*) => {$(
         impl Element for $type {
             fn parse(token: &str) -> Option<Self> {
-                match token.parse::<Self>() {
-                    Ok(value) => value.is_finite().then_some(value),
+                match token.parse() {
+                    Ok(value) => Some($read(value)).filter(|value| value.is_finite()),
                     Err(_) => match unmask(token)? {
                         "NaN" => Some(Self::NAN),
                         "Infinity" => Some(Self::INFINITY),
@@ -318,47 +253,17 @@ macro_rules! float_elements {
     )*};
 }
 
-float_elements!(f32, "FP32"; f64, "FP64");
+// Sixteen bits are rounded from a float so long that no digit of a usual number is lost before.
+float_elements!(
+    f32, "FP32", std::convert::identity::<f32>;
+    f64, "FP64", std::convert::identity::<f64>;
+    f16, "FP16", f16::from_f64;
+    bf16, "BF16", bf16::from_f64
+);
 
 /// An integer written as a float, `3.0` or `1e3`; only as far as a float counts without gaps.
 fn whole(token: &str) -> Option<i64> {
     const GAPLESS: f64 = 9_007_199_254_740_992.0;
     let value: f64 = token.parse().ok()?;
     (value.fract() == 0.0 && value.abs() <= GAPLESS).then_some(value as i64)
-}
-
-fn list<T>(
-    out: &mut Vec<u8>,
-    items: &[T],
-    mut write: impl FnMut(usize, &T, &mut Vec<u8>) -> Result<(), Error>,
-) -> Result<(), Error> {
-    out.push(b'[');
-    for (index, item) in items.iter().enumerate() {
-        if index > 0 {
-            out.push(b',');
-        }
-        write(index, item, out)?;
-    }
-    out.push(b']');
-    Ok(())
-}
-
-fn substitute(label: &str, index: usize, value: f64, non_finite: NonFinite) -> Result<&'static str, Error> {
-    let literal = match value {
-        value if value.is_nan() => "NaN",
-        value if value > 0.0 => "Infinity",
-        _ => "-Infinity",
-    };
-    match non_finite {
-        NonFinite::Literal => Ok(literal),
-        NonFinite::Null => Ok("null"),
-        NonFinite::Error => Err(Error::invalid(format!(
-            "{label}: element {index} is {literal}, which JSON cannot carry; request it as binary data"
-        ))),
-    }
-}
-
-/// Writing to memory does not fail; should it ever, that is not the caller's doing.
-pub(super) fn unwritable(error: io::Error) -> Error {
-    Error::internal(format!("the reply could not be written as JSON: {error}"))
 }

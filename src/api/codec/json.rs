@@ -11,7 +11,8 @@ use serde_json::value::RawValue;
 use super::{
     InferCall, InferReply, NonFinite, Parameters, RequestedOutput, binary, declared, elements,
     envelope::{Envelope, Members, ParameterMap, Place},
-    literals, refuse_shared_memory,
+    literals, refuse_shared_memory, values,
+    values::Spelling,
 };
 use crate::{
     error::Error,
@@ -123,7 +124,7 @@ pub fn encode_json(reply: &InferReply<'_>, options: &JsonOptions<'_>) -> Result<
             tensors.push(bytes);
         } else {
             json.extend_from_slice(br#","data":"#);
-            elements::write(tensor, options.non_finite, &mut json)?;
+            values::write_flat(tensor, Spelling::Protocol, options.non_finite, &mut json)?;
         }
         json.push(b'}');
     }
@@ -132,8 +133,8 @@ pub fn encode_json(reply: &InferReply<'_>, options: &JsonOptions<'_>) -> Result<
     Ok(Encoded { json: json.into(), tensors, header_length })
 }
 
-fn put_json<T: serde::Serialize + ?Sized>(json: &mut Vec<u8>, value: &T) -> Result<(), Error> {
-    serde_json::to_writer(json, value).map_err(|error| elements::unwritable(error.into()))
+pub(in crate::api) fn put_json<T: serde::Serialize + ?Sized>(json: &mut Vec<u8>, value: &T) -> Result<(), Error> {
+    serde_json::to_writer(json, value).map_err(|error| values::unwritable(error.into()))
 }
 
 /// The binary tensors that no input has taken yet.

@@ -42,6 +42,11 @@ pub(super) fn unmask(text: &str) -> Option<&'static str> {
     LITERALS.iter().find(|(_, masked)| *masked == text).map(|(literal, _)| *literal)
 }
 
+/// The text that stands for a literal.
+pub(super) fn masked(literal: &str) -> Option<&'static str> {
+    LITERALS.iter().find(|(known, _)| *known == literal).map(|(_, masked)| *masked)
+}
+
 /// The index after the string that starts at `start`, or the end of the text when it is never closed.
 pub(super) fn string_end(json: &[u8], start: usize) -> usize {
     let mut at = start + 1;
@@ -68,6 +73,7 @@ mod tests {
         }
         for (literal, masked) in LITERALS {
             assert_eq!(unmask(masked), Some(literal));
+            assert_eq!(super::masked(literal), Some(masked));
         }
     }
 }

@@ -1,0 +1,192 @@
+//! Bodies in and out: read whole within their limits, unpacked; sent in pieces, packed as the client likes.
+
+use std::{
+    collections::VecDeque,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use axum::{body::Body, response::Response};
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
+use http_body_util::BodyExt;
+
+use super::RestError;
+use crate::{
+    api::{
+        App,
+        codec::Encoded,
+        compression::{self, Encoding},
+        paced::{Broken, Paced},
+    },
+    error::{Code, Error},
+    id::shorten,
+};
+
+/// Where the JSON of a message ends and its binary tensors begin.
+pub(super) const HEADER_LENGTH: &str = "inference-header-content-length";
+
+/// Never compressed: an event must not wait for the next one to fill a block.
+const EVENTS: &str = "text/event-stream";
+
+/// JSON answers smaller than this are never compressed.
+const COMPRESS_FROM: usize = 1024;
+
+/// Bodies up to this size are joined before they are sent; larger ones go out piece by piece.
+const JOIN_UP_TO: usize = 16 << 10;
+
+/// An answer ready to be sent.
+pub(super) struct Reply {
+    media_type: &'static str,
+    /// Sent one after the other, as pieces so that tensors need not be copied.
+    pieces: Vec<Bytes>,
+    /// What `Inference-Header-Content-Length` must say; `None` when all of it is text.
+    header_length: Option<usize>,
+}
+
+impl Reply {
+    pub(super) fn json(text: impl Into<Bytes>) -> Self {
+        Self { media_type: "application/json", pieces: vec![text.into()], header_length: None }
+    }
+
+    /// A stream of one server-sent event; `json` has no line ends.
+    pub(super) fn event(json: &[u8]) -> Self {
+        let text = [b"data: ", json, b"\n\n"].concat();
+        Self { media_type: EVENTS, pieces: vec![text.into()], header_length: None }
+    }
+}
+
+impl From<Encoded> for Reply {
+    fn from(encoded: Encoded) -> Self {
+        let header_length = encoded.header_length;
+        let media_type = if header_length.is_some() { "application/octet-stream" } else { "application/json" };
+        let pieces = std::iter::once(encoded.json).chain(encoded.tensors).collect();
+        Self { media_type, pieces, header_length }
+    }
+}
+
+/// Sends the answer, compressed as the request was, or as Accept-Encoding asks when it is all JSON.
+pub(super) fn respond(reply: Reply, asked: Encoding, headers: &HeaderMap) -> Result<Response, RestError> {
+    let Reply { media_type, mut pieces, header_length } = reply;
+    let accepted = headers.get(header::ACCEPT_ENCODING).and_then(|value| value.to_str().ok());
+    let encoding = match asked {
+        _ if media_type == EVENTS => Encoding::Identity,
+        Encoding::Identity
+            if header_length.is_none() && pieces.iter().map(Bytes::len).sum::<usize>() >= COMPRESS_FROM =>
+        {
+            accepted.and_then(compression::accepted).unwrap_or(Encoding::Identity)
+        }
+        asked => asked,
+    };
+    if encoding != Encoding::Identity {
+        pieces = vec![compression::encode_body(encoding, &pieces)?];
+    }
+    let mut response = Response::new(body_of(pieces));
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(media_type));
+    if let Some(length) = header_length {
+        headers.insert(HEADER_LENGTH, HeaderValue::from(length));
+    }
+    if encoding != Encoding::Identity {
+        headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static(encoding.name()));
+    }
+    Ok(response)
+}
+
+fn body_of(mut pieces: Vec<Bytes>) -> Body {
+    let total: usize = pieces.iter().map(Bytes::len).sum();
+    match pieces.len() {
+        1 => Body::from(pieces.remove(0)),
+        _ if total <= JOIN_UP_TO => {
+            let mut joined = BytesMut::with_capacity(total);
+            pieces.iter().for_each(|piece| joined.extend_from_slice(piece));
+            Body::from(joined.freeze())
+        }
+        _ => Body::new(Pieces { left: total as u64, pieces: pieces.into() }),
+    }
+}
+
+/// A body of known length that is sent piece by piece, without copying them together.
+struct Pieces {
+    pieces: VecDeque<Bytes>,
+    left: u64,
+}
+
+impl http_body::Body for Pieces {
+    type Data = Bytes;
+    type Error = std::convert::Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<http_body::Frame<Bytes>, Self::Error>>> {
+        let piece = self.pieces.pop_front();
+        self.left -= piece.as_ref().map_or(0, |piece| piece.len() as u64);
+        Poll::Ready(piece.map(|piece| Ok(http_body::Frame::data(piece))))
+    }
+
+    fn size_hint(&self) -> http_body::SizeHint {
+        http_body::SizeHint::with_exact(self.left)
+    }
+}
+
+/// Reads a whole body, which may take at most `limit` bytes and pause at most `limits.body_timeout`.
+pub(in crate::api) async fn read_body(app: &App, body: Body, limit: usize) -> Result<Bytes, RestError> {
+    let too_large =
+        || Error::new(Code::TooLarge, format!("the body is larger than the {limit} bytes of limits.max_message_bytes"));
+    let announced = http_body::Body::size_hint(&body).lower();
+    if announced > limit as u64 {
+        return Err(too_large().into());
+    }
+    let mut body = Paced::new(body, app.limits.body_timeout);
+    let mut first: Option<Bytes> = None;
+    let mut rest = BytesMut::new();
+    loop {
+        let Some(frame) = body.frame().await else { break };
+        let frame = frame.map_err(|broken| match broken {
+            // Not 504: nothing behind this server is late.
+            Broken::Paused(error) => RestError { error, status: Some(StatusCode::REQUEST_TIMEOUT) },
+            Broken::Refused(error) => error.into(),
+            lost @ Broken::Lost(_) => Error::invalid(lost.to_string()).into(),
+        })?;
+        let Ok(data) = frame.into_data() else { continue };
+        match &first {
+            None => first = Some(data),
+            Some(start) => {
+                if rest.is_empty() {
+                    rest.reserve((announced as usize).max(start.len() + data.len()));
+                    rest.extend_from_slice(start);
+                }
+                rest.extend_from_slice(&data);
+            }
+        }
+        if rest.len().max(first.as_ref().map_or(0, Bytes::len)) > limit {
+            return Err(too_large().into());
+        }
+    }
+    Ok(if rest.is_empty() { first.unwrap_or_default() } else { rest.freeze() })
+}
+
+/// How the body is packed.
+pub(super) fn content_encoding(headers: &HeaderMap) -> Result<Encoding, RestError> {
+    let Some(value) = headers.get(header::CONTENT_ENCODING) else { return Ok(Encoding::Identity) };
+    let text = value.to_str().unwrap_or_default();
+    Encoding::parse(text).ok_or_else(|| RestError {
+        status: Some(StatusCode::UNSUPPORTED_MEDIA_TYPE),
+        error: Error::new(
+            Code::Unimplemented,
+            format!("content encoding '{}' is not supported; use gzip, deflate or identity", shorten(text)),
+        ),
+    })
+}
+
+/// The value of a header that holds a number, called `shown` in complaints.
+pub(super) fn number_header(headers: &HeaderMap, key: &str, shown: &str) -> Result<Option<usize>, Error> {
+    let Some(value) = headers.get(key) else { return Ok(None) };
+    let text = value.to_str().unwrap_or_default();
+    let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let number = if digits { text.parse().ok() } else { None };
+    number.map(Some).ok_or_else(|| {
+        Error::invalid(format!("header {shown} must be a non-negative integer, got '{}'", shorten(text)))
+    })
+}
