@@ -42,9 +42,12 @@ class ClientContract:
         metadata = client.describe("get_server_metadata")
         assert metadata["name"] == "tidegate"
         assert metadata["version"][0].isdigit()
-        assert {"binary_tensor_data", "model_configuration", "statistics"} <= set(
-            metadata["extensions"]
-        )
+        assert {
+            "binary_tensor_data",
+            "model_configuration",
+            "schedule_policy",
+            "statistics",
+        } <= set(metadata["extensions"])
 
     @pytest.mark.parametrize("version", ["", "1"])
     def test_model_metadata(self, client, version):
