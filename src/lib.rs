@@ -37,7 +37,7 @@
 //! # Invariants
 //! - A request sees one catalog snapshot. Only when its version began to drain meanwhile does it look once more.
 //! - There is one `CatalogWriter`, and it is not `Clone`.
-//! - `model::batcher` and `model::service_time` are pure: time is passed in.
+//! - `model::batcher`, `model::schedule` and `model::service_time` are pure: time is passed in.
 //! - Every queue is bounded, and full means an answer.
 //! - A session belongs to one thread; its pool threads do not inherit the loader's low priority.
 //! - A request is counted exactly once, before its answer leaves; one that is given up counts as cancelled.

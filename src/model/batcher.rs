@@ -206,17 +206,15 @@ impl<T> Batcher<T> {
         let ahead = self.lanes.iter().take(level + 1);
         let (requests, rows) =
             ahead.fold((0, 0), |(requests, rows), lane| (requests + lane.queue.len(), rows + lane.rows));
-        if requests == 0 && self.running.len() < self.executors {
+        let idle = self.running.len() < self.executors;
+        // What is held back for company keeps nobody waiting.
+        if idle && (requests == 0 || !self.max_delay.is_zero()) {
             return Duration::ZERO;
         }
         let left = |&(start, rows): &(Instant, usize)| {
             self.service.estimate(rows).saturating_sub(now.saturating_duration_since(start))
         };
-        let residual = if self.running.len() < self.executors {
-            Duration::ZERO
-        } else {
-            self.running.iter().map(left).min().unwrap_or_default()
-        };
+        let residual = if idle { Duration::ZERO } else { self.running.iter().map(left).min().unwrap_or_default() };
         let executors = u32::try_from(self.executors).unwrap_or(u32::MAX);
         residual + self.service.estimate_queue(rows, requests, self.group) / executors
     }

@@ -156,7 +156,7 @@ impl Queue {
             }
             if !next.batch.is_empty() {
                 if state.batcher.holds_back() {
-                    // Somebody else has to keep an eye on what still waits for company.
+                    // This thread may have been the only one with a timer for what still waits for company.
                     self.work.notify_one();
                 }
                 return Some((now, next.batch));

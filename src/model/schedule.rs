@@ -19,12 +19,12 @@ pub const MAX_PRIORITY_LEVELS: u32 = 256;
 #[serde(default, deny_unknown_fields)]
 pub struct Schedule {
     /// How long an idle executor waits for a batch to fill, from the arrival of its oldest request on. A request with
-    /// a deadline waits for half of the time it can spare at most.
+    /// a deadline waits for half of the time it can spare at most, one that does not share its run not at all.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub max_delay: Duration,
     /// Rows that batches shall have: the largest of these sizes that the waiting requests of one shape reach goes at
-    /// once, anything less after `max_delay`. Default: what warm-up found worth grouping.
+    /// once, anything less after `max_delay`. Each is run once before the model serves. Default: what warm-up found worth grouping.
     pub preferred_batch_sizes: Vec<usize>,
     /// Levels of priority, at most 256: requests of level 1 run before those of level 2, and so on. 0: all are alike,
     /// and the parameter `priority` has no effect.

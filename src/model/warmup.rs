@@ -466,12 +466,12 @@ mod tests {
     }
 
     fn batching(graph: Graph) -> Batching {
-        batching_of(graph, &[])
+        warmed(graph, &[]).unwrap().batching
     }
 
-    fn batching_of(graph: Graph, sizes: &[usize]) -> Batching {
+    fn warmed(graph: Graph, sizes: &[usize]) -> Result<Warmed, Error> {
         let wanted = Wanted { batching: None, limit: MAX_SWEEP_ROWS, sizes };
-        warm(&mut Scripted::new(graph), &[], &wanted, "m").unwrap().batching
+        warm(&mut Scripted::new(graph), &[], &wanted, "m")
     }
 
     #[test]
@@ -490,6 +490,25 @@ mod tests {
             rows.to_vec()
         });
         assert!(found.enabled && found.group <= 2, "{found:?}");
+    }
+
+    #[test]
+    fn preferred_sizes_go_beyond_the_knee_and_are_run() {
+        let slow: Graph = |rows| {
+            std::thread::sleep(Duration::from_millis(1) * rows.len() as u32);
+            rows.to_vec()
+        };
+        let found = warmed(slow, &[3, 24]).unwrap();
+        assert_eq!(found.batching.group, 24, "{:?}", found.batching);
+        assert!(found.batching.reason.contains("queue.preferred_batch_sizes"), "{}", found.batching.reason);
+        for size in [3, 24] {
+            assert!(found.batches.iter().any(|batch| batch[0].rows() == size), "{size}");
+        }
+        let small: Graph = |rows| if rows.len() > 16 { vec![] } else { rows.to_vec() };
+        let message = warmed(small, &[24]).map(|_| ()).unwrap_err().message;
+        assert!(message.contains("queue.preferred_batch_sizes") && message.contains("24 rows"), "{message}");
+        let dependent: Graph = |rows| vec![rows.iter().sum()];
+        assert_eq!(warmed(dependent, &[24]).unwrap().batching.group, 1, "wishes prove nothing");
     }
 
     #[test]

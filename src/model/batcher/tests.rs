@@ -280,7 +280,11 @@ fn company_costs_nobody_the_deadline() {
     batcher.push(0, until(Some(now + ms(100))), now).unwrap();
     let wake_at = batcher.next(now, |_| false).wake_at.unwrap();
     assert!(wake_at.duration_since(now).abs_diff(ms(40)) < ms(1), "half of what the run leaves");
-    assert_eq!(items(&batcher.next(wake_at, |_| false)), [0]);
+    batcher.push(1, until(Some(now + ms(25))), now).unwrap();
+    assert_eq!(items(&batcher.next(wake_at, |_| false)), [0], "the second one's time is over");
+    batcher.finished(wake_at, 1, None);
+    (2..6).for_each(|item| batcher.push(item, until(Some(wake_at + ms(30))), wake_at).unwrap());
+    assert_eq!(items(&batcher.next(wake_at, |_| false)), [2, 3, 4, 5], "those held back do not make others wait");
 }
 
 #[test]
