@@ -195,8 +195,20 @@ impl Config {
 fn read(path: &Path) -> anyhow::Result<Table> {
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     // Checked by itself first, so that a mistake in the file is shown with its line.
-    toml::from_str::<Config>(&text).with_context(|| format!("{} is not valid", path.display()))?;
+    toml::from_str::<Config>(&text)
+        .map_err(|error| without_token(&text, error))
+        .with_context(|| format!("{} is not valid", path.display()))?;
     toml::from_str(&text).with_context(|| format!("{} is not valid", path.display()))
+}
+
+/// The error without the line it is about when that line holds the token, which shows nowhere.
+fn without_token(text: &str, error: toml::de::Error) -> anyhow::Error {
+    let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+    let line = before.matches('\n').count();
+    if text.lines().nth(line).is_some_and(|line| line.trim_start().starts_with("token")) {
+        return anyhow::anyhow!("line {}: token must be a text in quotes, of visible ASCII characters", line + 1);
+    }
+    error.into()
 }
 
 /// A variable as a table: its text, or what the text means in TOML, whichever the key takes.
@@ -329,6 +341,7 @@ mod tests {
             ("TIDEGATE_STRICT_READINESS", "true"),
             ("TIDEGATE_MODEL_CONTROL", "explicit"),
             ("TIDEGATE_LOAD_MODEL", "[\"a\", \"b\"]"),
+            ("TIDEGATE_TOKEN", "12345"),
             ("TIDEGATE_PORT", "tcp://10.0.0.1:80"),
             ("OTHER", "x"),
         ];
@@ -338,6 +351,7 @@ mod tests {
         assert_eq!(config.shutdown.drain_delay, Duration::from_secs(2));
         assert!(config.strict_readiness);
         assert_eq!(config.load_model, ["a", "b"]);
+        assert!(config.token.is_some() && !format!("{config:?}").contains("12345"));
         assert_eq!(unknown, ["TIDEGATE_PORT"]);
     }
 
@@ -349,6 +363,15 @@ mod tests {
         assert!(message(load("", &[("TIDEGATE_REST", "here")], "")).contains("TIDEGATE_REST"));
         assert!(message(load("[queue]\nmax_requests = 0", &[], "")).contains("queue.max_requests"));
         assert!(message(load("load_model = [\"a\"]", &[], "")).contains("model_control"));
+        for file in ["\ntoken = s3cret", "token = 53", "rest = \"127.0.0.1:0\"\n  token = \"s3cret\\n\""] {
+            let message = message(load(file, &[], ""));
+            assert!(
+                message.contains("token must be") && !message.contains("s3") && !message.contains("53"),
+                "{message}"
+            );
+        }
+        let message = message(load("", &[("TIDEGATE_TOKEN", "two words")], ""));
+        assert!(message.contains("TIDEGATE_TOKEN") && !message.contains("words"), "{message}");
     }
 
     #[test]

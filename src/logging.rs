@@ -66,7 +66,7 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// What a filter shows of our own lines; of one that speaks of spans, the most that it may show of any.
+    /// What a filter shows of our own lines outside of spans; of one that looks at values, the most that it may show.
     fn of_filter(text: &str, filter: &EnvFilter) -> Self {
         let targets: Option<Targets> = text.parse().ok();
         let shows = |level: Level| match &targets {
@@ -283,7 +283,8 @@ mod tests {
             assert_eq!(written(&buffer), "ewiEW");
         });
         let quiet = Settings { info: false, ..Settings::default() };
-        assert_eq!(gated("warn").0.settings(), quiet);
-        assert_eq!(gated("error,[request]=warn").0.settings(), quiet, "the most that it may show");
+        assert_eq!(gated("warn").0.settings(), quiet.clone());
+        let outside = Settings { warning: false, ..quiet };
+        assert_eq!(gated("error,[request]=warn").0.settings(), outside, "as it is outside of spans");
     }
 }

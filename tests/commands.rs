@@ -70,7 +70,7 @@ async fn a_load_answers_when_the_model_serves_and_an_unload_at_once() {
 
     assert_eq!(ask(&running, "unload", "a").await.status, 200);
     assert_eq!(running.infer("a", &[1.0]).await.status, 404);
-    assert_eq!(index(&running).await, ["b 2 READY ", "a 1 UNAVAILABLE unloaded"]);
+    assert_eq!(index(&running).await, ["a 1 UNAVAILABLE unloaded", "b 2 READY "]);
     assert_eq!(ask(&running, "unload", "a").await.status, 200, "what is not loaded may be unloaded");
     running.grpc.clone().repository_model_unload(grpc_unload("b")).await.unwrap();
     let ready = pb::RepositoryIndexRequest { ready: true, ..Default::default() };
@@ -90,6 +90,21 @@ async fn a_load_does_not_wait_for_files_to_settle_and_unchanged_ones_are_not_loa
     let begin = Instant::now();
     load(&running, "m").await;
     assert!(begin.elapsed() < Duration::from_millis(200), "{:?}", begin.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn settings_that_change_count_from_the_next_load_on() {
+    let repository = Repository::with("m", "");
+    repository.put("m", "2", "");
+    let running = start(&explicit(&repository)).await;
+    load(&running, "m").await;
+    repository.settings("m", "versions = \"all\"\nmax_batch_size = 2");
+    // Longer than the reconciler takes to look around and files to settle.
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    assert_eq!(index(&running).await, ["m 2 READY "]);
+    load(&running, "m").await;
+    assert_eq!(index(&running).await, ["m 1 READY ", "m 2 READY "]);
+    assert_eq!(running.infer("m", &[1.0; 3]).await.status, 400);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -168,7 +168,7 @@ mod tests {
             (INFO, Uint32Param(1), "true or false"),
             (VERBOSE_LEVEL, BoolParam(true), "integer"),
             (FORMAT, StringParam("iso".to_owned()), "ISO8601"),
-            (FILE, StringParam("/tmp/log".to_owned()), "standard error"),
+            (FILE, StringParam("/var/log/tidegate".to_owned()), "standard error"),
         ] {
             let error = wish(&[(key, value)]).unwrap_err();
             assert!(error.message.contains(key) && error.message.contains(word), "{error}");

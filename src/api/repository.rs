@@ -56,6 +56,7 @@ pub async fn index(app: &App, repository: &str, ready: bool) -> Result<Vec<Model
         }
         index.extend(found.versions.iter().map(|found| unloaded(found.version.to_string())));
     }
+    index.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(index)
 }
 
@@ -162,7 +163,7 @@ pub(super) async fn rest_index(
     let body = read_body(&app, request.into_body(), app.limits.max_message_bytes).await?;
     let filter: Filter = parse(&body, "index")?;
     let index = index(&app, &named.repository, filter.ready).await?;
-    let entry = |model: ModelIndex| json!({ "name": model.name, "version": model.version, "state": model.state, "reason": model.reason });
+    let entry = |ModelIndex { name, version, state, reason }: ModelIndex| json!({ "name": name, "version": version, "state": state, "reason": reason });
     Ok(Json(index.into_iter().map(entry).collect::<Value>()).into_response())
 }
 

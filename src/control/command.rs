@@ -42,7 +42,7 @@ pub(super) type Answer = oneshot::Sender<Result<(), Error>>;
 
 /// A call that waits; the answer to one that was given up goes nowhere.
 pub(super) enum Command {
-    Load { name: ModelName, replacement: Option<Override>, answer: Answer },
+    Load { name: ModelName, replacement: Option<Box<Override>>, answer: Answer },
     Unload { name: ModelName, answer: Answer },
 }
 
@@ -135,7 +135,7 @@ impl Commands {
         Err(Error::new(Code::NotReady, message))
     }
 
-    async fn replacement(&self, name: &ModelName, load: Load) -> Result<Option<Override>, Error> {
+    async fn replacement(&self, name: &ModelName, load: Load) -> Result<Option<Box<Override>>, Error> {
         if !load.files.is_empty() {
             self.uploads.check_allowed()?;
         }
@@ -145,12 +145,12 @@ impl Commands {
         };
         let spec = pbtxt::from_json(&config, name)?;
         if load.files.is_empty() {
-            return Ok(Some(Override { config, spec, upload: None }));
+            return Ok(Some(Box::new(Override { config, spec, upload: None })));
         }
         let (uploads, model) = (self.uploads.clone(), name.clone());
         let written = tokio::task::spawn_blocking(move || uploads.write(&model, &load.files)).await;
         let upload = written.map_err(|error| Error::internal(format!("uploading failed: {error}")))??;
-        Ok(Some(Override { config, spec, upload: Some(upload) }))
+        Ok(Some(Box::new(Override { config, spec, upload: Some(upload) })))
     }
 
     async fn ask(&self, command: impl FnOnce(Answer) -> Command) -> Result<(), Error> {

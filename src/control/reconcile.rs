@@ -59,6 +59,8 @@ pub struct Reconciler {
     drains: JoinSet<usize>,
     /// Without watching, what the first look found; with explicit control, changed by commands.
     first_scan: Option<Scan>,
+    /// Without watching, what the settings said when the model was looked at.
+    specs: BTreeMap<ModelName, Result<ModelSpec, Error>>,
     complete: bool,
     orders: Orders,
     ordered: orders::Ordered,
@@ -89,14 +91,15 @@ impl Reconciler {
             loading: JoinSet::new(),
             drains: JoinSet::new(),
             first_scan: None,
+            specs: BTreeMap::new(),
             complete: false,
             orders,
             ordered: orders::Ordered::default(),
         }
     }
 
-    /// Reconciles on every tick, kick, event and command. When told to stop it drains all versions, which may take as long as
-    /// `stop` says, and returns how many requests were cut short.
+    /// Reconciles on every tick, kick, event and command. When told to stop it drains all versions, which may take as
+    /// long as `stop` says, and returns how many requests were cut short.
     pub async fn run(mut self, mut kicks: mpsc::Receiver<()>, mut stop: oneshot::Receiver<Duration>) -> usize {
         let mut tick = tokio::time::interval(self.settings.poll_interval);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -185,10 +188,7 @@ impl Reconciler {
             self.models.entry(name.clone()).or_default().problem = Some(error.clone());
             return;
         }
-        let spec = match self.ordered.overrides.get(name) {
-            Some(ordered) => Ok(ordered.spec.clone()),
-            None => ModelSpec::read(&found.settings, name),
-        };
+        let spec = self.spec(name, found);
         let awaited = self.ordered.is_awaited(name);
         let targets = targets(&self.models.entry(name.clone()).or_default().versions, found, &spec);
         let first_pass = !self.complete;
@@ -242,6 +242,16 @@ impl Reconciler {
             self.start_load(name, found, wanted, claim, spec.clone());
         }
         self.retire_unwanted(name, found.versions.is_empty());
+    }
+
+    /// What the model's settings are. Without watching, changes to the file wait until the model is looked at again.
+    fn spec(&mut self, name: &ModelName, found: &FoundModel) -> Result<ModelSpec, Error> {
+        let read = || ModelSpec::read(&found.settings, name);
+        match self.ordered.overrides.get(name) {
+            Some(ordered) => Ok(ordered.spec.clone()),
+            None if self.settings.control == ModelControl::Watch => read(),
+            None => self.specs.entry(name.clone()).or_insert_with(read).clone(),
+        }
     }
 
     fn start_load(
@@ -329,6 +339,7 @@ impl Reconciler {
             tracing::info!(model = %name, %version, "its files changed while they were read; loading again");
             tracked.progress = Progress::Settling { fingerprint: after, since: Instant::now() };
             // Without watching, the first look is all there is; it shall know of the files as they are now.
+            self.specs.remove(&name);
             let first_look = self.first_scan.as_mut().and_then(|scan| scan.get_mut(&name));
             let seen = first_look.and_then(|model| model.versions.iter_mut().find(|found| found.version == version));
             if let Some(seen) = seen {

@@ -14,7 +14,7 @@ use crate::{
 #[derive(Default)]
 pub(super) struct Ordered {
     /// Models that do not run as the repository has them.
-    pub(super) overrides: BTreeMap<ModelName, Override>,
+    pub(super) overrides: BTreeMap<ModelName, Box<Override>>,
     /// Loads that are answered once their model is at rest.
     waiting: Vec<(ModelName, Answer)>,
 }
@@ -55,8 +55,8 @@ impl Reconciler {
     }
 
     /// Looks at the model anew and has the next step load what is new in it, with what failed before.
-    async fn load(&mut self, name: &ModelName, replacement: Option<Override>) -> Result<(), Error> {
-        let mut found = self.look(name, replacement.as_ref()).await?;
+    async fn load(&mut self, name: &ModelName, replacement: Option<Box<Override>>) -> Result<(), Error> {
+        let mut found = self.look(name, replacement.as_deref()).await?;
         if let Some(error) = found.unreadable {
             return Err(Error::internal(error).of_model(name.as_str()));
         }
@@ -68,8 +68,8 @@ impl Reconciler {
             // Another configuration makes another version of the same files.
             found.versions.iter_mut().for_each(|found| found.fingerprint = found.fingerprint.with(&replacement.config));
         }
-        let before = self.ordered.overrides.get(name);
-        if before.map(identity) != replacement.as_ref().map(identity) {
+        let before = self.ordered.overrides.get(name).map(Box::as_ref);
+        if before.map(identity) != replacement.as_deref().map(identity) {
             self.ordered.overtake(name, "load it with another configuration");
         }
         match replacement {
@@ -82,6 +82,7 @@ impl Reconciler {
                 tracked.progress = Progress::Gone;
             }
         }
+        self.specs.remove(name);
         self.first_scan.get_or_insert_default().insert(name.clone(), found);
         Ok(())
     }
@@ -90,6 +91,7 @@ impl Reconciler {
     async fn unload(&mut self, name: &ModelName) -> Result<(), Error> {
         let ordered = self.first_look().await?.remove(name).is_some();
         self.ordered.overrides.remove(name);
+        self.specs.remove(name);
         self.ordered.overtake(name, "unload it");
         let Some(model) = self.models.get_mut(name) else {
             // Not loaded, which is as it should be, provided that there is such a model.
