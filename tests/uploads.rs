@@ -57,7 +57,7 @@ async fn a_configuration_stands_in_for_the_settings_until_a_plain_load() {
     assert_eq!(ask(&running, "load", "m").await.status, 200);
     assert_eq!(rows(&running).await, Some(8));
 
-    let config = json!({ "config": r#"{"name": "m", "backend": "onnxruntime", "max_batch_size": 3}"# });
+    let config = json!({ "config": r#"{"name": "m", "backend": "script", "max_batch_size": 3}"# });
     let reply = load(&running, "m", config.clone()).await;
     assert_eq!(reply.status, 200, "{}", reply.body);
     assert_eq!(rows(&running).await, Some(3));
@@ -158,7 +158,7 @@ async fn uploads_that_cannot_be_used_leave_nothing_behind() {
         (json!({ "config": "{}", "file:1/../../../m/1/model.script": file("") }), "plain path"),
         (json!({ "config": "{}", "file:/etc/model.script": file("") }), "number from 1"),
         (json!({ "config": "{}", "file:0/model.script": file("") }), "number from 1"),
-        (json!({ "config": "{\"backend\": \"python\"}", "file:1/model.script": file("") }), "backend"),
+        (json!({ "config": "{\"platform\": \"tensorrt_plan\"}", "file:1/model.script": file("") }), "platform"),
         (json!({ "config": "{}", "file:1/a": file(""), "file:1/a/b": file("") }), "same path"),
     ] {
         let reply = load(&running, "m", parameters).await;
