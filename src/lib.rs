@@ -30,7 +30,9 @@
 //!
 //! # A version's way
 //! `control::reconcile` scans the folder (`source::local`), waits until files settle, and has `model::load` load and
-//! warm them on a low-priority thread. Warm-up proves that rows are independent before requests may share runs. Then
+//! warm them on a low-priority thread, as `control::spec` says (from model.toml, or through `control::pbtxt` from
+//! Triton's config.pbtxt). What the author declares of inputs and outputs is a session before the graph's
+//! (`backend::declared`). Clients' wishes to load and unload come in as `control::command`. Warm-up proves that rows are independent before requests may share runs. Then
 //! one new catalog is published, the old version takes no more requests, finishes those it has, and is dropped off the
 //! serving threads. Everything that can fail happens before the publish.
 //!

@@ -1,0 +1,168 @@
+//! What a graph takes and gives, and whether a request fits it.
+
+use std::sync::Arc;
+
+use crate::{
+    error::Error,
+    tensor::{DType, Tensor},
+};
+
+/// One input or output as the graph declares it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorSpec {
+    pub name: Arc<str>,
+    pub dtype: DType,
+    /// -1 stands for a dimension that the request chooses.
+    pub shape: Vec<i64>,
+}
+
+/// What a graph takes and gives.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Signature {
+    pub inputs: Vec<TensorSpec>,
+    pub outputs: Vec<TensorSpec>,
+    /// Names of the inputs that a request may leave out.
+    pub optional: Vec<Arc<str>>,
+    /// Inputs that the graph has a value for; they become optional ones when the model's author declares them.
+    pub defaults: Vec<TensorSpec>,
+    /// Things about the graph that an operator should know, such as outputs left out.
+    pub notes: Vec<String>,
+}
+
+impl TensorSpec {
+    /// # Errors
+    /// `InvalidArgument` naming what differs from the declaration.
+    pub fn check(&self, tensor: &Tensor, model: &str) -> Result<(), Error> {
+        let name = &self.name;
+        if tensor.dtype != self.dtype {
+            return Err(Error::invalid(format!(
+                "model '{model}': input '{name}' must be {}, got {}",
+                self.dtype, tensor.dtype
+            )));
+        }
+        let fits = tensor.shape.len() == self.shape.len()
+            && self
+                .shape
+                .iter()
+                .zip(&tensor.shape)
+                .all(|(&declared, &given)| declared < 0 || declared as usize == given);
+        if fits {
+            Ok(())
+        } else {
+            Err(Error::invalid(format!(
+                "model '{model}': input '{name}' must have shape {:?} (-1 is any size), got {:?}",
+                self.shape,
+                &tensor.shape[..]
+            )))
+        }
+    }
+}
+
+impl Signature {
+    /// Puts `inputs` into the order of the signature, optional ones left out, and checks names, types and shapes.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming the model, the input and what was expected.
+    pub fn arrange(&self, model: &str, inputs: Vec<Tensor>) -> Result<Vec<Tensor>, Error> {
+        let in_order = inputs.len() == self.inputs.len()
+            && self.inputs.iter().zip(&inputs).all(|(spec, tensor)| spec.name == tensor.name);
+        let inputs = if in_order { inputs } else { self.reorder(model, inputs)? };
+        let mut specs = self.inputs.iter();
+        for tensor in &inputs {
+            // Only optional inputs lie between a tensor and the one before it.
+            if let Some(spec) = specs.find(|spec| spec.name == tensor.name) {
+                spec.check(tensor, model)?;
+            }
+        }
+        Ok(inputs)
+    }
+
+    fn reorder(&self, model: &str, inputs: Vec<Tensor>) -> Result<Vec<Tensor>, Error> {
+        let mut slots: Vec<Option<Tensor>> = vec![None; self.inputs.len()];
+        for tensor in inputs {
+            let Some(index) = self.inputs.iter().position(|spec| spec.name == tensor.name) else {
+                return Err(Error::invalid(format!(
+                    "model '{model}' has no input '{}'; its inputs are {}",
+                    crate::id::shorten(&tensor.name),
+                    self.input_names()
+                )));
+            };
+            if slots[index].is_some() {
+                return Err(Error::invalid(format!("model '{model}': input '{}' is given twice", tensor.name)));
+            }
+            slots[index] = Some(tensor);
+        }
+        let missing = |(slot, spec): &(&Option<Tensor>, &TensorSpec)| slot.is_none() && !self.is_optional(&spec.name);
+        if let Some((_, spec)) = slots.iter().zip(&self.inputs).find(missing) {
+            return Err(Error::invalid(format!(
+                "model '{model}': input '{}' is missing; its inputs are {}",
+                spec.name,
+                self.input_names()
+            )));
+        }
+        Ok(slots.into_iter().flatten().collect())
+    }
+
+    pub fn is_optional(&self, input: &str) -> bool {
+        self.optional.iter().any(|name| &**name == input)
+    }
+
+    fn input_names(&self) -> String {
+        self.inputs.iter().map(|spec| format!("'{}'", spec.name)).collect::<Vec<_>>().join(", ")
+    }
+
+    /// Why requests of this graph cannot share a run, judged by its shapes alone; `None` when they may.
+    pub fn unbatchable(&self) -> Option<String> {
+        let inputs = self.inputs.iter().map(|spec| ("input", spec));
+        let outputs = self.outputs.iter().map(|spec| ("output", spec));
+        inputs.chain(outputs).find_map(|(kind, spec)| match spec.shape.first() {
+            Some(-1) => None,
+            Some(size) => Some(format!("{kind} '{}' has the fixed first dimension {size}", spec.name)),
+            None => Some(format!("{kind} '{}' is a scalar", spec.name)),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::tensor::Data;
+
+    fn spec(name: &str, shape: &[i64]) -> TensorSpec {
+        TensorSpec { name: name.into(), dtype: DType::Uint8, shape: shape.to_vec() }
+    }
+
+    fn tensor(name: &str, shape: &[usize]) -> Tensor {
+        let count = shape.iter().product();
+        Tensor::new(name.into(), DType::Uint8, shape.into(), Data::Plain(Bytes::from(vec![0; count]))).unwrap()
+    }
+
+    #[test]
+    fn inputs_are_put_in_order_and_checked() {
+        let signature = Signature { inputs: vec![spec("a", &[-1, 2]), spec("b", &[-1])], ..Signature::default() };
+        let arranged = signature.arrange("m", vec![tensor("b", &[3]), tensor("a", &[3, 2])]).unwrap();
+        assert_eq!(&*arranged[0].name, "a");
+
+        let message = |inputs| signature.arrange("m", inputs).unwrap_err().message;
+        assert_eq!(message(vec![tensor("a", &[1, 2])]), "model 'm': input 'b' is missing; its inputs are 'a', 'b'");
+        assert_eq!(message(vec![tensor("a", &[1, 2]), tensor("a", &[1, 2])]), "model 'm': input 'a' is given twice");
+        assert_eq!(message(vec![tensor("c", &[1])]), "model 'm' has no input 'c'; its inputs are 'a', 'b'");
+        assert_eq!(
+            message(vec![tensor("a", &[1, 3]), tensor("b", &[1])]),
+            "model 'm': input 'a' must have shape [-1, 2] (-1 is any size), got [1, 3]"
+        );
+    }
+
+    #[test]
+    fn a_batch_dimension_is_needed_everywhere() {
+        let signature = |inputs, outputs| Signature { inputs, outputs, ..Signature::default() };
+        assert_eq!(signature(vec![spec("a", &[-1, 2])], vec![spec("y", &[-1])]).unbatchable(), None);
+        assert_eq!(
+            signature(vec![spec("a", &[-1, 2])], vec![spec("y", &[1])]).unbatchable().unwrap(),
+            "output 'y' has the fixed first dimension 1"
+        );
+        assert_eq!(signature(vec![spec("a", &[])], vec![]).unbatchable().unwrap(), "input 'a' is a scalar");
+    }
+}
