@@ -1,0 +1,307 @@
+//! The load generator: one thread that never sleeps longer than it has to, on a core of its own.
+//!
+//! Closed loop: every connection always has as many requests open as it may; this finds the most a server can do.
+//! Open loop: requests come at random, as if from many strangers, and a late one does not hold up the next; latency
+//! counts from the moment at which a request was meant to be sent, so a server that stalls cannot hide it.
+
+use std::{
+    collections::VecDeque,
+    io::{ErrorKind, Read, Write},
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use mio::{Events, Interest, Poll, Token, net::TcpStream};
+use rand::{SeedableRng, rngs::StdRng};
+use rand_distr::{Distribution, Exp};
+
+use crate::{
+    machine::{Moment, Usage},
+    statistics::Latencies,
+    wire::{Replies, Request, Wire},
+};
+
+/// A server that answers nothing for so long answers nothing any more.
+const STALL: Duration = Duration::from_secs(20);
+/// What is read at once, at most.
+const READ: usize = 256 << 10;
+/// A request sent later than this after its time was held up by the generator.
+const LATE: Duration = Duration::from_millis(1);
+
+/// Whom to ask what, and over how many connections.
+#[derive(Clone)]
+pub struct Target<'a> {
+    pub address: SocketAddr,
+    /// The process whose CPU time counts.
+    pub pid: u32,
+    pub request: &'a Request,
+    pub connections: usize,
+    /// Requests that may be open on each connection; over HTTP/1.1 it is always one.
+    pub streams: usize,
+}
+
+/// What a closed loop found.
+#[derive(Clone, Copy, Debug)]
+pub struct Saturation {
+    /// Replies per second.
+    pub rate: f64,
+    /// CPU seconds of the server for each reply.
+    pub cpu: f64,
+    pub usage: Usage,
+}
+
+/// What an open loop found.
+pub struct Arrivals {
+    pub latencies: Latencies,
+    pub failed: usize,
+    /// The share of requests that the generator sent late.
+    pub late: f64,
+    pub usage: Usage,
+}
+
+/// Keeps every connection full: for `warm` without looking, then for `window`.
+///
+/// # Errors
+/// When the server cannot be reached, stalls, or fails a single request.
+pub fn closed(target: &Target<'_>, warm: Duration, window: Duration) -> Result<Saturation> {
+    let mut generator = Generator::connect(target)?;
+    let mut begun: Option<Moment> = None;
+    let mut replied = 0;
+    let usage = loop {
+        let now = generator.now();
+        for connection in &mut generator.connections {
+            while connection.wire.has_room() {
+                connection.begin(now);
+            }
+        }
+        generator.turn(Some(STALL))?;
+        let replies = &mut generator.replies.all;
+        let (count, failed) = (replies.len(), replies.iter().filter(|reply| !reply.succeeded).count());
+        replies.clear();
+        ensure!(failed == 0, "{failed} of {count} requests failed under full load");
+        // The window begins and ends with replies, so that a batch is in it with all of its time or not at all.
+        match &begun {
+            None if count > 0 && now >= warm => begun = Some(Moment::now(target.pid)?),
+            Some(start) => {
+                replied += count;
+                if count > 0 && start.elapsed() >= window {
+                    break start.until(&Moment::now(target.pid)?);
+                }
+            }
+            None => {}
+        }
+    };
+    generator.drain()?;
+    let replied = replied as f64;
+    Ok(Saturation { rate: replied / usage.seconds, cpu: usage.server / replied, usage })
+}
+
+/// Sends `rate` requests per second at random moments that follow from `seed`, until `done` (which is told the time and
+/// shown the body of the latest reply) says so. Requests of the first moments, `warm`, do not count.
+///
+/// # Errors
+/// When the server cannot be reached or stalls. Requests that fail are counted.
+pub fn open(
+    target: &Target<'_>,
+    rate: f64,
+    seed: u64,
+    warm: Duration,
+    mut done: impl FnMut(Duration, &[u8]) -> Result<bool>,
+) -> Result<Arrivals> {
+    let mut generator = Generator::connect(target)?;
+    let mut random = StdRng::seed_from_u64(seed);
+    let gaps = Exp::new(rate).context("the rate of an open loop must be positive")?;
+    let mut gap = || Duration::from_secs_f64(gaps.sample(&mut random));
+    let mut latencies = Latencies::default();
+    let (mut failed, mut sent, mut late) = (0, 0, 0);
+    let mut begun: Option<Moment> = None;
+    let mut waiting = VecDeque::new();
+    let mut next = gap();
+    loop {
+        let now = generator.now();
+        if begun.is_none() && now >= warm {
+            begun = Some(Moment::now(target.pid)?);
+        }
+        if done(now, &generator.replies.body)? {
+            break;
+        }
+        while next <= now {
+            if next >= warm {
+                sent += 1;
+                late += usize::from(now - next > LATE);
+            }
+            waiting.push_back(next);
+            next += gap();
+        }
+        generator.begin_waiting(&mut waiting);
+        generator.turn(Some(Duration::ZERO))?;
+        failed += generator.record(warm, &mut latencies);
+    }
+    let usage = begun.context("the run was shorter than its warm-up")?.until(&Moment::now(target.pid)?);
+    // What was begun is waited for: the slowest requests must not be the ones that are left out.
+    let deadline = generator.now() + STALL;
+    while !waiting.is_empty() || generator.is_open() {
+        ensure!(generator.now() < deadline, "requests are not answered within {STALL:?}");
+        generator.begin_waiting(&mut waiting);
+        generator.turn(Some(Duration::from_millis(1)))?;
+        failed += generator.record(warm, &mut latencies);
+    }
+    Ok(Arrivals { latencies, failed, late: late as f64 / f64::from(sent.max(1)), usage })
+}
+
+/// Asks once; the body of the reply.
+///
+/// # Errors
+/// When the request fails.
+pub fn ask(target: &Target<'_>) -> Result<Vec<u8>> {
+    let mut generator = Generator::connect(&Target { connections: 1, streams: 1, ..target.clone() })?;
+    generator.begin_waiting(&mut VecDeque::from([Duration::ZERO]));
+    generator.drain()?;
+    let succeeded = generator.replies.all.iter().all(|reply| reply.succeeded);
+    ensure!(succeeded, "the request fails: {}", String::from_utf8_lossy(&generator.replies.body));
+    Ok(generator.replies.body)
+}
+
+struct Generator {
+    poll: Poll,
+    events: Events,
+    connections: Vec<Connection>,
+    /// The connection that gets the next request.
+    turn: usize,
+    replies: Replies,
+    heard: Instant,
+    epoch: Instant,
+}
+
+struct Connection {
+    socket: TcpStream,
+    wire: Wire,
+    out: Vec<u8>,
+    input: Vec<u8>,
+    /// Bytes of `input` that were received and not read yet.
+    filled: usize,
+}
+
+impl Generator {
+    fn connect(target: &Target<'_>) -> Result<Self> {
+        let poll = Poll::new()?;
+        let mut connections = Vec::new();
+        for index in 0..target.connections {
+            let socket = std::net::TcpStream::connect_timeout(&target.address, STALL)
+                .with_context(|| format!("cannot reach {}", target.address))?;
+            socket.set_nodelay(true)?;
+            socket.set_nonblocking(true)?;
+            let mut socket = TcpStream::from_std(socket);
+            poll.registry().register(&mut socket, Token(index), Interest::READABLE | Interest::WRITABLE)?;
+            let wire = Wire::new(target.request, target.streams)?;
+            let out = wire.opening().to_vec();
+            connections.push(Connection { socket, wire, out, input: vec![0; READ], filled: 0 });
+        }
+        let (events, now) = (Events::with_capacity(1024), Instant::now());
+        Ok(Self { poll, events, connections, turn: 0, replies: Replies::default(), heard: now, epoch: now })
+    }
+
+    fn now(&self) -> Duration {
+        self.epoch.elapsed()
+    }
+
+    fn is_open(&self) -> bool {
+        self.connections.iter().any(|connection| connection.wire.open() > 0)
+    }
+
+    /// Begins what waits, as far as there is room, on one connection after the other.
+    fn begin_waiting(&mut self, waiting: &mut VecDeque<Duration>) {
+        let count = self.connections.len();
+        while let Some(&intended) = waiting.front() {
+            let free = (self.turn..self.turn + count).find(|&index| self.connections[index % count].wire.has_room());
+            let Some(index) = free else { return };
+            self.connections[index % count].begin(intended);
+            self.turn = (index + 1) % count;
+            waiting.pop_front();
+        }
+    }
+
+    /// Sends what is to be sent, waits for something to come, and reads it.
+    fn turn(&mut self, wait: Option<Duration>) -> Result<()> {
+        for connection in &mut self.connections {
+            connection.flush()?;
+        }
+        match self.poll.poll(&mut self.events, wait) {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            other => other?,
+        }
+        for event in self.events.iter().filter(|event| event.is_readable()) {
+            self.connections[event.token().0].read(&mut self.replies)?;
+            self.heard = Instant::now();
+        }
+        if self.is_open() && self.heard.elapsed() > STALL {
+            bail!("the server has not answered anything for {STALL:?}");
+        }
+        Ok(())
+    }
+
+    /// Waits for the replies to all that was begun.
+    fn drain(&mut self) -> Result<()> {
+        while self.is_open() {
+            self.turn(Some(STALL))?;
+        }
+        Ok(())
+    }
+
+    /// Takes the replies to requests that were meant for after `warm`; how many of them failed.
+    fn record(&mut self, warm: Duration, latencies: &mut Latencies) -> usize {
+        let now = self.epoch.elapsed();
+        let mut failed = 0;
+        for reply in self.replies.all.drain(..).filter(|reply| reply.intended >= warm) {
+            match reply.succeeded {
+                true => latencies.record(now - reply.intended),
+                false => failed += 1,
+            }
+        }
+        failed
+    }
+}
+
+impl Connection {
+    fn begin(&mut self, intended: Duration) {
+        self.wire.begin(intended, &mut self.out);
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        while !self.out.is_empty() {
+            match self.socket.write(&self.out) {
+                Ok(0) => bail!("the server has closed the connection"),
+                Ok(written) => drop(self.out.drain(..written)),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error).context("cannot send"),
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, replies: &mut Replies) -> Result<()> {
+        loop {
+            if self.filled == self.input.len() {
+                self.input.resize(self.input.len() * 2, 0);
+            }
+            let room = self.input.len() - self.filled;
+            let got = match self.socket.read(&mut self.input[self.filled..]) {
+                Ok(0) => bail!("the server has closed the connection"),
+                Ok(got) => got,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error).context("cannot receive"),
+            };
+            self.filled += got;
+            let read = self.wire.receive(&self.input[..self.filled], &mut self.out, replies)?;
+            self.input.copy_within(read..self.filled, 0);
+            self.filled -= read;
+            // What comes after a short read is announced anew.
+            if got < room {
+                return Ok(());
+            }
+        }
+    }
+}
