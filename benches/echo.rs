@@ -3,7 +3,7 @@
 //!
 //! The difference to the server is what finding, checking, queueing and running a model costs.
 
-use std::{io::Write, net::SocketAddr, sync::Arc};
+use std::net::SocketAddr;
 
 use anyhow::{Context, Result};
 use axum::{
@@ -31,32 +31,46 @@ const MODEL: &str = "iris";
 const LABEL: i64 = 1;
 const PROBABILITIES: [f32; 3] = [0.01, 0.94, 0.05];
 
-/// Serves until the process is killed.
-///
-/// # Errors
-/// When a port cannot be opened.
-pub fn run() -> Result<()> {
-    let limits = LimitsConfig::default();
-    let never = CancellationToken::new();
-    let any = SocketAddr::from(([127, 0, 0, 1], 0));
-    let (rest_port, grpc_port) = (Port::bind(any, "nothing")?, Port::bind(any, "nothing")?);
-    let mut out = std::io::stdout();
-    writeln!(out, "  REST  http://{}\n  gRPC  {}", rest_port.address, grpc_port.address)?;
+/// The echo with its ports open.
+pub struct Server {
+    rest: Port,
+    grpc: Port,
+}
 
-    let (io, _threads) = IoThreads::start(1, &limits, &never, &never)?;
-    let io = Arc::new(io);
-    let service = GrpcInferenceServiceServer::new(Echo).max_decoding_message_size(limits.max_message_bytes);
-    let grpc = Routes::new(service).prepare().into_axum_router();
-    let rest = Router::new().route("/v2/models/{model}/infer", post(infer));
-    writeln!(out, "  try   asking")?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
-        tokio::join!(
-            io.accept(rest_port, rest, Wire::Http, never.clone()),
-            io.accept(grpc_port, grpc, Wire::Grpc, never.clone())
-        );
-    });
-    Ok(())
+impl Server {
+    /// # Errors
+    /// When a port cannot be opened.
+    pub fn bind() -> Result<Self> {
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        Ok(Self { rest: Port::bind(any, "nothing: it is free")?, grpc: Port::bind(any, "nothing: it is free")? })
+    }
+
+    /// Of REST and of gRPC.
+    pub fn addresses(&self) -> [SocketAddr; 2] {
+        [self.rest.address, self.grpc.address]
+    }
+
+    /// Serves until the process ends.
+    ///
+    /// # Errors
+    /// When the system gives no thread.
+    pub fn serve(self) -> Result<()> {
+        let limits = LimitsConfig::default();
+        let never = CancellationToken::new();
+        // As many threads as the server has by itself on one core.
+        let (io, _threads) = IoThreads::start(1, &limits, &never, &never)?;
+        let service = GrpcInferenceServiceServer::new(Echo).max_decoding_message_size(limits.max_message_bytes);
+        let grpc = Routes::new(service).prepare().into_axum_router();
+        let rest = Router::new().route("/v2/models/{model}/infer", post(infer));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async {
+            tokio::join!(
+                io.accept(self.rest, rest, Wire::Http, never.clone()),
+                io.accept(self.grpc, grpc, Wire::Grpc, never.clone())
+            );
+        });
+        Ok(())
+    }
 }
 
 struct Echo;

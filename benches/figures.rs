@@ -1,7 +1,6 @@
 //! Every figure, and how it is found.
 //!
-//! What is compared is measured in turn, within seconds, and only the ratios of such pairs are believed: a shared
-//! machine is never the same for long. A pair during which the hypervisor took time away does not count.
+//! Names are those that later reports keep; `w1` stands for `iris`, a model that costs less than a request.
 
 use std::{
     cell::Cell,
@@ -16,7 +15,8 @@ use tempfile::TempDir;
 use crate::{
     inprocess::Model,
     load::{self, Saturation, Target},
-    machine::{Usage, resident},
+    machine::{Moment, Usage, resident},
+    pairs::{MAX_STOLEN, Measured, Pairs},
     process::{Process, Programs},
     report::{
         Better::{Higher, Lower},
@@ -27,8 +27,6 @@ use crate::{
     wire::Request,
 };
 
-/// A pair is void above this share of stolen time.
-const MAX_STOLEN: f64 = 0.03;
 /// Above this share of its core the generator, and not the server, may be what was measured.
 const MAX_GENERATOR: f64 = 0.95;
 /// A run is void when more than this share of its requests were sent late.
@@ -137,7 +135,7 @@ impl Bench {
         for rows in IRIS_BATCHES {
             let (seconds, usage) = iris.run(rows, self.pace.sweep)?;
             let (name, title) =
-                (format!("iris_inprocess_{rows}_us"), format!("`iris` in-process, {rows} rows at a time"));
+                (format!("iris_inprocess_{rows}_us"), format!("`iris` in-process, one run with a batch of {rows}"));
             self.report.single(&name, &title, "µs", Lower, seconds * 1e6, stolen(&usage));
         }
         Ok(())
@@ -148,73 +146,54 @@ impl Bench {
         let repository = repository(&[("iris", &self.iris)])?;
         let (server, echo) = (self.programs.serve(repository.path())?, self.programs.echo()?);
         let label = iris.label()?;
-        let mut rounds: Vec<(Protocol, Request, Vec<(Saturation, Saturation)>)> = Vec::new();
+        let mut rounds = Vec::new();
         for protocol in Protocol::ALL {
             let request = protocol.request("iris", iris.row())?;
-            let reply = load::ask(&target(&server, protocol, &request, protocol.concurrency()))?;
-            ensure!(protocol.label(&reply)? == label, "{protocol:?}: the server's label is not the one in-process");
-            protocol
-                .label(&load::ask(&target(&echo, protocol, &request, protocol.concurrency()))?)
-                .context("the echo")?;
-            rounds.push((protocol, request, Vec::new()));
+            let label_of = |process| -> Result<i64> {
+                protocol.label(&load::ask(&target(process, protocol, &request, protocol.concurrency()))?)
+            };
+            ensure!(label_of(&server)? == label, "{protocol:?}: the server's label is not the one in-process");
+            label_of(&echo).context("the echo")?;
+            rounds.push((protocol, request, Pairs::new()));
         }
-        for round in 0..self.pace.pairs {
-            say(format_args!("iris and echo under full load, round {} of {}", round + 1, self.pace.pairs));
+        for round in 1..=self.pace.pairs {
+            say(format_args!("iris and echo under full load, round {round} of {}", self.pace.pairs));
             for (protocol, request, pairs) in &mut rounds {
                 let measure = |process| {
                     let target = target(process, *protocol, request, protocol.concurrency());
-                    load::closed(&target, self.pace.warm, self.pace.window)
+                    let value = load::closed(&target, self.pace.warm, self.pace.window)?;
+                    let usage = value.usage;
+                    Ok(Measured { spoiled: usage.own / usage.seconds > MAX_GENERATOR, value, usage })
                 };
-                pairs.push(in_turn(round, || measure(&server), || measure(&echo))?);
+                pairs.take(|| measure(&server), || measure(&echo))?;
             }
         }
-        let mut rates = Vec::new();
         for (protocol, _, pairs) in &rounds {
-            let (name, title) = (protocol.name(), protocol.title());
-            let all = pairs.len();
-            let counted: Vec<_> =
-                pairs.iter().filter(|(ours, echo)| counts(&ours.usage) && counts(&echo.usage)).collect();
-            let free = |saturation: &Saturation| saturation.usage.own / saturation.usage.seconds < MAX_GENERATOR;
-            let ratios: Vec<_> = counted.iter().filter(|(_, echo)| free(echo)).collect();
-            let of = |value: fn(&Saturation, &Saturation) -> f64| -> Vec<f64> {
-                counted.iter().map(|(ours, echo)| value(ours, echo)).collect()
+            let mut add = |suffix: &str, what: &str, unit, better, value: &dyn Fn(&Saturation, &Saturation) -> f64| {
+                let (name, title) = (protocol.name(), protocol.title());
+                let (name, title) = (format!("w1_{name}_{suffix}"), format!("`iris`, {title}: {what}"));
+                self.report.median(&name, &title, unit, better, &pairs.values(value));
             };
-            let voided = all - counted.len();
-            let report = &mut self.report;
-            let mut median_of = |suffix: &str, what: &str, unit, better, values: &[f64]| {
-                report.median(
-                    &format!("w1_{name}_{suffix}"),
-                    &format!("`iris`, {title}: {what}"),
-                    unit,
-                    better,
-                    values,
-                    voided,
-                );
-            };
-            let served = of(|ours, _| ours.rate);
-            median_of("rps", "served", "req/s", Higher, &served);
-            median_of("echo_rps", "echo", "req/s", Higher, &of(|_, echo| echo.rate));
-            median_of("cpu_us", "server CPU per request", "µs", Lower, &of(|ours, _| ours.cpu * 1e6));
-            median_of("echo_cpu_us", "echo CPU per request", "µs", Lower, &of(|_, echo| echo.cpu * 1e6));
-            median_of(
-                "generator",
-                "generator's share of its core beside the echo",
-                "%",
-                Lower,
-                &of(|_, echo| 100.0 * echo.usage.own / echo.usage.seconds),
-            );
-            let values: Vec<f64> = ratios.iter().map(|(ours, echo)| ours.rate / echo.rate).collect();
-            let (name, title) = (format!("w1_{name}_vs_echo"), format!("`iris`, {title}: served ÷ echo"));
-            self.report.median(&name, &title, "", Higher, &values, all - ratios.len());
-            self.foreign.extend(pairs.iter().flat_map(|(ours, echo)| [ours.usage.foreign, echo.usage.foreign]));
-            rates.push(median(&served));
+            add("rps", "served", "req/s", Higher, &|ours, _| ours.rate);
+            add("echo_rps", "echo", "req/s", Higher, &|_, echo| echo.rate);
+            add("vs_echo", "served ÷ echo", "", Higher, &|ours, echo| ours.rate / echo.rate);
+            add("cpu_us", "server CPU per request", "µs", Lower, &|ours, _| ours.cpu * 1e6);
+            add("echo_cpu_us", "echo CPU per request", "µs", Lower, &|_, echo| echo.cpu * 1e6);
+            let generator = "generator's share of its core beside the echo";
+            add("generator", generator, "%", Lower, &|_, echo| 100.0 * echo.usage.own / echo.usage.seconds);
+            self.foreign.extend(pairs.foreign());
         }
-        let binary: Vec<f64> =
-            rounds[2].2.iter().zip(&rounds[1].2).map(|(binary, json)| binary.0.rate / json.0.rate).collect();
-        self.report.median("w1_binary_vs_json", "`iris`: REST binary ÷ REST JSON", "", Higher, &binary, 0);
-        let rate = rates.first().copied().unwrap_or(f64::NAN);
-        ensure!(rate.is_finite(), "every window of full load was void: the machine is too busy to measure on");
-        Ok(rate)
+        let rates = |protocol| {
+            let (_, _, pairs) = rounds.iter().find(|round| round.0 == protocol)?;
+            Some(pairs.values(|ours, _| ours.rate))
+        };
+        let (binary, json) = (rates(Protocol::Binary).unwrap_or_default(), rates(Protocol::Json).unwrap_or_default());
+        let ratios: Vec<_> = binary.into_iter().zip(json).map(|(binary, json)| Some(binary? / json?)).collect();
+        self.report.median("w1_binary_vs_json", "`iris`: REST binary ÷ REST JSON", "", Higher, &ratios);
+        // Void or not: what follows needs some load.
+        let grpc = rounds.iter().find(|round| round.0 == Protocol::Grpc);
+        let rates: Vec<f64> = grpc.iter().flat_map(|round| round.2.ours()).map(|ours| ours.rate).collect();
+        Ok(median(&rates))
     }
 
     /// What the server adds to the echo's latency at `rate` gRPC requests per second.
@@ -223,31 +202,31 @@ impl Bench {
         let (server, echo) = (self.programs.serve(repository.path())?, self.programs.echo()?);
         let request = Protocol::Grpc.request("iris", iris.row())?;
         let concurrency = (Protocol::Grpc.concurrency().0, OPEN_STREAMS);
-        let mut pairs = Vec::new();
-        for pair in 0..self.pace.latency_pairs {
-            say(format_args!("iris and echo at 10 % load, pair {} of {}", pair + 1, self.pace.latency_pairs));
+        let mut pairs = Pairs::new();
+        for pair in 1..=self.pace.latency_pairs {
+            say(format_args!("iris and echo at 10 % load, pair {pair} of {}", self.pace.latency_pairs));
             let measure = |process| {
                 let end = self.pace.warm + self.pace.latency_window;
                 let target = target(process, Protocol::Grpc, &request, concurrency);
                 let mut run = load::open(&target, rate, pair as u64, self.pace.warm, |now, _| Ok(now >= end))?;
                 ensure!(run.failed == 0, "{} requests failed at 10 % load", run.failed);
-                let counts = counts(&run.usage) && run.late <= MAX_LATE;
-                Ok((counts, [0.5, 0.99].map(|share| run.latencies.quantile(share) * 1e6)))
+                let value = [0.5, 0.99].map(|share| run.latencies.quantile(share) * 1e6);
+                Ok(Measured { value, usage: run.usage, spoiled: run.late > MAX_LATE })
             };
-            pairs.push(in_turn(pair, || measure(&server), || measure(&echo))?);
+            pairs.take(|| measure(&server), || measure(&echo))?;
         }
-        let counted: Vec<_> = pairs.iter().filter(|((ours, _), (echo, _))| *ours && *echo).collect();
         for (index, quantile) in ["p50", "p99"].into_iter().enumerate() {
-            let mut add = |name: String, what: &str, value: &dyn Fn(f64, f64) -> f64| {
-                let values: Vec<f64> =
-                    counted.iter().map(|((_, ours), (_, echo))| value(ours[index], echo[index])).collect();
-                let title = format!("`iris`, gRPC at 10 % load: {quantile} {what}");
-                self.report.median(&name, &title, "µs", Lower, &values, pairs.len() - counted.len());
+            let mut add = |name: &str, what: &str, value: &dyn Fn(f64, f64) -> f64| {
+                let values = pairs.values(|ours: &[f64; 2], echo: &[f64; 2]| value(ours[index], echo[index]));
+                let (name, title) =
+                    (format!("{name}_{quantile}_us"), format!("`iris`, gRPC at 10 % load: {quantile} {what}"));
+                self.report.median(&name, &title, "µs", Lower, &values);
             };
-            add(format!("served_{quantile}_us"), "served", &|ours, _| ours);
-            add(format!("echo_{quantile}_us"), "of the echo", &|_, echo| echo);
-            add(format!("added_{quantile}_us"), "added", &|ours, echo| ours - echo);
+            add("served", "served", &|ours, _| ours);
+            add("echo", "of the echo", &|_, echo| echo);
+            add("added", "added", &|ours, echo| ours - echo);
         }
+        self.foreign.extend(pairs.foreign());
         Ok(())
     }
 
@@ -314,31 +293,19 @@ impl Bench {
     fn start(&mut self) -> Result<()> {
         let repository = repository(&[("iris", &self.iris)])?;
         say(format_args!("{} starts", self.pace.starts));
-        let mut pairs = Vec::new();
-        for pair in 0..self.pace.starts {
+        let mut pairs = Pairs::new();
+        for _ in 0..self.pace.starts {
             let start = || Ok(self.programs.serve(repository.path())?.ready_after.as_secs_f64() * 1e3);
             let load = || Ok(self.programs.session_load(&self.iris)? * 1e3);
-            pairs.push(in_turn(pair, start, load)?);
+            pairs.take(|| watched(start), || watched(load))?;
         }
-        let of = |value: fn(&(f64, f64)) -> f64| -> Vec<f64> { pairs.iter().map(value).collect() };
         let report = &mut self.report;
-        report.median("ready_ms", "exec to ready with `iris`", "ms", Lower, &of(|(ready, _)| *ready), 0);
-        report.median(
-            "load_ms",
-            "library and `iris` session loaded in-process",
-            "ms",
-            Lower,
-            &of(|(_, load)| *load),
-            0,
-        );
-        report.median(
-            "start_ms",
-            "exec to ready above session load",
-            "ms",
-            Lower,
-            &of(|(ready, load)| ready - load),
-            0,
-        );
+        report.median("ready_ms", "exec to ready with `iris`", "ms", Lower, &pairs.values(|ready, _| *ready));
+        let title = "library and `iris` session loaded in-process";
+        report.median("load_ms", title, "ms", Lower, &pairs.values(|_, load| *load));
+        let title = "exec to ready above session load";
+        report.median("start_ms", title, "ms", Lower, &pairs.values(|ready, load| ready - load));
+        self.foreign.extend(pairs.foreign());
         Ok(())
     }
 
@@ -379,57 +346,40 @@ impl Bench {
         let server = self.programs.serve(repository.path())?;
         let request = Protocol::Grpc.request("magika", model.row())?;
         let target = target(&server, Protocol::Grpc, &request, MAGIKA_CONCURRENCY);
-        let mut pairs = Vec::new();
-        for pair in 0..self.pace.pairs {
-            say(format_args!("magika served and in-process, pair {} of {}", pair + 1, self.pace.pairs));
+        let mut pairs = Pairs::new();
+        for pair in 1..=self.pace.pairs {
+            say(format_args!("magika served and in-process, pair {pair} of {}", self.pace.pairs));
             let served = || {
-                let saturation = load::closed(&target, self.pace.warm, self.pace.long_window)?;
-                Ok((saturation.rate, saturation.usage))
+                let run = load::closed(&target, self.pace.warm, self.pace.long_window)?;
+                Ok(Measured { value: run.rate, usage: run.usage, spoiled: false })
             };
             let inprocess = || {
                 let (seconds, usage) = model.run(rows, self.pace.long_window)?;
-                Ok((rows as f64 / seconds, usage))
+                Ok(Measured { value: rows as f64 / seconds, usage, spoiled: false })
             };
-            pairs.push(in_turn(pair, served, inprocess)?);
+            pairs.take(served, inprocess)?;
         }
-        let counted: Vec<_> = pairs.iter().filter(|(ours, bare)| counts(&ours.1) && counts(&bare.1)).collect();
-        let voided = pairs.len() - counted.len();
-        let of = |value: fn(f64, f64) -> f64| -> Vec<f64> {
-            counted.iter().map(|(ours, bare)| value(ours.0, bare.0)).collect()
-        };
-        let inprocess = format!("`magika` in-process, {rows} rows at a time, the best of {MAGIKA_BATCHES:?}");
+        let inprocess = format!("`magika` in-process, batches of {rows}, the best of {MAGIKA_BATCHES:?}");
         let report = &mut self.report;
-        report.median("magika_rps", "`magika` served over gRPC", "rows/s", Higher, &of(|ours, _| ours), voided);
-        report.median("magika_inprocess_rps", &inprocess, "rows/s", Higher, &of(|_, bare| bare), voided);
-        report.median(
-            "magika_vs_inprocess",
-            "`magika`: served ÷ in-process",
-            "",
-            Higher,
-            &of(|ours, bare| ours / bare),
-            voided,
-        );
-        self.foreign.extend(pairs.iter().flat_map(|(ours, bare)| [ours.1.foreign, bare.1.foreign]));
+        report.median("magika_rps", "`magika` served over gRPC", "rows/s", Higher, &pairs.values(|ours, _| *ours));
+        report.median("magika_inprocess_rps", &inprocess, "rows/s", Higher, &pairs.values(|_, bare| *bare));
+        let ratios = pairs.values(|ours, bare| ours / bare);
+        report.median("magika_vs_inprocess", "`magika`: served ÷ in-process", "", Higher, &ratios);
+        self.foreign.extend(pairs.foreign());
         Ok(())
     }
 }
 
-/// Both, the one that comes first alternating, so that drift favours neither.
-fn in_turn<A, B>(turn: usize, first: impl FnOnce() -> Result<A>, second: impl FnOnce() -> Result<B>) -> Result<(A, B)> {
-    if turn % 2 == 0 {
-        Ok((first()?, second()?))
-    } else {
-        let second = second()?;
-        Ok((first()?, second))
-    }
-}
-
-fn counts(usage: &Usage) -> bool {
-    usage.stolen <= MAX_STOLEN
+/// Calls `measure` and watches the machine meanwhile.
+fn watched<T>(measure: impl FnOnce() -> Result<T>) -> Result<Measured<T>> {
+    let start = Moment::now(std::process::id())?;
+    let value = measure()?;
+    let usage = start.until(&Moment::now(std::process::id())?);
+    Ok(Measured { value, usage, spoiled: false })
 }
 
 fn stolen(usage: &Usage) -> Option<String> {
-    (!counts(usage)).then(|| format!("{:.1} % of the time was stolen", 100.0 * usage.stolen))
+    (usage.stolen > MAX_STOLEN).then(|| format!("{:.1} % of the time was stolen", 100.0 * usage.stolen))
 }
 
 fn target<'a>(

@@ -305,3 +305,80 @@ impl Connection {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{echo, requests::Protocol};
+
+    /// The addresses of an echo that serves until the tests end.
+    fn echo() -> [SocketAddr; 2] {
+        let server = echo::Server::bind().unwrap();
+        let addresses = server.addresses();
+        std::thread::spawn(move || server.serve().unwrap());
+        addresses
+    }
+
+    fn flower() -> tidegate::tensor::Tensor {
+        use tidegate::tensor::{DType, Data, Tensor};
+        let bytes: Vec<u8> = [5.7f32, 2.8, 4.1, 1.3].into_iter().flat_map(f32::to_le_bytes).collect();
+        Tensor::new("X".into(), DType::Fp32, [1, 4].as_slice().into(), Data::Plain(bytes.into())).unwrap()
+    }
+
+    #[test]
+    fn both_loops_drive_the_echo_over_every_protocol() {
+        let [rest, grpc] = echo();
+        for protocol in Protocol::ALL {
+            let request = protocol.request("iris", &flower()).unwrap();
+            let address = if protocol == Protocol::Grpc { grpc } else { rest };
+            let target = Target { address, pid: std::process::id(), request: &request, connections: 4, streams: 4 };
+            assert_eq!(protocol.label(&ask(&target).unwrap()).unwrap(), 1, "{protocol:?}");
+
+            let full = closed(&target, Duration::from_millis(20), Duration::from_millis(200)).unwrap();
+            assert!(full.rate > 100.0 && full.usage.seconds >= 0.2, "{protocol:?}: {full:?}");
+
+            let (warm, end) = (Duration::from_millis(100), Duration::from_millis(1100));
+            let run = open(&target, 300.0, 7, warm, |now, _| Ok(now >= end)).unwrap();
+            // 300 expected with a deviation of 17.
+            assert!((230..370).contains(&run.latencies.count()), "{protocol:?}: {}", run.latencies.count());
+            assert_eq!(run.failed, 0);
+        }
+    }
+
+    #[test]
+    fn failures_are_noticed() {
+        let [rest, grpc] = echo();
+        let broken = [
+            (rest, Request::Http1(b"POST /nowhere HTTP/1.1\r\nhost: h\r\ncontent-length: 0\r\n\r\n".to_vec())),
+            (grpc, Request::Grpc { path: "/inference.GRPCInferenceService/ServerLive", message: Vec::new() }),
+        ];
+        for (address, request) in &broken {
+            let target = Target { address: *address, pid: std::process::id(), request, connections: 2, streams: 2 };
+            assert!(ask(&target).is_err());
+            assert!(closed(&target, Duration::ZERO, Duration::from_millis(50)).is_err());
+            let run = open(&target, 500.0, 7, Duration::ZERO, |now, _| Ok(now >= Duration::from_millis(100))).unwrap();
+            assert!(run.failed > 10 && run.latencies.count() == 0, "{} of {}", run.failed, run.latencies.count());
+        }
+    }
+
+    #[test]
+    fn latency_counts_from_when_a_request_was_meant_to_be_sent() {
+        // A server that takes its time for the first request, while one connection is all there is.
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut pause = Duration::from_millis(300);
+            while stream.read(&mut [0; 64]).is_ok_and(|got| got > 0) {
+                std::thread::sleep(std::mem::take(&mut pause));
+                stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").unwrap();
+            }
+        });
+        let request = Request::Http1(b"GET / HTTP/1.1\r\n\r\n".to_vec());
+        let target = Target { address, pid: std::process::id(), request: &request, connections: 1, streams: 1 };
+        let end = Duration::from_millis(400);
+        let mut run = open(&target, 200.0, 7, Duration::ZERO, |now, _| Ok(now >= end)).unwrap();
+        // About three quarters of all requests were meant for the pause, and waited for half of it on average.
+        assert!(run.latencies.quantile(0.5) > 0.05, "{}", run.latencies.quantile(0.5));
+    }
+}

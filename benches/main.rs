@@ -10,6 +10,7 @@ mod figures;
 mod inprocess;
 mod load;
 mod machine;
+mod pairs;
 mod process;
 mod report;
 mod requests;
@@ -64,7 +65,12 @@ enum Command {
 
 fn main() -> Result<()> {
     match Cli::parse().command {
-        Command::Echo => echo::run(),
+        Command::Echo => {
+            let server = echo::Server::bind()?;
+            let [rest, grpc] = server.addresses();
+            writeln!(std::io::stdout(), "  REST  http://{rest}\n  gRPC  {grpc}\n  try   asking")?;
+            server.serve()
+        }
         Command::Load { files } => Ok(writeln!(std::io::stdout(), "{}", inprocess::load_time(&files)?)?),
         Command::Measure { server, models, magika, onnxruntime, json, quick } => {
             process::end_children_on_signals()?;

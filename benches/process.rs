@@ -23,6 +23,9 @@ const TAIL: usize = 2000;
 /// With this line the server has said what there is to say, and so has the echo.
 const LAST_LINE: &str = "  try ";
 
+/// In a process's folder.
+const LOG: &str = "log";
+
 static RUNNING: Mutex<Vec<u32>> = Mutex::new(Vec::new());
 
 /// Where the programs and files are that are measured.
@@ -36,15 +39,20 @@ pub struct Programs {
     pub core: usize,
 }
 
-/// A server, ours or the echo. It is killed when this is dropped.
+/// A server, ours or the echo, until this is dropped.
 pub struct Process {
-    child: Child,
+    running: Running,
     pub rest: SocketAddr,
     pub grpc: SocketAddr,
     /// From before it was started to its saying that it is ready.
     pub ready_after: Duration,
-    _home: TempDir,
+    home: TempDir,
 }
+
+/// A child that does not outlive this.
+struct Running(Child);
+
+type Lines = Receiver<(Instant, String)>;
 
 impl Programs {
     /// Starts `tidegate serve` with a folder of models.
@@ -77,43 +85,54 @@ impl Programs {
     /// When it fails.
     pub fn session_load(&self, files: &Path) -> Result<f64> {
         let mut command = Command::new(std::env::current_exe()?);
-        command.arg("load").arg(files).env("ORT_DYLIB_PATH", &self.onnxruntime);
-        let output = on_core(self.core, || Ok(command.stderr(Stdio::inherit()).output()?))?;
-        let text = String::from_utf8_lossy(&output.stdout);
-        text.trim().parse().with_context(|| format!("loading {} in a process of its own failed", files.display()))
+        command.arg("load").arg(files);
+        let home = tempfile::tempdir()?;
+        let (_running, lines) = self.spawn(&mut command, home.path())?;
+        let line = lines.recv_timeout(START_TIMEOUT).map(|(_, line)| line);
+        let seconds = line.ok().and_then(|line| line.parse().ok());
+        seconds.with_context(|| format!("a process of its own did not load {}: {}", files.display(), tail(home.path())))
     }
 
     fn start(&self, mut command: Command, home: TempDir) -> Result<Process> {
-        let log = home.path().join("log");
-        for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("TIDEGATE_")) {
-            command.env_remove(name);
-        }
-        command.current_dir(home.path()).env("ORT_DYLIB_PATH", &self.onnxruntime);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(File::create(&log)?);
         let begun = Instant::now();
-        // A process inherits the core of the thread that starts it, and so finds only one from its first moment on.
-        let mut child = on_core(self.core, || {
-            let mut running = RUNNING.lock();
-            let child = command.spawn().with_context(|| format!("cannot start {:?}", command.get_program()))?;
-            running.push(child.id());
-            Ok(child)
-        })?;
-        let lines = child.stdout.take().map(lines);
+        let (running, lines) = self.spawn(&mut command, home.path())?;
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
-        let mut process = Process { child, rest: any, grpc: any, ready_after: Duration::ZERO, _home: home };
-        let listening = lines.context("the process has no standard output").and_then(|lines| process.listen(&lines));
-        let ready = listening.with_context(|| {
-            let log = std::fs::read_to_string(&log).unwrap_or_default();
-            let tail = log.char_indices().rev().nth(TAIL).map_or(0, |(start, _)| start);
-            format!("{:?} did not start; its log ends:\n{}", command.get_program(), &log[tail..])
+        let mut process = Process { running, rest: any, grpc: any, ready_after: Duration::ZERO, home };
+        let ready = process.listen(&lines).with_context(|| {
+            format!("{:?} did not start; its log ends:\n{}", command.get_program(), tail(process.home.path()))
         })?;
         process.ready_after = ready - begun;
         Ok(process)
     }
+
+    /// Starts `command` on the core for what is measured; its lines follow, and its log is in `home`.
+    fn spawn(&self, command: &mut Command, home: &Path) -> Result<(Running, Lines)> {
+        for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("TIDEGATE_")) {
+            command.env_remove(name);
+        }
+        command.current_dir(home).env("ORT_DYLIB_PATH", &self.onnxruntime);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(File::create(home.join(LOG))?);
+        // A process inherits the core of the thread that starts it, and so finds only one from its first moment on.
+        let mut running = on_core(self.core, || {
+            let mut all = RUNNING.lock();
+            let child = command.spawn().with_context(|| format!("cannot start {:?}", command.get_program()))?;
+            all.push(child.id());
+            Ok(Running(child))
+        })?;
+        let pipe = running.0.stdout.take().context("a process has no standard output")?;
+        Ok((running, lines(pipe)))
+    }
+}
+
+/// The end of a process's log.
+fn tail(home: &Path) -> String {
+    let log = std::fs::read_to_string(home.join(LOG)).unwrap_or_default();
+    let start = log.char_indices().rev().nth(TAIL).map_or(0, |(start, _)| start);
+    log[start..].to_owned()
 }
 
 /// Lines of a pipe, each with the moment it came. The pipe is read on, so that its writer never waits.
-fn lines(pipe: impl std::io::Read + Send + 'static) -> Receiver<(Instant, String)> {
+fn lines(pipe: impl std::io::Read + Send + 'static) -> Lines {
     let (sender, receiver) = channel();
     std::thread::spawn(move || {
         for line in BufReader::new(pipe).lines().map_while(Result::ok) {
@@ -126,11 +145,11 @@ fn lines(pipe: impl std::io::Read + Send + 'static) -> Receiver<(Instant, String
 
 impl Process {
     pub fn id(&self) -> u32 {
-        self.child.id()
+        self.running.0.id()
     }
 
     /// Reads addresses until the process is ready; when that was.
-    fn listen(&mut self, lines: &Receiver<(Instant, String)>) -> Result<Instant> {
+    fn listen(&mut self, lines: &Lines) -> Result<Instant> {
         let deadline = Instant::now() + START_TIMEOUT;
         loop {
             let (at, line) = lines
@@ -150,13 +169,13 @@ impl Process {
     }
 }
 
-impl Drop for Process {
+impl Drop for Running {
     fn drop(&mut self) {
         // Forgotten first: after the wait the number may belong to somebody else.
-        RUNNING.lock().retain(|&pid| pid != self.child.id());
+        RUNNING.lock().retain(|&pid| pid != self.0.id());
         // It may have ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 

@@ -49,26 +49,19 @@ impl Report {
         Self { date, machine: machine::describe(), commit: commit(), quick, figures: Vec::new() }
     }
 
-    /// Adds the median of `values`, of which `voided` more did not count. With more than half of all voided, or none
-    /// left, the figure is void.
-    pub fn median(
-        &mut self,
-        name: &str,
-        title: &str,
-        unit: &'static str,
-        better: Better,
-        values: &[f64],
-        voided: usize,
-    ) {
-        let void = (voided > values.len() || values.is_empty())
-            .then(|| format!("{voided} of {} pairs were void", voided + values.len()));
-        let (low, high) = interval(values);
+    /// Adds the median of `values`, which are `None` where a pair was void. With more than half of them void the figure
+    /// is void.
+    pub fn median(&mut self, name: &str, title: &str, unit: &'static str, better: Better, values: &[Option<f64>]) {
+        let counted: Vec<f64> = values.iter().copied().flatten().collect();
+        let voided = values.len() - counted.len();
+        let void = (voided * 2 > values.len()).then(|| format!("{voided} of {} pairs were void", values.len()));
+        let (low, high) = interval(&counted);
         self.add(Figure {
             name: name.to_owned(),
             title: title.to_owned(),
-            value: Some(median(values)).filter(|value| value.is_finite()),
-            low: Some(low).filter(|low| low.is_finite()),
-            high: Some(high).filter(|high| high.is_finite()),
+            value: finite(median(&counted)),
+            low: finite(low),
+            high: finite(high),
             unit,
             better,
             void,
@@ -88,7 +81,7 @@ impl Report {
         self.add(Figure {
             name: name.to_owned(),
             title: title.to_owned(),
-            value: Some(value).filter(|value| value.is_finite()),
+            value: finite(value),
             low: None,
             high: None,
             unit,
@@ -137,6 +130,11 @@ impl Figure {
             Some(reason) => format!("void: {reason}"),
         }
     }
+}
+
+/// JSON has no word for what is no number.
+fn finite(value: f64) -> Option<f64> {
+    Some(value).filter(|value| value.is_finite())
 }
 
 /// Three digits that matter, and thousands apart.
@@ -191,9 +189,10 @@ mod tests {
     #[test]
     fn a_figure_with_more_than_half_of_its_pairs_void_is_void() {
         let mut report = report();
-        report.median("a", "A", "req/s", Better::Higher, &[10_000.0, 20_000.0, 15_000.0], 3);
-        report.median("b", "B", "", Better::Higher, &[1.0], 2);
-        report.median("c", "C", "", Better::Higher, &[], 0);
+        let half = [Some(10_000.0), None, Some(20_000.0), None];
+        report.median("a", "A", "req/s", Better::Higher, &half);
+        report.median("b", "B", "", Better::Higher, &[Some(1.0), None, None]);
+        report.median("c", "C", "", Better::Higher, &[None]);
         let voids: Vec<bool> = report.figures.iter().map(|figure| figure.void.is_some()).collect();
         assert_eq!(voids, [false, true, true]);
         let table = report.markdown();
