@@ -3,7 +3,6 @@
 //! Names are those that later reports keep; `w1` stands for `iris`, a model that costs less than a request.
 
 use std::{
-    cell::Cell,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
     time::Duration,
@@ -14,7 +13,7 @@ use tempfile::TempDir;
 
 use crate::{
     inprocess::Model,
-    load::{self, Saturation, Target},
+    load::{self, Phase, Saturation, Target, between},
     machine::{Moment, Usage, resident},
     pairs::{MAX_STOLEN, Measured, Pairs},
     process::{Process, Programs},
@@ -29,6 +28,9 @@ use crate::{
 
 /// Above this share of its core the generator, and not the server, may be what was measured.
 const MAX_GENERATOR: f64 = 0.95;
+/// With more than this share of the machine in other hands, two programs do not lose alike: the one with more threads
+/// gets more of what is left.
+const MAX_FOREIGN: f64 = 0.1;
 /// A run is void when more than this share of its requests were sent late.
 const MAX_LATE: f64 = 0.001;
 
@@ -41,6 +43,8 @@ const MAGIKA_CONCURRENCY: (usize, usize) = (4, 2);
 /// Requests that may be open on a connection of an open loop before they wait in the generator.
 const OPEN_STREAMS: usize = 256;
 const SWAPS: usize = 20;
+/// The server waits for a second without change before it takes new files for complete.
+const SETTLING: Duration = Duration::from_millis(900);
 /// How long one swap may take.
 const SWAP_TIMEOUT: Duration = Duration::from_secs(30);
 const MEGABYTE: f64 = 1e6;
@@ -136,7 +140,7 @@ impl Bench {
             let (seconds, usage) = iris.run(rows, self.pace.sweep)?;
             let (name, title) =
                 (format!("iris_inprocess_{rows}_us"), format!("`iris` in-process, one run with a batch of {rows}"));
-            self.report.single(&name, &title, "µs", Lower, seconds * 1e6, stolen(&usage));
+            self.report.single(&name, &title, "µs", Lower, seconds * 1e6, disturbance(&usage));
         }
         Ok(())
     }
@@ -163,7 +167,8 @@ impl Bench {
                     let target = target(process, *protocol, request, protocol.concurrency());
                     let value = load::closed(&target, self.pace.warm, self.pace.window)?;
                     let usage = value.usage;
-                    Ok(Measured { spoiled: usage.own / usage.seconds > MAX_GENERATOR, value, usage })
+                    let spoiled = is_disturbed(&usage) || usage.own / usage.seconds > MAX_GENERATOR;
+                    Ok(Measured { value, usage, spoiled })
                 };
                 pairs.take(|| measure(&server), || measure(&echo))?;
             }
@@ -208,10 +213,10 @@ impl Bench {
             let measure = |process| {
                 let end = self.pace.warm + self.pace.latency_window;
                 let target = target(process, Protocol::Grpc, &request, concurrency);
-                let mut run = load::open(&target, rate, pair as u64, self.pace.warm, |now, _| Ok(now >= end))?;
+                let mut run = load::open(&target, rate, pair as u64, between(self.pace.warm, end))?;
                 ensure!(run.failed == 0, "{} requests failed at 10 % load", run.failed);
                 let value = [0.5, 0.99].map(|share| run.latencies.quantile(share) * 1e6);
-                Ok(Measured { value, usage: run.usage, spoiled: run.late > MAX_LATE })
+                Ok(Measured { value, usage: run.usage, spoiled: is_disturbed(&run.usage) || run.late > MAX_LATE })
             };
             pairs.take(|| measure(&server), || measure(&echo))?;
         }
@@ -244,48 +249,42 @@ impl Bench {
 
         say(format_args!("iris at 50 % load, steady"));
         let end = self.pace.warm + self.pace.steady;
-        let mut steady = load::open(&target, rate, 0, self.pace.warm, |now, _| Ok(now >= end))?;
+        let mut steady = load::open(&target, rate, 0, between(self.pace.warm, end))?;
         say(format_args!("iris at 50 % load, {SWAPS} swaps"));
         let publish = |version: usize| {
             let name = version.to_string();
             std::fs::rename(staging.join(&name), repository.path().join("iris").join(&name))
         };
-        let (mut asked, mut since) = (1, self.pace.warm);
-        let swapping = Cell::new(self.pace.warm);
-        let mut during = load::open(&target, rate, 1, self.pace.warm, |now, reply| {
-            if now < self.pace.warm {
-                return Ok(false);
-            }
-            // The generator's own replies tell when a version serves; nothing else has to ask.
-            if Protocol::version(reply)? == asked {
-                if asked > SWAPS {
-                    swapping.set(now - self.pace.warm);
-                    return Ok(true);
+        let (mut version, mut since) = (1, self.pace.warm);
+        let mut during = load::open(&target, rate, 1, |now, reply| {
+            // The generator's own replies tell which version serves; nothing else has to ask.
+            if now >= self.pace.warm && Protocol::version(reply).is_ok_and(|serving| serving == version) {
+                if version > SWAPS {
+                    return Ok(Phase::End);
                 }
-                asked += 1;
+                version += 1;
                 since = now;
-                publish(asked)?;
+                publish(version)?;
             }
-            ensure!(now - since < SWAP_TIMEOUT, "version {asked} does not answer within {SWAP_TIMEOUT:?}");
-            Ok(false)
+            ensure!(
+                now.saturating_sub(since) < SWAP_TIMEOUT,
+                "version {version} does not answer within {SWAP_TIMEOUT:?}"
+            );
+            // While new files only lie there nothing is swapped, and what is counted would hide what is not.
+            Ok(if now >= since + SETTLING { Phase::Count } else { Phase::Pass })
         })?;
         let void = [&steady, &during].into_iter().find_map(|run| {
             let late = (run.late > MAX_LATE).then(|| format!("{:.1} % of requests were sent late", 100.0 * run.late));
-            stolen(&run.usage).or(late)
+            disturbance(&run.usage).or(late)
         });
         let p99 = [steady.latencies.quantile(0.99), during.latencies.quantile(0.99)];
         let failures = (steady.failed + during.failed) as f64;
         let report = &mut self.report;
-        let asked = format!(
-            "{SWAPS} hot swaps at 50 % load: failures among {} requests",
-            during.latencies.count() + during.failed
-        );
+        let asked = format!("{SWAPS} hot swaps at 50 % load: failures beside {} answers", during.latencies.count());
         report.single("swap_failures", &asked, "", Lower, failures, None);
         report.single("swap_steady_p99_us", "p99 without swaps", "µs", Lower, p99[0] * 1e6, void.clone());
         report.single("swap_during_p99_us", "p99 during swaps", "µs", Lower, p99[1] * 1e6, void.clone());
         report.single("swap_p99", "p99 during ÷ without swaps", "", Lower, p99[1] / p99[0], void);
-        let each = swapping.get().as_secs_f64() * 1e3 / SWAPS as f64;
-        report.single("swap_ms", "one hot swap, from the new files to their first answer", "ms", Lower, each, None);
         Ok(())
     }
 
@@ -305,7 +304,6 @@ impl Bench {
         report.median("load_ms", title, "ms", Lower, &pairs.values(|_, load| *load));
         let title = "exec to ready above session load";
         report.median("start_ms", title, "ms", Lower, &pairs.values(|ready, load| ready - load));
-        self.foreign.extend(pairs.foreign());
         Ok(())
     }
 
@@ -351,11 +349,11 @@ impl Bench {
             say(format_args!("magika served and in-process, pair {pair} of {}", self.pace.pairs));
             let served = || {
                 let run = load::closed(&target, self.pace.warm, self.pace.long_window)?;
-                Ok(Measured { value: run.rate, usage: run.usage, spoiled: false })
+                Ok(Measured { value: run.rate, usage: run.usage, spoiled: is_disturbed(&run.usage) })
             };
             let inprocess = || {
                 let (seconds, usage) = model.run(rows, self.pace.long_window)?;
-                Ok(Measured { value: rows as f64 / seconds, usage, spoiled: false })
+                Ok(Measured { value: rows as f64 / seconds, usage, spoiled: is_disturbed(&usage) })
             };
             pairs.take(served, inprocess)?;
         }
@@ -370,16 +368,27 @@ impl Bench {
     }
 }
 
-/// Calls `measure` and watches the machine meanwhile.
+/// Calls `measure` and watches the machine meanwhile; what is measured is a process of its own, so others are not told
+/// from it.
 fn watched<T>(measure: impl FnOnce() -> Result<T>) -> Result<Measured<T>> {
-    let start = Moment::now(std::process::id())?;
+    let start = Moment::now(None)?;
     let value = measure()?;
-    let usage = start.until(&Moment::now(std::process::id())?);
+    let usage = start.until(&Moment::now(None)?);
     Ok(Measured { value, usage, spoiled: false })
 }
 
-fn stolen(usage: &Usage) -> Option<String> {
-    (usage.stolen > MAX_STOLEN).then(|| format!("{:.1} % of the time was stolen", 100.0 * usage.stolen))
+fn is_disturbed(usage: &Usage) -> bool {
+    usage.foreign > MAX_FOREIGN
+}
+
+/// Why a figure that was taken once does not count, judged by the machine.
+fn disturbance(usage: &Usage) -> Option<String> {
+    let percent = |share: f64| 100.0 * share;
+    if usage.stolen > MAX_STOLEN {
+        Some(format!("{:.0} % of the time was stolen", percent(usage.stolen)))
+    } else {
+        is_disturbed(usage).then(|| format!("other processes took {:.0} % of the machine", percent(usage.foreign)))
+    }
 }
 
 fn target<'a>(

@@ -60,13 +60,13 @@ impl Model {
             for _ in 0..3 {
                 session.run(&batch)?;
             }
-            let start = Moment::now(std::process::id())?;
+            let start = Moment::now(None)?;
             let mut runs = 0u32;
             while start.elapsed() < window {
                 session.run(&batch)?;
                 runs += 1;
             }
-            let usage = start.until(&Moment::now(std::process::id())?);
+            let usage = start.until(&Moment::now(None)?);
             Ok((usage.seconds / f64::from(runs), usage))
         })
     }

@@ -52,6 +52,7 @@ pub struct Saturation {
 }
 
 /// What an open loop found.
+#[derive(Default)]
 pub struct Arrivals {
     pub latencies: Latencies,
     pub failed: usize,
@@ -82,11 +83,11 @@ pub fn closed(target: &Target<'_>, warm: Duration, window: Duration) -> Result<S
         ensure!(failed == 0, "{failed} of {count} requests failed under full load");
         // The window begins and ends with replies, so that a batch is in it with all of its time or not at all.
         match &begun {
-            None if count > 0 && now >= warm => begun = Some(Moment::now(target.pid)?),
+            None if count > 0 && now >= warm => begun = Some(Moment::now(Some(target.pid))?),
             Some(start) => {
                 replied += count;
                 if count > 0 && start.elapsed() >= window {
-                    break start.until(&Moment::now(target.pid)?);
+                    break start.until(&Moment::now(Some(target.pid))?);
                 }
             }
             None => {}
@@ -97,57 +98,87 @@ pub fn closed(target: &Target<'_>, warm: Duration, window: Duration) -> Result<S
     Ok(Saturation { rate: replied / usage.seconds, cpu: usage.server / replied, usage })
 }
 
-/// Sends `rate` requests per second at random moments that follow from `seed`, until `done` (which is told the time and
-/// shown the body of the latest reply) says so. Requests of the first moments, `warm`, do not count.
+/// What to do with requests that are meant to be sent now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Send them, but do not count their latency: the server warms up, or what is to be measured has not begun.
+    Pass,
+    Count,
+    /// Send no more.
+    End,
+}
+
+/// Counts after `warm` and until `end`.
+pub fn between(warm: Duration, end: Duration) -> impl FnMut(Duration, &[u8]) -> Result<Phase> {
+    move |now, _| {
+        Ok(if now >= end {
+            Phase::End
+        } else if now >= warm {
+            Phase::Count
+        } else {
+            Phase::Pass
+        })
+    }
+}
+
+/// Sends `rate` requests per second at random moments that follow from `seed`, as `phase` says, which is told the time
+/// and shown the body of the latest reply.
 ///
 /// # Errors
-/// When the server cannot be reached or stalls. Requests that fail are counted.
+/// When the server cannot be reached or stalls, or nothing was counted. Requests that fail are counted, whenever they
+/// were sent.
 pub fn open(
     target: &Target<'_>,
     rate: f64,
     seed: u64,
-    warm: Duration,
-    mut done: impl FnMut(Duration, &[u8]) -> Result<bool>,
+    mut phase: impl FnMut(Duration, &[u8]) -> Result<Phase>,
 ) -> Result<Arrivals> {
     let mut generator = Generator::connect(target)?;
     let mut random = StdRng::seed_from_u64(seed);
     let gaps = Exp::new(rate).context("the rate of an open loop must be positive")?;
     let mut gap = || Duration::from_secs_f64(gaps.sample(&mut random));
-    let mut latencies = Latencies::default();
-    let (mut failed, mut sent, mut late) = (0, 0, 0);
+    let mut arrivals = Arrivals::default();
+    // When phases began, and whether requests counted in them.
+    let mut phases: Vec<(Duration, bool)> = Vec::new();
+    let (mut sent, mut late) = (0u32, 0u32);
     let mut begun: Option<Moment> = None;
     let mut waiting = VecDeque::new();
     let mut next = gap();
     loop {
         let now = generator.now();
-        if begun.is_none() && now >= warm {
-            begun = Some(Moment::now(target.pid)?);
-        }
-        if done(now, &generator.replies.body)? {
+        let current = phase(now, &generator.replies.body)?;
+        if current == Phase::End {
             break;
         }
+        let counts = current == Phase::Count;
+        if phases.last().is_none_or(|last| last.1 != counts) {
+            phases.push((now, counts));
+        }
+        if begun.is_none() && counts {
+            begun = Some(Moment::now(Some(target.pid))?);
+        }
         while next <= now {
-            if next >= warm {
-                sent += 1;
-                late += usize::from(now - next > LATE);
-            }
+            sent += u32::from(counts);
+            late += u32::from(counts && now - next > LATE);
             waiting.push_back(next);
             next += gap();
         }
         generator.begin_waiting(&mut waiting);
         generator.turn(Some(Duration::ZERO))?;
-        failed += generator.record(warm, &mut latencies);
+        generator.record(&phases, &mut arrivals);
     }
-    let usage = begun.context("the run was shorter than its warm-up")?.until(&Moment::now(target.pid)?);
+    let begun = begun.context("the run ended before anything counted")?;
+    arrivals.usage = begun.until(&Moment::now(Some(target.pid))?);
+    arrivals.late = f64::from(late) / f64::from(sent.max(1));
     // What was begun is waited for: the slowest requests must not be the ones that are left out.
     let deadline = generator.now() + STALL;
     while !waiting.is_empty() || generator.is_open() {
         ensure!(generator.now() < deadline, "requests are not answered within {STALL:?}");
         generator.begin_waiting(&mut waiting);
         generator.turn(Some(Duration::from_millis(1)))?;
-        failed += generator.record(warm, &mut latencies);
+        generator.record(&phases, &mut arrivals);
     }
-    Ok(Arrivals { latencies, failed, late: late as f64 / f64::from(sent.max(1)), usage })
+    Ok(arrivals)
 }
 
 /// Asks once; the body of the reply.
@@ -249,17 +280,17 @@ impl Generator {
         Ok(())
     }
 
-    /// Takes the replies to requests that were meant for after `warm`; how many of them failed.
-    fn record(&mut self, warm: Duration, latencies: &mut Latencies) -> usize {
+    /// Takes the replies; the latency of those counts that were asked for in a phase that counts.
+    fn record(&mut self, phases: &[(Duration, bool)], arrivals: &mut Arrivals) {
         let now = self.epoch.elapsed();
-        let mut failed = 0;
-        for reply in self.replies.all.drain(..).filter(|reply| reply.intended >= warm) {
+        for reply in self.replies.all.drain(..) {
+            let phase = phases[..phases.partition_point(|(begun, _)| *begun <= reply.intended)].last();
             match reply.succeeded {
-                true => latencies.record(now - reply.intended),
-                false => failed += 1,
+                true if phase.is_some_and(|(_, counts)| *counts) => arrivals.latencies.record(now - reply.intended),
+                true => {}
+                false => arrivals.failed += 1,
             }
         }
-        failed
     }
 }
 
@@ -338,7 +369,7 @@ mod tests {
             assert!(full.rate > 100.0 && full.usage.seconds >= 0.2, "{protocol:?}: {full:?}");
 
             let (warm, end) = (Duration::from_millis(100), Duration::from_millis(1100));
-            let run = open(&target, 300.0, 7, warm, |now, _| Ok(now >= end)).unwrap();
+            let run = open(&target, 300.0, 7, between(warm, end)).unwrap();
             // 300 expected with a deviation of 17.
             assert!((230..370).contains(&run.latencies.count()), "{protocol:?}: {}", run.latencies.count());
             assert_eq!(run.failed, 0);
@@ -356,7 +387,7 @@ mod tests {
             let target = Target { address: *address, pid: std::process::id(), request, connections: 2, streams: 2 };
             assert!(ask(&target).is_err());
             assert!(closed(&target, Duration::ZERO, Duration::from_millis(50)).is_err());
-            let run = open(&target, 500.0, 7, Duration::ZERO, |now, _| Ok(now >= Duration::from_millis(100))).unwrap();
+            let run = open(&target, 500.0, 7, between(Duration::ZERO, Duration::from_millis(100))).unwrap();
             assert!(run.failed > 10 && run.latencies.count() == 0, "{} of {}", run.failed, run.latencies.count());
         }
     }
@@ -376,8 +407,7 @@ mod tests {
         });
         let request = Request::Http1(b"GET / HTTP/1.1\r\n\r\n".to_vec());
         let target = Target { address, pid: std::process::id(), request: &request, connections: 1, streams: 1 };
-        let end = Duration::from_millis(400);
-        let mut run = open(&target, 200.0, 7, Duration::ZERO, |now, _| Ok(now >= end)).unwrap();
+        let mut run = open(&target, 200.0, 7, between(Duration::ZERO, Duration::from_millis(400))).unwrap();
         // About three quarters of all requests were meant for the pause, and waited for half of it on average.
         assert!(run.latencies.quantile(0.5) > 0.05, "{}", run.latencies.quantile(0.5));
     }
