@@ -15,7 +15,7 @@ use crate::{
     inprocess::Model,
     load::{self, Phase, Saturation, Target, between},
     machine::{Moment, Usage, resident},
-    pairs::{MAX_STOLEN, Measured, Pairs},
+    pairs::{MAX_STOLEN, Measured, Pairs, Value},
     process::{Process, Programs},
     report::{
         Better::{Higher, Lower},
@@ -188,17 +188,17 @@ impl Bench {
             add("generator", generator, "%", Lower, &|_, echo| 100.0 * echo.usage.own / echo.usage.seconds);
             self.foreign.extend(pairs.foreign());
         }
-        let rates = |protocol| {
-            let (_, _, pairs) = rounds.iter().find(|round| round.0 == protocol)?;
-            Some(pairs.values(|ours, _| ours.rate))
+        let rates = |protocol| -> Vec<Value> {
+            let of_protocol = rounds.iter().filter(|round| round.0 == protocol);
+            of_protocol.flat_map(|(_, _, pairs)| pairs.values(|ours, _| ours.rate)).collect()
         };
-        let (binary, json) = (rates(Protocol::Binary).unwrap_or_default(), rates(Protocol::Json).unwrap_or_default());
-        let ratios: Vec<_> = binary.into_iter().zip(json).map(|(binary, json)| Some(binary? / json?)).collect();
+        let both = rates(Protocol::Binary).into_iter().zip(rates(Protocol::Json));
+        let ratios: Vec<Value> = both
+            .map(|(binary, json)| Value { number: binary.number / json.number, counts: binary.counts && json.counts })
+            .collect();
         self.report.median("w1_binary_vs_json", "`iris`: REST binary ÷ REST JSON", "", Higher, &ratios);
         // Void or not: what follows needs some load.
-        let grpc = rounds.iter().find(|round| round.0 == Protocol::Grpc);
-        let rates: Vec<f64> = grpc.iter().flat_map(|round| round.2.ours()).map(|ours| ours.rate).collect();
-        Ok(median(&rates))
+        Ok(median(&rates(Protocol::Grpc).iter().map(|rate| rate.number).collect::<Vec<_>>()))
     }
 
     /// What the server adds to the echo's latency at `rate` gRPC requests per second.

@@ -16,6 +16,14 @@ pub struct Measured<T> {
     pub spoiled: bool,
 }
 
+/// What a pair says of one thing.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Value {
+    pub number: f64,
+    /// Whether the pair is not void.
+    pub counts: bool,
+}
+
 impl<T> Measured<T> {
     fn counts(&self) -> bool {
         self.usage.stolen <= MAX_STOLEN && !self.spoiled
@@ -49,17 +57,13 @@ impl<A, B> Pairs<A, B> {
         Ok(())
     }
 
-    /// A number for each pair; `None` for those that are void.
-    pub fn values(&self, value: impl Fn(&A, &B) -> f64) -> Vec<Option<f64>> {
-        let of = |(ours, theirs): &(Measured<A>, Measured<B>)| {
-            (ours.counts() && theirs.counts()).then(|| value(&ours.value, &theirs.value))
+    /// A number for each pair.
+    pub fn values(&self, number: impl Fn(&A, &B) -> f64) -> Vec<Value> {
+        let of = |(ours, theirs): &(Measured<A>, Measured<B>)| Value {
+            number: number(&ours.value, &theirs.value),
+            counts: ours.counts() && theirs.counts(),
         };
         self.0.iter().map(of).collect()
-    }
-
-    /// All that was measured on the first of both, void or not.
-    pub fn ours(&self) -> impl Iterator<Item = &A> {
-        self.0.iter().map(|(ours, _)| &ours.value)
     }
 
     /// The shares of the machine that other processes took.
@@ -95,7 +99,8 @@ mod tests {
             pairs.take(ours, theirs).unwrap();
         }
         assert_eq!(order.into_inner(), "abbaabba");
-        assert_eq!(pairs.values(|ours, theirs| ours / theirs), [Some(2.0), Some(2.0), None, None]);
-        assert_eq!((pairs.ours().count(), pairs.foreign().count()), (4, 8));
+        let values = pairs.values(|ours, theirs| ours / theirs);
+        assert_eq!(values, [true, true, false, false].map(|counts| Value { number: 2.0, counts }));
+        assert_eq!(pairs.foreign().count(), 8);
     }
 }

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::{
     machine,
+    pairs::Value,
     statistics::{interval, median},
 };
 
@@ -49,12 +50,13 @@ impl Report {
         Self { date, machine: machine::describe(), commit: commit(), quick, figures: Vec::new() }
     }
 
-    /// Adds the median of `values`, which are `None` where a pair was void. With more than half of them void the figure
-    /// is void.
-    pub fn median(&mut self, name: &str, title: &str, unit: &'static str, better: Better, values: &[Option<f64>]) {
-        let counted: Vec<f64> = values.iter().copied().flatten().collect();
-        let voided = values.len() - counted.len();
+    /// Adds the median of the values that count. With more than half of them void the figure is void, and its number,
+    /// that of all of them, stays in the JSON for those who want to know why.
+    pub fn median(&mut self, name: &str, title: &str, unit: &'static str, better: Better, values: &[Value]) {
+        let voided = values.iter().filter(|value| !value.counts).count();
         let void = (voided * 2 > values.len()).then(|| format!("{voided} of {} pairs were void", values.len()));
+        let counted = values.iter().filter(|value| value.counts || void.is_some());
+        let counted: Vec<f64> = counted.map(|value| value.number).collect();
         let (low, high) = interval(&counted);
         self.add(Figure {
             name: name.to_owned(),
@@ -91,7 +93,11 @@ impl Report {
     }
 
     fn add(&mut self, figure: Figure) {
-        say(format_args!("{:<28} {}", figure.name, figure.shown()));
+        let number = figure
+            .value
+            .filter(|_| figure.void.is_some())
+            .map_or(String::new(), |value| format!(" ({})", digits(value)));
+        say(format_args!("{:<28} {}{number}", figure.name, figure.shown()));
         self.figures.push(figure);
     }
 
@@ -105,7 +111,7 @@ impl Report {
         );
         for figure in &self.figures {
             let interval = match (figure.low, figure.high) {
-                (Some(low), Some(high)) => format!("{} – {}", digits(low), digits(high)),
+                (Some(low), Some(high)) if figure.void.is_none() => format!("{} – {}", digits(low), digits(high)),
                 _ => String::new(),
             };
             // Writing to a String cannot fail.
@@ -189,15 +195,19 @@ mod tests {
     #[test]
     fn a_figure_with_more_than_half_of_its_pairs_void_is_void() {
         let mut report = report();
-        let half = [Some(10_000.0), None, Some(20_000.0), None];
+        let values = |numbers: &[(f64, bool)]| -> Vec<Value> {
+            numbers.iter().map(|&(number, counts)| Value { number, counts }).collect()
+        };
+        let half = values(&[(10_000.0, true), (1.0, false), (20_000.0, true), (2.0, false)]);
         report.median("a", "A", "req/s", Better::Higher, &half);
-        report.median("b", "B", "", Better::Higher, &[Some(1.0), None, None]);
-        report.median("c", "C", "", Better::Higher, &[None]);
+        report.median("b", "B", "", Better::Higher, &values(&[(1.0, true), (2.0, false), (3.0, false)]));
+        report.median("c", "C", "", Better::Higher, &values(&[(f64::NAN, false)]));
         let voids: Vec<bool> = report.figures.iter().map(|figure| figure.void.is_some()).collect();
         assert_eq!(voids, [false, true, true]);
         let table = report.markdown();
         assert!(table.contains("| A | 15,000 req/s | 10,000 – 20,000 |"), "{table}");
-        assert!(table.contains("| B | void: 2 of 3 pairs were void | 1.00 – 1.00 |"), "{table}");
+        assert!(table.contains("| B | void: 2 of 3 pairs were void |  |"), "{table}");
+        assert_eq!(report.figures[1].value, Some(2.0));
         assert!(serde_json::to_string(&report).unwrap().contains(r#""value":null"#), "not a number is no JSON");
     }
 
