@@ -47,7 +47,7 @@ impl<A, B> Pairs<A, B> {
         ours: impl FnOnce() -> Result<Measured<A>>,
         theirs: impl FnOnce() -> Result<Measured<B>>,
     ) -> Result<()> {
-        if self.0.len() % 2 == 0 {
+        if self.0.len().is_multiple_of(2) {
             let ours = ours()?;
             self.0.push((ours, theirs()?));
         } else {
