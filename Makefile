@@ -4,7 +4,7 @@ BINARY := target/release/tidegate
 PYTHON := .venv/bin/python
 PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: serve test setup build lint fmt test-rust test-clients models clean
+.PHONY: serve test setup build lint fmt test-rust test-clients bench models clean
 
 serve: build
 	exec ./$(BINARY) serve
@@ -19,18 +19,24 @@ build: setup
 	cargo build --release --locked
 
 lint: setup
-	cargo fmt --check
-	cargo clippy --locked --all-targets -- -D warnings
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
 
 fmt:
-	cargo fmt
+	cargo fmt --all
 
 test-rust: setup
-	cargo test --locked
+	cargo test --locked --workspace
 
 test-clients: build .venv/clients.installed
 	@deploy/apt.sh promtool=prometheus
 	$(PYTHON) -m pytest -q tests/clients
+
+# What a server in front of a model costs, as a table and in target/bench.json: a quarter of an hour on a quiet machine
+# of two cores or more, or some minutes with QUICK=1.
+bench: build .venv/clients.installed
+	cargo build --release --locked --package tidegate-bench
+	target/release/tidegate-bench measure --magika .venv/lib/python*/site-packages/magika/models/*/model.onnx
 
 # Trains the models in models/ anew; the files come out the same.
 models: setup .venv/models.installed

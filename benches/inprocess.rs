@@ -1,0 +1,89 @@
+//! The same model with no server around it: the library's own backend, called in a loop on the server's core.
+
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use bytes::Bytes;
+use tidegate::{
+    backend::{Backend, Options, Session, onnx::OnnxRuntime},
+    tensor::{Data, Tensor, gather},
+};
+
+use crate::machine::{Moment, Usage, on_core};
+
+/// A loaded model and one row for it.
+pub struct Model {
+    session: Box<dyn Session>,
+    row: Tensor,
+    core: usize,
+}
+
+impl Model {
+    /// Loads the model in `files` as a server on one core does. `bytes` makes the elements of the row by their number.
+    ///
+    /// # Errors
+    /// When it cannot be loaded, or takes more than one input of a fixed size.
+    pub fn load(library: &Path, files: &Path, core: usize, element: impl Fn(usize) -> [u8; 4]) -> Result<Self> {
+        let session = on_core(core, || load(Some(library), files))?;
+        let [spec] = session.signature().inputs.as_slice() else { anyhow::bail!("the model has several inputs") };
+        let shape: Vec<usize> = spec.shape.iter().map(|&size| usize::try_from(size).unwrap_or(1)).collect();
+        let bytes: Vec<u8> = (0..shape.iter().product()).flat_map(element).collect();
+        let row = Tensor::new(spec.name.clone(), spec.dtype, shape.as_slice().into(), Data::Plain(Bytes::from(bytes)))?;
+        Ok(Self { session, row, core })
+    }
+
+    pub fn row(&self) -> &Tensor {
+        &self.row
+    }
+
+    /// The label that `iris` gives the row.
+    ///
+    /// # Errors
+    /// When the model's first output is none.
+    pub fn label(&mut self) -> Result<i64> {
+        let outputs = self.session.run(std::slice::from_ref(&self.row))?;
+        let Some(Data::Plain(bytes)) = outputs.first().map(|output| &output.data) else { anyhow::bail!("no label") };
+        Ok(i64::from_le_bytes(bytes.as_ref().try_into().context("the label is no INT64")?))
+    }
+
+    /// Runs batches of `rows` for `window`; seconds of a run, and what was used meanwhile.
+    ///
+    /// # Errors
+    /// When a run fails.
+    pub fn run(&mut self, rows: usize, window: Duration) -> Result<(f64, Usage)> {
+        let batch = [gather(&vec![&self.row; rows])];
+        let session = &mut self.session;
+        on_core(self.core, || {
+            for _ in 0..3 {
+                session.run(&batch)?;
+            }
+            let start = Moment::now(None)?;
+            let mut runs = 0u32;
+            while start.elapsed() < window {
+                session.run(&batch)?;
+                runs += 1;
+            }
+            let usage = start.until(&Moment::now(None)?);
+            Ok((usage.seconds / f64::from(runs), usage))
+        })
+    }
+}
+
+/// Seconds to load the library, its environment and one session.
+///
+/// # Errors
+/// When they cannot be loaded.
+pub fn load_time(files: &Path) -> Result<f64> {
+    let start = Instant::now();
+    let library = std::env::var_os("ORT_DYLIB_PATH");
+    let _session = load(library.as_deref().map(Path::new), files)?;
+    Ok(start.elapsed().as_secs_f64())
+}
+
+fn load(library: Option<&Path>, files: &Path) -> Result<Box<dyn Session>> {
+    let runtime = OnnxRuntime::open(library, None)?;
+    runtime.load(files, &Options::default(), 1)?.pop().context("no session was loaded")
+}

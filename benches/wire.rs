@@ -1,0 +1,103 @@
+//! The client's side of HTTP, as little as measuring needs: requests are bytes that were encoded once, replies are only
+//! looked at to see where they end and whether they succeeded.
+//!
+//! A full client would cost about as much as the server. This one costs less than the echo, or else the generator and
+//! not the server would be measured.
+
+use std::time::Duration;
+
+use anyhow::Result;
+
+mod http1;
+mod http2;
+
+pub use http1::Http1;
+pub use http2::Http2;
+
+/// A request, ready to be sent any number of times.
+#[derive(Clone, Debug)]
+pub enum Request {
+    /// Everything, head and body.
+    Http1(Vec<u8>),
+    /// A path and the message behind the five bytes that gRPC puts first.
+    Grpc { path: &'static str, message: Vec<u8> },
+}
+
+/// What came back for a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reply {
+    /// When the request was meant to be sent, as `begin` was told.
+    pub intended: Duration,
+    pub succeeded: bool,
+}
+
+/// Replies since the last look.
+#[derive(Default)]
+pub struct Replies {
+    pub all: Vec<Reply>,
+    /// The body of the latest one that had any.
+    pub body: Vec<u8>,
+}
+
+/// One connection's state between bytes in and bytes out.
+pub enum Wire {
+    Http1(Http1),
+    Http2(Http2),
+}
+
+impl Wire {
+    /// `streams` is the number of requests that may be open at a time; over HTTP/1.1 it is always one.
+    ///
+    /// # Errors
+    /// When the request is larger than this client can send.
+    pub fn new(request: &Request, streams: usize) -> Result<Self> {
+        Ok(match request {
+            Request::Http1(bytes) => Wire::Http1(Http1::new(bytes.clone())),
+            Request::Grpc { path, message } => Wire::Http2(Http2::new(path, message, streams)?),
+        })
+    }
+
+    /// What must be sent before the first request.
+    pub fn opening(&self) -> &'static [u8] {
+        match self {
+            Wire::Http1(_) => &[],
+            Wire::Http2(_) => http2::OPENING,
+        }
+    }
+
+    /// Whether another request may be begun now.
+    pub fn has_room(&self) -> bool {
+        match self {
+            Wire::Http1(wire) => wire.has_room(),
+            Wire::Http2(wire) => wire.has_room(),
+        }
+    }
+
+    /// Requests without a reply.
+    pub fn open(&self) -> usize {
+        match self {
+            Wire::Http1(wire) => usize::from(!wire.has_room()),
+            Wire::Http2(wire) => wire.open(),
+        }
+    }
+
+    /// Adds a request to `out`. There must be room for it.
+    pub fn begin(&mut self, intended: Duration, out: &mut Vec<u8>) {
+        match self {
+            Wire::Http1(wire) => wire.begin(intended, out),
+            Wire::Http2(wire) => wire.begin(intended, out),
+        }
+    }
+
+    /// Reads what came in, and answers where the protocol asks for it. Returns how many bytes were read; those of an
+    /// unfinished message are to be given again, with more.
+    ///
+    /// # Errors
+    /// When the peer does not speak the protocol, or ends the connection.
+    pub fn receive(&mut self, bytes: &[u8], out: &mut Vec<u8>, replies: &mut Replies) -> Result<usize> {
+        match self {
+            Wire::Http1(wire) => wire.receive(bytes, replies),
+            Wire::Http2(wire) => wire.receive(bytes, out, replies),
+        }
+    }
+}

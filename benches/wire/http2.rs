@@ -1,0 +1,274 @@
+//! gRPC over HTTP/2: many requests at a time on one connection, each one header block and one message.
+//!
+//! The first request puts its headers into the server's table and the others point at them, as real clients do. Headers
+//! of replies are not decoded: a reply that succeeded has a message and then trailers, one that failed has only
+//! trailers, or is reset.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::{Replies, Reply};
+
+/// The preface, settings (no pushes, 8 MiB for each reply), and 1 GiB for all replies together.
+pub(super) const OPENING: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\
+    \x00\x00\x0c\x04\x00\x00\x00\x00\x00\
+    \x00\x02\x00\x00\x00\x00\
+    \x00\x04\x00\x80\x00\x00\
+    \x00\x00\x04\x08\x00\x00\x00\x00\x00\
+    \x3f\xff\x00\x00";
+
+const HEAD: usize = 9;
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
+const SETTINGS: u8 = 4;
+const PING: u8 = 6;
+const GOAWAY: u8 = 7;
+const WINDOW_UPDATE: u8 = 8;
+/// Of DATA and HEADERS.
+const END_STREAM: u8 = 1;
+/// Of SETTINGS and PING.
+const ACK: u8 = 1;
+const END_HEADERS: u8 = 4;
+const INITIAL_WINDOW_SIZE: u16 = 4;
+const MAX_FRAME_SIZE: u16 = 5;
+/// What both sides may send before they have heard from each other.
+const FIRST_WINDOW: usize = 65_535;
+const FIRST_FRAME: usize = 16_384;
+/// The server may send on after every so many bytes that came from it.
+const RETURN_AFTER: usize = 1 << 20;
+/// The first entry of the table that the peers fill themselves.
+const DYNAMIC: u8 = 62;
+
+pub struct Http2 {
+    first: Vec<u8>,
+    next: Vec<u8>,
+    message: Vec<u8>,
+    /// Requests by stream: those of stream `s` are at `s / 2`, modulo the length.
+    slots: Vec<Slot>,
+    streams: usize,
+    stream: u32,
+    open: usize,
+    /// What the server takes: bytes on this connection, on each stream, and in one frame.
+    window: usize,
+    stream_window: usize,
+    frame: usize,
+    /// Bytes that came and are not returned to the server's window.
+    unreturned: usize,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Slot {
+    intended: Duration,
+    stream: Option<u32>,
+    has_message: bool,
+}
+
+impl Http2 {
+    pub fn new(path: &str, message: &[u8], streams: usize) -> Result<Self> {
+        let headers: [(u8, &str, &str); 5] = [
+            // Where the static table has the name, and the name where it has none.
+            (4, "", path),
+            (1, "", "localhost"),
+            (0, "te", "trailers"),
+            (31, "", "application/grpc"),
+            (58, "", "tidegate-bench"),
+        ];
+        // POST and http are in the static table.
+        let (mut first, mut next) = (vec![0x83, 0x86], vec![0x83, 0x86]);
+        for (position, (index, name, value)) in headers.into_iter().enumerate() {
+            first.push(0x40 | index);
+            for text in [name, value].into_iter().filter(|text| !text.is_empty()) {
+                ensure!(text.len() < 127, "header '{text}' is too long for a length of one byte");
+                first.push(text.len() as u8);
+                first.extend_from_slice(text.as_bytes());
+            }
+            // The latest entry comes first.
+            next.push(0x80 | (DYNAMIC + (headers.len() - 1 - position) as u8));
+        }
+        let mut prefixed = vec![0];
+        prefixed.extend_from_slice(&u32::try_from(message.len()).context("the message is too large")?.to_be_bytes());
+        prefixed.extend_from_slice(message);
+        // Twice as many slots as streams: those of finished streams come free in any order.
+        let slots = vec![Slot::default(); (streams * 2).next_power_of_two()];
+        Ok(Self {
+            first,
+            next,
+            message: prefixed,
+            slots,
+            streams,
+            stream: 1,
+            open: 0,
+            window: FIRST_WINDOW,
+            stream_window: FIRST_WINDOW,
+            frame: FIRST_FRAME,
+            unreturned: 0,
+        })
+    }
+
+    pub fn open(&self) -> usize {
+        self.open
+    }
+
+    pub fn has_room(&self) -> bool {
+        self.open < self.streams
+            && self.slots[self.slot(self.stream)].stream.is_none()
+            && self.message.len() <= self.window.min(self.stream_window).min(self.frame)
+    }
+
+    fn slot(&self, stream: u32) -> usize {
+        (stream / 2) as usize % self.slots.len()
+    }
+
+    pub fn begin(&mut self, intended: Duration, out: &mut Vec<u8>) {
+        let block = if self.stream == 1 { &self.first } else { &self.next };
+        frame(out, HEADERS, END_HEADERS, self.stream, block);
+        frame(out, DATA, END_STREAM, self.stream, &self.message);
+        let slot = self.slot(self.stream);
+        self.slots[slot] = Slot { intended, stream: Some(self.stream), has_message: false };
+        self.window -= self.message.len();
+        self.open += 1;
+        self.stream += 2;
+    }
+
+    pub fn receive(&mut self, bytes: &[u8], out: &mut Vec<u8>, replies: &mut Replies) -> Result<usize> {
+        let mut read = 0;
+        while let Some(head) = bytes.get(read..read + HEAD) {
+            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+            let (kind, flags) = (head[3], head[4]);
+            let stream = u32::from_be_bytes([head[5], head[6], head[7], head[8]]) & 0x7fff_ffff;
+            let Some(payload) = bytes.get(read + HEAD..read + HEAD + length) else { break };
+            read += HEAD + length;
+            match kind {
+                DATA => self.data(stream, payload, out, replies)?,
+                RST_STREAM => self.finish(stream, false, replies)?,
+                HEADERS if flags & END_STREAM != 0 => {
+                    let succeeded = self.slots[self.slot(stream)].has_message;
+                    self.finish(stream, succeeded, replies)?;
+                }
+                SETTINGS if flags & ACK == 0 => {
+                    self.settings(payload);
+                    frame(out, SETTINGS, ACK, 0, &[]);
+                }
+                PING if flags & ACK == 0 => frame(out, PING, ACK, 0, payload),
+                WINDOW_UPDATE if stream == 0 => self.window += number(payload) as usize,
+                GOAWAY => bail!("the server ends the connection: {}", String::from_utf8_lossy(payload)),
+                _ => {}
+            }
+        }
+        Ok(read)
+    }
+
+    fn data(&mut self, stream: u32, payload: &[u8], out: &mut Vec<u8>, replies: &mut Replies) -> Result<()> {
+        let slot = self.slot(stream);
+        let slot = &mut self.slots[slot];
+        ensure!(slot.stream == Some(stream), "a message without a request");
+        if !slot.has_message {
+            replies.body.clear();
+        }
+        slot.has_message = true;
+        replies.body.extend_from_slice(payload);
+        self.unreturned += payload.len();
+        if self.unreturned >= RETURN_AFTER {
+            frame(out, WINDOW_UPDATE, 0, 0, &(self.unreturned as u32).to_be_bytes());
+            self.unreturned = 0;
+        }
+        Ok(())
+    }
+
+    fn settings(&mut self, payload: &[u8]) {
+        for setting in payload.chunks_exact(6) {
+            let value = number(&setting[2..]) as usize;
+            match u16::from_be_bytes([setting[0], setting[1]]) {
+                INITIAL_WINDOW_SIZE => self.stream_window = value,
+                MAX_FRAME_SIZE => self.frame = value,
+                _ => {}
+            }
+        }
+    }
+
+    fn finish(&mut self, stream: u32, succeeded: bool, replies: &mut Replies) -> Result<()> {
+        let slot = self.slot(stream);
+        let slot = &mut self.slots[slot];
+        ensure!(slot.stream.take() == Some(stream), "the end of a reply without a request");
+        self.open -= 1;
+        replies.all.push(Reply { intended: slot.intended, succeeded });
+        Ok(())
+    }
+}
+
+fn number(bytes: &[u8]) -> u32 {
+    bytes.iter().take(4).fold(0, |number, &byte| number << 8 | u32::from(byte))
+}
+
+fn frame(out: &mut Vec<u8>, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
+    // No frame of ours is larger than what a server takes, and that is three bytes.
+    out.extend_from_slice(&(payload.len() as u32).to_be_bytes()[1..]);
+    out.extend_from_slice(&[kind, flags]);
+    out.extend_from_slice(&stream.to_be_bytes());
+    out.extend_from_slice(payload);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reply(stream: u32, message: Option<&[u8]>) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        if let Some(message) = message {
+            frame(&mut bytes, HEADERS, END_HEADERS, stream, &[0x88]);
+            frame(&mut bytes, DATA, 0, stream, message);
+        }
+        frame(&mut bytes, HEADERS, END_HEADERS | END_STREAM, stream, &[0x88]);
+        bytes
+    }
+
+    #[test]
+    fn replies_are_matched_in_any_order_and_however_they_are_cut() {
+        let mut stream = reply(3, Some(b"second"));
+        stream.extend(reply(1, Some(b"first")));
+        for cut in 0..stream.len() {
+            let (mut wire, mut out, mut replies) = (Http2::new("/p", b"m", 2).unwrap(), Vec::new(), Replies::default());
+            wire.begin(Duration::from_secs(1), &mut out);
+            wire.begin(Duration::from_secs(2), &mut out);
+            assert!(!wire.has_room());
+            let read = wire.receive(&stream[..cut], &mut out, &mut replies).unwrap();
+            wire.receive(&stream[read..], &mut out, &mut replies).unwrap();
+            let times: Vec<_> = replies.all.iter().map(|reply| (reply.intended.as_secs(), reply.succeeded)).collect();
+            assert_eq!((times.as_slice(), wire.open()), (&[(2, true), (1, true)][..], 0));
+            assert_eq!(replies.body, b"first");
+        }
+    }
+
+    #[test]
+    fn trailers_alone_and_resets_are_failures() {
+        let (mut wire, mut replies) = (Http2::new("/p", b"m", 4).unwrap(), Replies::default());
+        wire.begin(Duration::ZERO, &mut Vec::new());
+        wire.begin(Duration::ZERO, &mut Vec::new());
+        wire.receive(&reply(1, None), &mut Vec::new(), &mut replies).unwrap();
+        let mut reset = Vec::new();
+        frame(&mut reset, RST_STREAM, 0, 3, &8u32.to_be_bytes());
+        wire.receive(&reset, &mut Vec::new(), &mut replies).unwrap();
+        assert_eq!(replies.all.iter().filter(|reply| !reply.succeeded).count(), 2);
+        assert!(wire.receive(&reply(5, Some(b"x")), &mut Vec::new(), &mut replies).is_err(), "nobody asked");
+    }
+
+    #[test]
+    fn no_more_is_sent_than_the_server_takes() {
+        let message = vec![0; 40_000];
+        let (mut wire, mut out, mut replies) = (Http2::new("/p", &message, 4).unwrap(), Vec::new(), Replies::default());
+        assert!(!wire.has_room(), "larger than the first frame may be");
+        let mut settings = Vec::new();
+        frame(&mut settings, SETTINGS, 0, 0, &[0, 5, 0, 1, 0, 0]);
+        wire.receive(&settings, &mut out, &mut replies).unwrap();
+        assert_eq!(out, [0, 0, 0, SETTINGS, ACK, 0, 0, 0, 0]);
+        assert!(wire.has_room());
+        wire.begin(Duration::ZERO, &mut out);
+        assert!(!wire.has_room(), "the window is used up");
+        let mut update = Vec::new();
+        frame(&mut update, WINDOW_UPDATE, 0, 0, &40_005u32.to_be_bytes());
+        wire.receive(&update, &mut out, &mut replies).unwrap();
+        assert!(wire.has_room());
+    }
+}
