@@ -41,8 +41,9 @@ pub struct Config {
     pub model_control: ModelControl,
     /// Models to load with explicit control; "*" is all.
     pub load_model: Vec<String>,
-    /// Whether a load may bring the model's files along. They are kept below the data directory until the model is
-    /// unloaded, never in the repository; one call may bring 1000 files of `limits.max_message_bytes` together.
+    /// Whether a load may bring the model's files along. They are kept in a folder for temporary files (TMPDIR) until
+    /// the model is unloaded, never in the repository; one call may bring 1000 files of `limits.max_message_bytes`
+    /// together.
     pub allow_model_upload: bool,
     /// The bearer token that changes by request (load, unload, logging) need, from everyone. Without one they are
     /// allowed to callers on this machine only; behind a proxy on this machine every caller is one of those, so set it
@@ -201,14 +202,17 @@ fn read(path: &Path) -> anyhow::Result<Table> {
     toml::from_str(&text).with_context(|| format!("{} is not valid", path.display()))
 }
 
-/// The error without the line it is about when that line holds the token, which shows nowhere.
+/// The error without any line of a file that holds the token, which shows nowhere.
 fn without_token(text: &str, error: toml::de::Error) -> anyhow::Error {
+    if !text.contains("token") {
+        return error.into();
+    }
     let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
     let line = before.matches('\n').count();
-    if text.lines().nth(line).is_some_and(|line| line.trim_start().starts_with("token")) {
+    if text.lines().nth(line).is_some_and(|line| line.contains("token")) {
         return anyhow::anyhow!("line {}: token must be a text in quotes, of visible ASCII characters", line + 1);
     }
-    error.into()
+    anyhow::anyhow!("line {}: {}", line + 1, error.message())
 }
 
 /// A variable as a table: its text, or what the text means in TOML, whichever the key takes.
@@ -363,13 +367,19 @@ mod tests {
         assert!(message(load("", &[("TIDEGATE_REST", "here")], "")).contains("TIDEGATE_REST"));
         assert!(message(load("[queue]\nmax_requests = 0", &[], "")).contains("queue.max_requests"));
         assert!(message(load("load_model = [\"a\"]", &[], "")).contains("model_control"));
-        for file in ["\ntoken = s3cret", "token = 53", "rest = \"127.0.0.1:0\"\n  token = \"s3cret\\n\""] {
+        for file in [
+            "\ntoken = s3cret",
+            "token = 53",
+            "rest = \"127.0.0.1:0\"\n  token = \"s3cret\\n\"",
+            "\"token\" = s3cret",
+            "token = \"\"\"\ns3cret",
+            "rest = \"x\"; token = \"s3cret\"",
+        ] {
             let message = message(load(file, &[], ""));
-            assert!(
-                message.contains("token must be") && !message.contains("s3") && !message.contains("53"),
-                "{message}"
-            );
+            assert!(message.contains("line ") && !message.contains("s3") && !message.contains("53"), "{message}");
         }
+        let shown = message(load("token = \"s3cret\"\n[queue]\nmax = 1", &[], ""));
+        assert!(shown.contains("line 3") && shown.contains("`max`") && !shown.contains("s3"), "{shown}");
         let message = message(load("", &[("TIDEGATE_TOKEN", "two words")], ""));
         assert!(message.contains("TIDEGATE_TOKEN") && !message.contains("words"), "{message}");
     }

@@ -32,7 +32,7 @@ use crate::{
         self, ModelControl,
         command::{Orders, commands},
         reconcile::{Loader, Reconciler},
-        upload::Uploads,
+        upload::{self, Uploads},
     },
     engine::Engine,
     error::Error,
@@ -95,7 +95,7 @@ impl Server {
         let data = config.data_directory();
         let mut lock = lock(&data)?;
         let uploads = Uploads::open(&data, config.allow_model_upload)
-            .with_context(|| format!("cannot remove old uploads from the data directory {}", data.display()))?;
+            .with_context(|| format!("cannot remove old uploads from {}", upload::directory(&data).display()))?;
         let rest_port = Port::bind(config.rest, "--rest")?;
         let grpc_port = Port::bind(config.grpc, "--grpc")?;
         let ops_port = Port::bind(config.ops, "--ops")?;

@@ -1,12 +1,13 @@
 //! Loads that bring a configuration or files along; the repository is never touched.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use serde_json::{Value, json};
 use tidegate::{
     api::pb::{self, model_repository_parameter::ParameterChoice},
     config::Config,
+    control::upload,
 };
 
 use crate::{
@@ -27,21 +28,23 @@ async fn load(running: &Running, model: &str, parameters: Value) -> Reply {
     running.post(&path, json!({ "parameters": parameters }), &[]).await
 }
 
-/// The folders of uploads below the data directory.
-fn uploads(repository: &Repository) -> usize {
-    std::fs::read_dir(repository.0.path().join(".tidegate/uploads")).map_or(0, Iterator::count)
+/// Where uploads go.
+fn folder(repository: &Repository) -> PathBuf {
+    upload::directory(&repository.0.path().join(".tidegate"))
 }
 
-/// Every path of the repository itself.
+fn uploads(repository: &Repository) -> usize {
+    std::fs::read_dir(folder(repository)).map_or(0, Iterator::count)
+}
+
+/// Every file below `folder` but the server's lock.
 fn listing(folder: &Path) -> Vec<String> {
     let mut paths = Vec::new();
     for entry in std::fs::read_dir(folder).unwrap().map(Result::unwrap) {
-        if entry.file_name() == ".tidegate" {
-            continue;
-        }
-        paths.push(entry.path().display().to_string());
         if entry.path().is_dir() {
             paths.extend(listing(&entry.path()));
+        } else if entry.file_name() != "lock" {
+            paths.push(entry.path().display().to_string());
         }
     }
     paths.sort();
@@ -178,7 +181,9 @@ async fn uploads_that_cannot_be_used_leave_nothing_behind() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_left_behind_is_removed_at_the_next_start() {
     let repository = Repository::with("m", "");
-    let left = repository.0.path().join(".tidegate/uploads/3-m/1");
+    // The server makes it at its start, and only what is there has one name.
+    std::fs::create_dir_all(repository.0.path().join(".tidegate")).unwrap();
+    let left = folder(&repository).join("3-m/1");
     std::fs::create_dir_all(&left).unwrap();
     std::fs::write(left.join("model.script"), "").unwrap();
     let running = start(&allowing(&repository)).await;

@@ -116,6 +116,16 @@ pub fn config(version: &ModelVersion, policy: &VersionPolicy) -> pb::ModelConfig
             .batching
             .enabled
             .then(|| SchedulingChoice::DynamicBatching(dynamic_batching(&version.schedule))),
+        optimization: Some(pb::ModelOptimizationPolicy {
+            graph: Some(pb::model_optimization_policy::Graph {
+                level: pbtxt::graph_level(version.options.optimization),
+            }),
+            ..Default::default()
+        }),
+        parameters: pbtxt::parameters(&version.options)
+            .chain(version.parameters.clone())
+            .map(|(key, string_value)| (key, pb::ModelParameter { string_value }))
+            .collect(),
         ..Default::default()
     }
 }

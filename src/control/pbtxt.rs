@@ -10,7 +10,11 @@ use prost_reflect::{
 use serde_json::Value;
 
 use super::spec::ModelSpec;
-use crate::{error::Error, id::ModelName};
+use crate::{
+    backend::{OptimizationLevel, Options},
+    error::Error,
+    id::ModelName,
+};
 
 mod colons;
 mod read;
@@ -40,6 +44,7 @@ pub fn from_text(text: &str, model: &ModelName) -> Result<ModelSpec, Error> {
 /// # Errors
 /// As [`from_text`].
 pub fn parse(text: &str) -> Result<ModelSpec, Error> {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let corrected = colons::insert(text);
     let message = DynamicMessage::parse_text_format(descriptor()?, &corrected.text).map_err(|error| {
         let offset = corrected.original(offset(&error).unwrap_or(corrected.text.len()));
@@ -72,6 +77,16 @@ pub fn to_text(spec: &ModelSpec) -> Result<(String, Vec<&'static str>), Error> {
         .map_err(|error| Error::internal(format!("cannot write config.pbtxt: {error}")))?;
     let text = message.to_text_format_with_options(&FormatOptions::new().pretty(true));
     Ok((format!("{}\n", text.trim_end()), left_out))
+}
+
+/// The backend's parameters that say what `options` say, as Triton names and writes them.
+pub fn parameters(options: &Options) -> impl Iterator<Item = (String, String)> {
+    write::parameters(options)
+}
+
+/// The number that stands for an optimization level.
+pub fn graph_level(level: OptimizationLevel) -> i32 {
+    write::level(level).unwrap_or(0)
 }
 
 /// The JSON of an encoded model configuration, every field by its name in the protocol, as Triton answers it.

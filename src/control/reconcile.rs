@@ -319,6 +319,7 @@ impl Reconciler {
             configured_samples: spec.warmup.iter().map(|path| found.directory.join(path)).collect(),
             described_samples: (spec.warmup_requests, found.directory.join(local::SAMPLES)),
             sample_folders: vec![files.join(local::SAMPLES), found.directory.join(local::SAMPLES)],
+            parameters: spec.parameters,
             notes: spec.notes,
             files,
         }

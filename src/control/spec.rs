@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 use schemars::JsonSchema;
@@ -67,6 +67,8 @@ pub struct ModelSpec {
     /// Files that name an output's classes, one a line: { OUTPUT = "labels.txt" }, relative to the model's folder. A
     /// change of a *.txt file there loads the model anew.
     pub labels: BTreeMap<String, PathBuf>,
+    /// Values that clients read in the model's configuration; they have no effect here.
+    pub parameters: BTreeMap<String, String>,
     /// How the graph runs.
     pub options: Options,
     /// What operators should know of the file, such as fields that have no effect here.
@@ -139,11 +141,15 @@ impl ModelSpec {
     /// # Errors
     /// What is wrong, naming the key.
     pub(super) fn validate(&self) -> Result<(), String> {
-        if let Some(file) = &self.file_name {
-            let mut parts = Path::new(file).components();
-            if !matches!((parts.next(), parts.next()), (Some(std::path::Component::Normal(_)), None)) {
-                return Err(format!("file_name '{file}' must be a file in the version's folder"));
-            }
+        if let Some(file) = &self.file_name
+            && (!lies_within(Path::new(file)) || Path::new(file).components().count() > 1)
+        {
+            return Err(format!("file_name '{file}' must be a file in the version's folder"));
+        }
+        let files = self.labels.values().map(|file| ("labels", file));
+        let files = files.chain(self.warmup.iter().map(|file| ("warmup", file)));
+        if let Some((key, file)) = { files }.find(|(_, file)| !lies_within(file)) {
+            return Err(format!("{key}: '{}' must lie in the model's folder", file.display()));
         }
         let groups = self.instance_group.iter().map(|group| ("instance_group.count", group.count));
         let positive = [
@@ -166,7 +172,7 @@ impl ModelSpec {
         self.validate_tensors()?;
         self.warmup_requests
             .iter()
-            .try_for_each(DescribedRequest::validate)
+            .try_for_each(|request| request.validate(self.max_batch_size))
             .map_err(|error| format!("warmup_requests: {error}"))?;
         self.queue.validate(self.max_batch_size)?;
         match &self.versions {
@@ -215,6 +221,12 @@ impl ModelSpec {
         };
         Options { intra_op_threads: threads, ..self.options.clone() }
     }
+}
+
+/// Whether a path only leads further down.
+fn lies_within(path: &Path) -> bool {
+    let mut parts = path.components().peekable();
+    parts.peek().is_some() && parts.all(|part| matches!(part, Component::Normal(_)))
 }
 
 /// Takes out of `said` what is the same in `default`.
@@ -275,6 +287,14 @@ mod tests {
             ("instances = \"two\"", "instances"),
             ("name = \"other\"", "'other'"),
             ("file_name = \"../x.onnx\"", "../x.onnx"),
+            ("file_name = \"a/x.onnx\"", "a/x.onnx"),
+            ("labels = { y = \"/etc/passwd\" }", "labels: '/etc/passwd'"),
+            ("labels = { y = \"a/../../b.txt\" }", "labels: 'a/../../b.txt'"),
+            ("warmup = [\"../a.json\"]", "warmup: '../a.json'"),
+            (
+                "max_batch_size = 4\n[[warmup_requests]]\nname = \"w\"\nbatch_size = 8\ninputs = {}",
+                "warmup_requests: 'w'",
+            ),
             ("instances = 2\ninstance_group = [{ kind = \"cpu\" }]", "instance_group"),
             ("instance_group = [{ count = 0 }]", "instance_group.count"),
             ("[options]\nmemory_arena = false\narena_shrinkage = \"cpu:0\"", "options.arena_shrinkage"),

@@ -1,7 +1,8 @@
-//! Files that came with a load: written below the data directory, and removed when nobody needs them any more.
+//! Files that came with a load: written into a temporary folder, and removed when nobody needs them any more.
 
 use std::{
     fs::{self, DirBuilder, File},
+    hash::{DefaultHasher, Hash, Hasher},
     io::{self, Write},
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
@@ -30,7 +31,7 @@ const MAX_NAME: usize = 255;
 
 /// The folder for what is uploaded.
 pub struct Uploads {
-    root: PathBuf,
+    root: Arc<Root>,
     allowed: bool,
     next: AtomicU64,
 }
@@ -38,18 +39,31 @@ pub struct Uploads {
 /// A model's folder with its versions; it vanishes with the last reference.
 pub(super) struct Upload {
     directory: PathBuf,
+    /// Dropped after the folder within it is gone.
+    _root: Arc<Root>,
+}
+
+/// The folder of all uploads, which vanishes when neither they nor `Uploads` need it.
+struct Root(PathBuf);
+
+/// The folder for the uploads of the server that works with the data directory `data`: among the system's temporary
+/// files, so that it is never in the repository, and found again after the server was killed.
+pub fn directory(data: &Path) -> PathBuf {
+    let mut hasher = DefaultHasher::new();
+    data.canonicalize().unwrap_or_else(|_| data.to_owned()).hash(&mut hasher);
+    std::env::temp_dir().join(format!("tidegate-uploads-{:016x}", hasher.finish()))
 }
 
 impl Uploads {
-    /// Removes what a server that was killed has left in `data`, which this process must have locked.
+    /// Removes what a server that was killed has left; this process must have locked `data`.
     ///
     /// # Errors
     /// When it cannot be removed.
     pub fn open(data: &Path, allowed: bool) -> io::Result<Self> {
-        let root = data.join("uploads");
+        let root = directory(data);
         match fs::remove_dir_all(&root) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(Self { root, allowed, next: AtomicU64::new(0) }),
+            _ => Ok(Self { root: Arc::new(Root(root)), allowed, next: AtomicU64::new(0) }),
         }
     }
 
@@ -66,14 +80,14 @@ impl Uploads {
         }
         let paths = files.iter().map(|(parameter, _)| path(parameter)).collect::<Result<Vec<_>, _>>();
         let paths = paths.map_err(|error| error.of_model(model.as_str()))?;
-        let failed = |error: io::Error| Error::internal(format!("model '{model}': {}: {error}", self.root.display()));
+        let failed = |error: io::Error| Error::internal(format!("model '{model}': {}: {error}", self.root.0.display()));
         let mut private = DirBuilder::new();
         private.mode(0o700);
-        private.recursive(true).create(&self.root).map_err(failed)?;
+        private.recursive(true).create(&self.root.0).map_err(failed)?;
         // Ours alone from here on: what is there already is an error, and nothing in a new folder is a link.
-        let directory = self.root.join(format!("{}-{model}", self.next.fetch_add(1, Ordering::Relaxed)));
+        let directory = self.root.0.join(format!("{}-{model}", self.next.fetch_add(1, Ordering::Relaxed)));
         private.recursive(false).create(&directory).map_err(failed)?;
-        let upload = Upload { directory };
+        let upload = Upload { directory, _root: self.root.clone() };
         for ((parameter, content), path) in files.iter().zip(paths) {
             put(&upload.directory.join(path), content).map_err(|error| match error.kind() {
                 io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory | io::ErrorKind::IsADirectory => {
@@ -98,6 +112,13 @@ impl Uploads {
                 "uploads ('{PREFIX}…' parameters) are off; allow_model_upload = true (--allow-model-upload) allows them"
             ),
         ))
+    }
+}
+
+impl Drop for Root {
+    fn drop(&mut self) {
+        // It may never have been made.
+        let _ = fs::remove_dir(&self.0);
     }
 }
 
@@ -162,13 +183,13 @@ mod tests {
         let (data, upload) = write(&["file:1/model.onnx", "file:1/parts/weights.bin", "file:12/model.onnx"]);
         let upload = upload.unwrap();
         let directory = upload.directory().to_owned();
-        assert!(directory.starts_with(data.path().join("uploads")));
+        assert!(directory.starts_with(super::directory(data.path())));
         for file in ["1/model.onnx", "1/parts/weights.bin", "12/model.onnx"] {
             assert_eq!(fs::read(directory.join(file)).unwrap(), b"content");
         }
         drop(upload);
         assert!(!directory.exists());
-        assert!(data.path().join("uploads").exists());
+        assert!(super::directory(data.path()).exists());
     }
 
     #[test]
@@ -206,7 +227,7 @@ mod tests {
         for names in [["file:1/a", "file:1/a/b"], ["file:1/a/b", "file:1/a"], ["file:1/a", "file:1/a"]] {
             let (data, upload) = write(&names);
             assert_eq!(upload.map(drop).unwrap_err().code, Code::InvalidArgument, "{names:?}");
-            assert_eq!(fs::read_dir(data.path().join("uploads")).unwrap().count(), 0);
+            assert_eq!(fs::read_dir(super::directory(data.path())).map_or(0, Iterator::count), 0);
         }
     }
 
@@ -226,10 +247,11 @@ mod tests {
     fn what_a_killed_server_left_is_removed_and_no_link_is_followed() {
         let (data, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         fs::write(elsewhere.path().join("precious"), "").unwrap();
-        fs::create_dir_all(data.path().join("uploads/0-m/1")).unwrap();
-        std::os::unix::fs::symlink(elsewhere.path(), data.path().join("uploads/0-m/link")).unwrap();
+        let left = super::directory(data.path()).join("0-m");
+        fs::create_dir_all(left.join("1")).unwrap();
+        std::os::unix::fs::symlink(elsewhere.path(), left.join("link")).unwrap();
         Uploads::open(data.path(), false).unwrap();
-        assert!(!data.path().join("uploads").exists());
+        assert!(!super::directory(data.path()).exists());
         assert!(elsewhere.path().join("precious").exists());
     }
 }

@@ -396,6 +396,20 @@ impl<T> Batcher<T> {
         dropped
     }
 
+    /// Takes what is `gone` or has waited too long from the front of each level, where the queue timeout ends first.
+    pub fn expire(&mut self, now: Instant, gone: impl Fn(&T) -> bool) -> Vec<(Entry<T>, DropReason)> {
+        let mut dropped = Vec::new();
+        for lane in 0..self.lanes.len() {
+            while let Some(front) = self.lanes[lane].queue.front() {
+                let Standing::Dead(reason) = self.standing(lane, front, now, &gone) else { break };
+                let Some(entry) = self.lanes[lane].queue.pop_front() else { break };
+                self.forget(lane, &entry.cost);
+                dropped.push((entry, reason));
+            }
+        }
+        dropped
+    }
+
     /// Tells that the run of `rows` rows that started at `start` is over.
     pub fn finished(&mut self, start: Instant, rows: usize, took: Option<Duration>) {
         if let Some(index) = self.running.iter().position(|&run| run == (start, rows)) {

@@ -138,9 +138,9 @@ impl Queue {
         self.state.lock().batcher.len()
     }
 
-    /// Answers those whose time is over, wherever they wait, even while every executor is busy.
+    /// Answers those whose queue timeout is over, even while every executor is busy.
     pub fn expire(&self) {
-        let dropped = self.state.lock().batcher.purge(Instant::now(), |job| job.reply.is_closed());
+        let dropped = self.state.lock().batcher.expire(Instant::now(), |job| job.reply.is_closed());
         self.drop_dead(dropped);
     }
 

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    fs::File,
+    fs::{self, File},
     io::Read,
     path::{Path, PathBuf},
     sync::Arc,
@@ -40,6 +40,10 @@ pub fn read(files: &BTreeMap<String, PathBuf>, signature: &Signature) -> Result<
 }
 
 fn read_text(path: &Path) -> Result<String, String> {
+    // Opening a pipe would wait for whoever writes into it.
+    if !fs::metadata(path).map_err(|error| error.to_string())?.is_file() {
+        return Err("not a file".to_owned());
+    }
     let file = File::open(path).map_err(|error| error.to_string())?;
     let mut bytes = Vec::new();
     file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(|error| error.to_string())?;

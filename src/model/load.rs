@@ -54,6 +54,8 @@ pub struct Plan {
     pub described_samples: (Vec<DescribedRequest>, PathBuf),
     /// Folders that may hold sample requests.
     pub sample_folders: Vec<PathBuf>,
+    /// What the author wants clients to read in the configuration.
+    pub parameters: BTreeMap<String, String>,
     /// What operators should know of the model's configuration.
     pub notes: Vec<String>,
 }
@@ -75,6 +77,8 @@ pub struct Loaded {
     pub schedule: Schedule,
     pub labels: Labels,
     pub label_files: BTreeMap<String, PathBuf>,
+    pub parameters: BTreeMap<String, String>,
+    pub options: Options,
     pub service: ServiceTime,
     pub took: Duration,
 }
@@ -122,6 +126,8 @@ pub fn load(plan: Plan, backends: &Backends, decode: DecodeSample) -> Result<Loa
         schedule: plan.schedule,
         labels,
         label_files: plan.labels,
+        parameters: plan.parameters,
+        options: plan.options,
         service: warmed.service,
         took: start.elapsed(),
     })
@@ -199,7 +205,7 @@ fn json_files(folder: &Path) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
     let mut files: Vec<PathBuf> = entries
         .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.extension().is_some_and(|extension| extension == "json"))
+        .filter(|path| path.extension().is_some_and(|extension| extension == "json") && path.is_file())
         .collect();
     files.sort();
     files

@@ -33,7 +33,7 @@ use load::Loaded;
 use schedule::{Level, Place, Schedule, TimeoutAction, Urgency};
 
 use crate::{
-    backend::{Device, Interface, Signature},
+    backend::{Device, Interface, Options, Signature},
     error::{Code, Error},
     id::{ModelName, Version},
     metrics::VersionMetrics,
@@ -126,6 +126,10 @@ pub struct ModelVersion {
     pub labels: Labels,
     /// Where the labels came from, by output.
     pub label_files: BTreeMap<String, PathBuf>,
+    /// What its author wants clients to read in the configuration.
+    pub parameters: BTreeMap<String, String>,
+    /// How the graph runs, as its author said it.
+    pub options: Options,
     pub instances: usize,
     pub load_duration: Duration,
     pub metrics: Arc<VersionMetrics>,
@@ -169,6 +173,8 @@ impl ModelVersion {
             schedule: loaded.schedule,
             labels: loaded.labels,
             label_files: loaded.label_files,
+            parameters: loaded.parameters,
+            options: loaded.options,
             instances,
             load_duration: loaded.took,
             metrics,
@@ -238,7 +244,7 @@ impl ModelVersion {
     }
 
     fn cost(&self, inputs: &[Tensor], urgency: &Urgency) -> Result<Cost, Error> {
-        let level = self.schedule.level(urgency.priority).map_err(|error| error.of_model(self.name.as_str()))?;
+        let level = self.schedule.level(urgency.priority);
         let rows = if self.has_rows { inputs.first().map_or(1, Tensor::rows) } else { 1 };
         let uneven = inputs.iter().any(|input| input.rows() != rows);
         let empty = inputs.iter().any(|input| input.shape.contains(&0));

@@ -8,8 +8,6 @@ use std::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::error::Error;
-
 /// More levels than anyone tells apart; every request looks at those above its own.
 pub const MAX_PRIORITY_LEVELS: u32 = 256;
 
@@ -171,23 +169,11 @@ impl Schedule {
         (1..=self.priority_levels.max(1)).map(level).collect()
     }
 
-    /// The index in [`levels`](Self::levels) of a request that asks for `priority`.
-    ///
-    /// # Errors
-    /// `InvalidArgument` for a level there is not.
-    pub fn level(&self, priority: u64) -> Result<usize, Error> {
-        let levels = u64::from(self.priority_levels);
-        if levels == 0 {
-            return Ok(0);
-        }
-        if priority > levels {
-            return Err(Error::invalid(format!(
-                "parameter 'priority' must be 1 to {levels} (queue.priority_levels), or 0 for the default, \
-                 got {priority}"
-            )));
-        }
-        let asked = if priority == 0 { u64::from(self.default_priority) } else { priority };
-        Ok(usize::try_from(asked.saturating_sub(1)).unwrap_or(usize::MAX))
+    /// The index in [`levels`](Self::levels) of a request that asks for `priority`; a level there is not stands for
+    /// the default, as Triton has it.
+    pub fn level(&self, priority: u64) -> usize {
+        let there = u32::try_from(priority).ok().filter(|level| (1..=self.priority_levels).contains(level));
+        there.unwrap_or(self.default_priority).saturating_sub(1) as usize
     }
 }
 
@@ -242,10 +228,9 @@ mod tests {
     #[test]
     fn priorities_become_levels() {
         let schedule = Schedule { priority_levels: 3, default_priority: 2, ..Schedule::default() };
-        assert_eq!([0, 1, 2, 3].map(|priority| schedule.level(priority).unwrap()), [1, 0, 1, 2]);
-        let message = schedule.level(4).unwrap_err().message;
-        assert!(message.contains("1 to 3") && message.contains("got 4"), "{message}");
-        assert_eq!(Schedule::default().level(u64::MAX), Ok(0), "without levels there is nothing to choose");
+        assert_eq!([0, 1, 2, 3].map(|priority| schedule.level(priority)), [1, 0, 1, 2]);
+        assert_eq!([4, u64::MAX].map(|priority| schedule.level(priority)), [1, 1], "none such is the default");
+        assert_eq!(Schedule::default().level(u64::MAX), 0, "without levels there is nothing to choose");
     }
 
     #[test]

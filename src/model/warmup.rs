@@ -85,7 +85,7 @@ pub fn warm(session: &mut dyn Session, samples: &[Sample], wanted: &Wanted<'_>, 
         match result {
             Ok(_) => {
                 service = ServiceTime::from_sweep(&[(1, start.elapsed())]);
-                batches.push(sample.inputs.clone());
+                batches.extend(std::iter::repeat_n(sample.inputs.clone(), sample.runs));
             }
             Err(error) if sample.required => {
                 return Err(Error { message: format!("warm-up {}: {error}", sample.name), ..error });
@@ -95,7 +95,7 @@ pub fn warm(session: &mut dyn Session, samples: &[Sample], wanted: &Wanted<'_>, 
     }
 
     let objection = match wanted.batching {
-        Some(false) => Some("switched off by model.toml".to_owned()),
+        Some(false) => Some("switched off in its settings".to_owned()),
         _ if wanted.limit <= 1 => Some("max_batch_size is 1".to_owned()),
         _ => signature.unbatchable(),
     };

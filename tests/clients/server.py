@@ -88,11 +88,13 @@ def serve_command(models, home, config="", flags=(), host="127.0.0.1"):
 
 
 def launch(command, home):
+    temporary = home / "tmp"
+    temporary.mkdir(exist_ok=True)
     with (home / "stdout").open("wb") as out, (home / "stderr").open("wb") as err:
         return subprocess.Popen(
             command,
             cwd=home,
-            env=environment(),
+            env=environment() | {"TMPDIR": str(temporary)},
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,

@@ -44,8 +44,7 @@ def refused(call, *args, **kwargs):
 
 
 def uploads(server):
-    folder = server.home / "data" / "uploads"
-    return sorted(folder.iterdir()) if folder.exists() else []
+    return sorted(server.home.glob("tmp/tidegate-uploads-*/*"))
 
 
 @pytest.fixture

@@ -106,11 +106,8 @@ def test_the_urgent_are_answered_first(server, kit):
     assert answered == [1, 2, 0, 4]
 
 
-def test_a_level_there_is_not(server, kit):
-    status, sentence = refused(server, kit, priority=5)
-    assert status == kit.status("invalid_argument")
-    for word in ["'levels'", "'priority'", "1 to 4", "5"]:
-        assert word in sentence
+def test_a_level_there_is_not_is_the_default(server, kit):
+    assert infer(server, kit, priority=5).as_numpy("y").item() == 1
 
 
 def test_a_model_without_levels_takes_any(server, kit):

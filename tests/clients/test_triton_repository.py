@@ -74,6 +74,11 @@ model_warmup [
 
 UNBATCHED = """
 backend: "onnxruntime"
+model_warmup {
+  name: "as Triton wants it"
+  batch_size: 1
+  inputs { key: "x" value: { data_type: TYPE_FP32 dims: [ 2, 3 ] zero_data: true } }
+}
 input { name: "x" data_type: TYPE_FP32 dims: [ -1, 3 ] }
 output { name: "y" data_type: TYPE_FP32 dims: [ -1, 3 ] }
 """
@@ -94,6 +99,7 @@ output [ { name: "y" label_filename: "classes.txt" } ]
 optimization { graph { level: -1 } execution_accelerators { cpu_execution_accelerator [ { name: "openvino" } ] } }
 parameters { key: "intra_op_thread_count" value: { string_value: "1" } }
 parameters { key: "execution_mode" value: { string_value: "1" } }
+parameters { key: "team" value: { string_value: "vision" } }
 parameters { key: "enable_mem_arena" value: { string_value: "1" } }
 parameters { key: "memory.enable_memory_arena_shrinkage" value: { string_value: "cpu:0" } }
 parameters { key: "session.intra_op.allow_spinning" value: { string_value: "0" } }
@@ -116,9 +122,20 @@ FAILING = {
         identity("FP32"),
         "declared as INT8",
     ),
+    "greedy": (
+        'max_batch_size: 4 model_warmup [ { name: "w" batch_size: 200000000 inputs { key: "x" value: '
+        '{ data_type: TYPE_FP32 dims: [ 1 ] input_data_file: "gone.raw" } } } ]',
+        identity("FP32"),
+        "batch_size 200000000 is more than max_batch_size",
+    ),
+    "leaky": (
+        'output [ { name: "y" label_filename: "../simple/config.pbtxt" } ]',
+        identity("FP32"),
+        "output.label_filename: '../simple/config.pbtxt' must lie in the model's folder",
+    ),
     "fixed_batch": ("max_batch_size: 8", identity("FP32", [2, 3]), "fixed first dimension 2"),
     "cold": (
-        'model_warmup [ { name: "w" inputs { key: "x" value: '
+        'model_warmup [ { name: "w" batch_size: 1 inputs { key: "x" value: '
         '{ data_type: TYPE_FP32 dims: [ 1, 1 ] input_data_file: "gone.raw" } } } ]',
         identity("FP32"),
         "gone.raw",
@@ -192,6 +209,9 @@ def test_the_configuration_comes_back(triton, kit):
         named = config_of(client, "named_file")
         assert named["default_model_filename"] == "net.onnx"
         assert named["output"][0]["label_filename"] == "classes.txt"
+        given = {key: value["string_value"] for key, value in named["parameters"].items()}
+        assert (given["team"], given["intra_op_thread_count"]) == ("vision", "1")
+        assert int(named["optimization"]["graph"]["level"]) == -1
         assert config_of(client, "optional")["input"][1]["optional"] is True
 
 

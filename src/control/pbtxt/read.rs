@@ -58,6 +58,22 @@ const IGNORED: [&str; 17] = [
     "optimization.eager_batching",
 ];
 
+/// Keys of model.toml, and the fields that say the same.
+const WORDS: [(&str, &str); 12] = [
+    ("queue.preferred_batch_sizes", "dynamic_batching.preferred_batch_size"),
+    ("queue.default_priority", "dynamic_batching.default_priority_level"),
+    ("queue.priority_levels", "dynamic_batching.priority_levels"),
+    ("queue.priority.", "dynamic_batching.priority_queue_policy "),
+    ("file_name", "default_model_filename"),
+    ("inputs: ", "input: "),
+    ("outputs: ", "output: "),
+    ("labels: ", "output.label_filename: "),
+    ("warmup_requests: ", "model_warmup: "),
+    ("versions.", "version_policy."),
+    ("options.arena_shrinkage", "parameters 'memory.enable_memory_arena_shrinkage'"),
+    ("options.memory_arena = false", "parameters 'enable_mem_arena'"),
+];
+
 const BACKEND: &str = "onnxruntime";
 const PLATFORM: &str = "onnxruntime_onnx";
 
@@ -194,8 +210,13 @@ pub(super) fn spec(fields: &Value) -> Result<ModelSpec, Error> {
         .collect();
     let mut spec = config.spec(&mut notes).map_err(Error::invalid)?;
     spec.notes = notes;
-    spec.validate().map_err(Error::invalid)?;
+    spec.validate().map_err(|message| Error::invalid(in_their_words(&message)))?;
     Ok(spec)
+}
+
+/// A complaint about the spec, with the names of the fields that the file has.
+fn in_their_words(message: &str) -> String {
+    WORDS.iter().fold(message.to_owned(), |message, (ours, theirs)| message.replace(ours, theirs))
 }
 
 /// Whether a field is there, and not its type's default.
@@ -215,7 +236,7 @@ impl ModelConfig {
         let batch = usize::try_from(self.max_batch_size)
             .map_err(|_| format!("max_batch_size must be 0 or more, is {}", self.max_batch_size))?;
         // Without inputs and outputs the file leaves the rest to the graph, batching included.
-        let complete = self.input.is_empty() && self.output.is_empty();
+        let silent = self.input.is_empty() && self.output.is_empty();
         let declare = |list: Vec<IoTensor>, kind: &str| {
             list.into_iter().map(|tensor| tensor.declare(kind, batch > 0)).collect::<Result<Vec<_>, _>>()
         };
@@ -223,9 +244,10 @@ impl ModelConfig {
             |output: &IoTensor| Some((output.name.clone(), PathBuf::from(output.label_filename.as_ref()?)));
         let labels = self.output.iter().filter_map(label_file).collect();
         let mut options = Options::default();
-        for (key, value) in &self.parameters {
-            if !parameter(&mut options, key, &value.string_value)? {
-                notes.push(format!("parameters '{}' in config.pbtxt has no effect", shorten(key)));
+        let mut parameters = BTreeMap::new();
+        for (key, ParameterValue { string_value }) in self.parameters {
+            if !parameter(&mut options, &key, &string_value)? {
+                parameters.insert(key, string_value);
             }
         }
         options.optimization = match self.optimization.graph.level {
@@ -243,11 +265,12 @@ impl ModelConfig {
             inputs: declare(self.input, "input")?,
             outputs: declare(self.output, "output")?,
             max_batch_size: (batch > 0).then_some(batch),
-            batching: if batch > 0 { Some(true) } else { (!complete).then_some(false) },
+            batching: if batch > 0 { Some(true) } else { (!silent).then_some(false) },
             versions: versions(self.version_policy),
             labels,
+            parameters,
             queue: self.dynamic_batching.map(DynamicBatching::schedule).transpose()?.unwrap_or_default(),
-            warmup_requests: self.model_warmup.into_iter().map(Warmup::describe).collect::<Result<_, _>>()?,
+            warmup_requests: warmup(self.model_warmup, batch > 0, notes)?,
             options,
             ..ModelSpec::default()
         })
@@ -268,7 +291,7 @@ fn backend(platform: Option<String>, backend: Option<String>) -> Result<Option<S
 fn versions(policy: Option<Policy>) -> VersionPolicy {
     match policy {
         None => VersionPolicy::default(),
-        Some(Policy::Latest { num_versions }) => VersionPolicy::Latest(num_versions),
+        Some(Policy::Latest { num_versions }) => VersionPolicy::Latest(num_versions.max(1)),
         Some(Policy::All {}) => VersionPolicy::All,
         Some(Policy::Specific { versions }) => {
             VersionPolicy::Specific(versions.iter().map(ToString::to_string).collect())
@@ -360,8 +383,20 @@ fn datatype(name: &str) -> Result<DType, String> {
     found.ok_or_else(|| format!("data_type {name} is no type of a tensor"))
 }
 
+/// The samples; those without a row are passed over, as Triton does it.
+fn warmup(samples: Vec<Warmup>, batched: bool, notes: &mut Vec<String>) -> Result<Vec<DescribedRequest>, String> {
+    let (samples, empty): (Vec<_>, Vec<_>) = samples.into_iter().partition(|sample| sample.batch_size > 0);
+    let pass_over = |sample: Warmup| format!("model_warmup '{}' has batch_size 0 and is passed over", sample.name);
+    notes.extend(empty.into_iter().map(pass_over));
+    samples.into_iter().map(|sample| sample.describe(batched)).collect()
+}
+
 impl Warmup {
-    fn describe(self) -> Result<DescribedRequest, String> {
+    fn describe(self, batched: bool) -> Result<DescribedRequest, String> {
+        if !batched && self.batch_size > 1 {
+            let Warmup { name, batch_size, .. } = self;
+            return Err(format!("model_warmup '{name}': batch_size is {batch_size}, and the model does not batch"));
+        }
         let input = |(name, input): (String, WarmupInput)| {
             let named = |error| format!("model_warmup '{}': input '{name}': {error}", self.name);
             let described = DescribedInput {
@@ -376,7 +411,7 @@ impl Warmup {
             Ok((name, described))
         };
         Ok(DescribedRequest {
-            batch_size: (self.batch_size > 0).then_some(self.batch_size),
+            batch_size: batched.then_some(self.batch_size),
             count: self.count.max(1),
             inputs: self.inputs.into_iter().map(input).collect::<Result<_, String>>()?,
             name: self.name,

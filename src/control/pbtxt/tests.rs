@@ -108,6 +108,7 @@ fn everything_that_is_honoured_is_read() {
     assert_eq!((spec.options.memory_arena, spec.options.memory_pattern), (Some(true), Some(true)));
     assert_eq!(spec.options.arena_shrinkage.as_deref(), Some("cpu:0"));
     assert_eq!(spec.options.session_config["session.disable_prepacking"], "1");
+    assert_eq!(spec.parameters["team"], "vision [a]");
     assert_eq!(spec.options.cuda["gpu_mem_limit"], "1024");
     assert_eq!(spec.options.cuda["cudnn_conv_algo_search"], "HEURISTIC");
     let queue = &spec.queue;
@@ -127,17 +128,12 @@ fn everything_that_is_honoured_is_read() {
 #[test]
 fn what_has_no_effect_is_noted_once() {
     let notes = from_text(FULL, &name()).unwrap().notes;
-    for field in [
-        "metric_tags",
-        "input.format",
-        "instance_group.rate_limiter",
-        "optimization.priority",
-        "'team'",
-        "preserve_ordering",
-    ] {
+    for field in
+        ["metric_tags", "input.format", "instance_group.rate_limiter", "optimization.priority", "preserve_ordering"]
+    {
         assert_eq!(notes.iter().filter(|note| note.contains(field)).count(), 1, "{field}: {notes:?}");
     }
-    assert_eq!(notes.len(), 6, "{notes:?}");
+    assert_eq!(notes.len(), 5, "{notes:?}");
 }
 
 #[test]
@@ -161,11 +157,17 @@ fn what_would_change_answers_is_refused_by_name() {
         ("optimization { graph { level: 9 } }", "optimization.graph.level"),
         ("parameters { key: \"execution_mode\" value { string_value: \"fast\" } }", "execution_mode"),
         ("parameters { key: \"intra_op_thread_count\" value { string_value: \"-1\" } }", "intra_op_thread_count"),
-        ("version_policy { latest { } }", "versions.latest"),
+        ("default_model_filename: \"../x\"", "default_model_filename '../x'"),
+        ("output [ { name: \"y\" label_filename: \"/etc/passwd\" } ]", "output.label_filename: '/etc/passwd'"),
+        (
+            "input [ { name: \"a\" } ] model_warmup [ { name: \"w\" batch_size: 2 } ]",
+            "model_warmup 'w': batch_size is 2",
+        ),
+        ("max_batch_size: 4 model_warmup [ { name: \"w\" batch_size: 5 } ]", "model_warmup: 'w': batch_size 5"),
         ("input [ { name: \"a\" dims: [ 2 ] reshape { shape: [ 3 ] } } ]", "cannot become"),
         ("input [ { data_type: TYPE_FP32 } ]", "needs a name"),
-        ("dynamic_batching { priority_levels: 2 }", "queue.default_priority"),
-        ("max_batch_size: 4 dynamic_batching { preferred_batch_size: [ 8 ] }", "queue.preferred_batch_sizes"),
+        ("dynamic_batching { priority_levels: 2 }", "dynamic_batching.default_priority_level"),
+        ("max_batch_size: 4 dynamic_batching { preferred_batch_size: [ 8 ] }", "dynamic_batching.preferred_batch_size"),
         ("dynamic_batching { preferred_batch_size: [ -8 ] }", "preferred_batch_size"),
         ("name: \"vgg\"", "'vgg'"),
     ] {
@@ -201,6 +203,25 @@ fn batching_follows_max_batch_size() {
     assert_eq!(of("input [ { name: \"a\" dims: [ 2 ] } ]"), (None, Some(false)));
     // A file that describes no tensors leaves that to the graph.
     assert_eq!(of("instance_group [ { count: 2 } ]"), (None, None));
+}
+
+#[test]
+fn warm_up_has_rows_where_the_model_has() {
+    let warmup = |text: &str| {
+        let sample = "model_warmup [ { name: \"w\" batch_size: 1 } , { name: \"none\" } ]";
+        let spec = from_text(&format!("{text} {sample}"), &name()).unwrap();
+        assert!(spec.notes.iter().any(|note| note.contains("'none'")), "{:?}", spec.notes);
+        assert_eq!(spec.warmup_requests.len(), 1);
+        spec.warmup_requests[0].batch_size
+    };
+    assert_eq!(warmup("max_batch_size: 2"), Some(1));
+    assert_eq!(warmup("input [ { name: \"a\" dims: [ 2 ] } ]"), None);
+}
+
+#[test]
+fn a_mark_of_the_encoding_is_no_mistake() {
+    let spec = from_text("\u{feff}version_policy { latest { } }", &name()).unwrap();
+    assert_eq!(spec.versions, VersionPolicy::Latest(1));
 }
 
 #[test]

@@ -31,7 +31,8 @@ pub(super) fn fields(spec: &ModelSpec) -> (Value, Vec<&'static str>) {
     set("instance_group", list(&groups(spec), group));
     set("model_warmup", list(&spec.warmup_requests, warmup));
     set("optimization", level(spec.options.optimization).map(|level| json!({ "graph": { "level": level } })));
-    let parameters = parameters(&spec.options);
+    let parameters = parameters(&spec.options).chain(spec.parameters.clone());
+    let parameters: Map<_, _> = parameters.map(|(key, value)| (key, json!({ "string_value": value }))).collect();
     set("parameters", (!parameters.is_empty()).then_some(Value::Object(parameters)));
     let left_out = [
         ("profile", spec.profile.is_some()),
@@ -156,10 +157,10 @@ fn warmup(request: &DescribedRequest) -> Value {
             (name.clone(), value)
         })
         .collect();
-    json!({ "name": request.name, "batch_size": request.batch_size.unwrap_or(0), "count": request.count, "inputs": inputs })
+    json!({ "name": request.name, "batch_size": request.batch_size.unwrap_or(1), "count": request.count, "inputs": inputs })
 }
 
-fn level(level: OptimizationLevel) -> Option<i64> {
+pub(super) fn level(level: OptimizationLevel) -> Option<i32> {
     match level {
         OptimizationLevel::All => None,
         OptimizationLevel::Basic => Some(-1),
@@ -168,7 +169,8 @@ fn level(level: OptimizationLevel) -> Option<i64> {
     }
 }
 
-fn parameters(options: &Options) -> Map<String, Value> {
+/// The backend's parameters, in Triton's words.
+pub(super) fn parameters(options: &Options) -> impl Iterator<Item = (String, String)> {
     let flag = |value: Option<bool>| value.map(|value| usize::from(value).to_string());
     let own = [
         ("intra_op_thread_count", options.intra_op_threads.map(|threads| threads.to_string())),
@@ -184,7 +186,7 @@ fn parameters(options: &Options) -> Map<String, Value> {
     let own = own.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?)));
     let cuda = options.cuda.iter().filter_map(|(key, value)| Some((key.clone(), cuda_number(key, value)?)));
     let session = options.session_config.iter().map(|(key, value)| (key.clone(), value.clone()));
-    own.chain(cuda).chain(session).map(|(key, value)| (key, json!({ "string_value": value }))).collect()
+    own.chain(cuda).chain(session)
 }
 
 /// The value of a CUDA option as the file gives it; `None` for options that it has no parameter for.

@@ -78,7 +78,10 @@ impl Reconciler {
         };
         for tracked in self.models.get_mut(name).into_iter().flat_map(|model| &mut model.versions) {
             let there = found.versions.iter().any(|found| found.version == tracked.version);
-            if !there || matches!(tracked.progress, Progress::Failed { .. }) {
+            // What is being loaded from other files, or as another configuration said, comes in vain.
+            let other = !found.versions.iter().any(|found| tracked.progress.fingerprint() == Some(found.fingerprint));
+            let under_way = matches!(tracked.progress, Progress::Loading { .. } | Progress::Settling { .. });
+            if !there || matches!(tracked.progress, Progress::Failed { .. }) || (under_way && other) {
                 tracked.progress = Progress::Gone;
             }
         }

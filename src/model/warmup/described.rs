@@ -13,8 +13,8 @@ use crate::{
     tensor::{DType, Data, Shape, Tensor, elements},
 };
 
-/// More elements in a described tensor than any model takes are a typing error.
-const MAX_ELEMENTS: usize = 1 << 28;
+/// More bytes in a described tensor than any model takes are a typing error.
+const MAX_BYTES: usize = 1 << 30;
 
 /// One request to warm up with.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -77,14 +77,24 @@ impl DescribedRequest {
             .collect()
     }
 
+    /// Checks the description for a model whose requests may have `max_batch_size` rows.
+    ///
     /// # Errors
     /// What is wrong with the description, naming the key.
-    pub fn validate(&self) -> Result<(), String> {
+    pub fn validate(&self, max_batch_size: Option<usize>) -> Result<(), String> {
+        if let (Some(rows), Some(limit)) = (self.batch_size, max_batch_size)
+            && rows > limit
+        {
+            return Err(format!("'{}': batch_size {rows} is more than max_batch_size, {limit}", self.name));
+        }
         let zero = [("batch_size", self.batch_size == Some(0)), ("count", self.count == 0)];
         if let Some((key, _)) = zero.into_iter().find(|(_, zero)| *zero) {
             return Err(format!("'{}': {key} must be at least 1", self.name));
         }
         for (input, described) in &self.inputs {
+            if described.dims.contains(&0) {
+                return Err(format!("'{}': input '{input}': dims must be at least 1 each", self.name));
+            }
             if let Filling::File(file) = &described.data
                 && Path::new(file).components().any(|part| !matches!(part, std::path::Component::Normal(_)))
             {
@@ -98,9 +108,12 @@ impl DescribedRequest {
 impl DescribedInput {
     fn build(&self, name: &str, batch_size: Option<usize>, folder: &Path) -> Result<Tensor, Error> {
         let rows = batch_size.unwrap_or(1);
-        let count = elements(&self.dims).filter(|count| count.saturating_mul(rows) <= MAX_ELEMENTS);
-        let count = count.ok_or_else(|| {
-            Error::invalid(format!("{rows} times {:?} are more than {MAX_ELEMENTS} elements", self.dims))
+        let size = self.datatype.size().unwrap_or(size_of::<Bytes>());
+        let bytes = |count: usize| count.checked_mul(rows)?.checked_mul(size);
+        let fits = |&count: &usize| bytes(count).is_some_and(|bytes| bytes <= MAX_BYTES);
+        let count = elements(&self.dims).filter(fits).ok_or_else(|| {
+            let dims = &self.dims;
+            Error::invalid(format!("{rows} times {dims:?} of {} are more than {MAX_BYTES} bytes", self.datatype))
         })?;
         let shape: Shape = batch_size.into_iter().chain(self.dims.iter().copied()).collect();
         let data = match &self.data {
@@ -110,12 +123,30 @@ impl DescribedInput {
             },
             Filling::Random => made_up_data(self.datatype, count * rows, 0, &mut StdRng::seed_from_u64(42)),
             Filling::File(file) => {
-                let path = folder.join(file);
-                let bytes = fs::read(&path).map_err(|error| Error::invalid(format!("{}: {error}", path.display())))?;
-                repeated(self.datatype, &bytes, rows)
+                let content = self.read(&folder.join(file), count)?;
+                repeated(self.datatype, &content, rows)
             }
         };
         Tensor::new(name.into(), self.datatype, shape, data)
+    }
+}
+
+impl DescribedInput {
+    /// The file with the `count` elements of one row.
+    fn read(&self, path: &Path, count: usize) -> Result<Vec<u8>, Error> {
+        let wrong = |reason: String| Error::invalid(format!("{}: {reason}", path.display()));
+        let metadata = fs::metadata(path).map_err(|error| wrong(error.to_string()))?;
+        let expected = self.datatype.size().map(|size| (count * size) as u64);
+        match expected.filter(|&expected| expected != metadata.len()) {
+            Some(expected) => {
+                let (datatype, dims, length) = (self.datatype, &self.dims, metadata.len());
+                Err(wrong(format!("{datatype} {dims:?} takes {expected} bytes, and the file has {length}")))
+            }
+            None if !metadata.is_file() || metadata.len() > MAX_BYTES as u64 => {
+                Err(wrong(format!("not a file of at most {MAX_BYTES} bytes")))
+            }
+            None => fs::read(path).map_err(|error| wrong(error.to_string())),
+        }
     }
 }
 
@@ -165,13 +196,17 @@ mod tests {
         let message = |dims: &[usize], data, file: &[u8]| build(dims, DType::Fp32, data, file).unwrap_err().message;
         assert!(message(&[2], Filling::File("raw".into()), &[1, 2]).contains("'x'"));
         assert!(message(&[2], Filling::File("none".into()), &[]).contains("none"));
-        assert!(message(&[usize::MAX], Filling::Zero, &[]).contains("elements"));
+        assert!(message(&[2], Filling::File("raw".into()), &[0; 64]).contains("takes 8 bytes, and the file has 64"));
+        assert!(message(&[1 << 28], Filling::Zero, &[]).contains("more than"));
+        assert!(message(&[usize::MAX], Filling::Zero, &[]).contains("more than"));
         let inputs = BTreeMap::from([(
             "x".to_owned(),
             DescribedInput { datatype: DType::Fp32, dims: vec![1], data: Filling::File("../secret".into()) },
         )]);
         let request = DescribedRequest { name: "r".into(), batch_size: None, count: 1, inputs };
-        assert!(request.validate().unwrap_err().contains("../secret"));
-        assert!(DescribedRequest { count: 0, ..request }.validate().unwrap_err().contains("count"));
+        assert!(request.validate(None).unwrap_err().contains("../secret"));
+        let large = DescribedRequest { batch_size: Some(9), ..request.clone() };
+        assert!(large.validate(Some(8)).unwrap_err().contains("more than max_batch_size, 8"));
+        assert!(DescribedRequest { count: 0, ..request }.validate(None).unwrap_err().contains("count"));
     }
 }
