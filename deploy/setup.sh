@@ -14,6 +14,7 @@ PLATFORM="manylinux_2_28_$(uname -m)"
 
 missing=""
 command -v cc >/dev/null || missing="$missing gcc libc6-dev"
+command -v c++ >/dev/null || missing="$missing g++"
 command -v curl >/dev/null || missing="$missing curl"
 python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"
 if [ -n "$missing" ]; then
