@@ -190,6 +190,25 @@ def model_config() -> dict[str, bytes]:
     return {name: text.encode() for name, text in seeds.items()}
 
 
+def other_shapes() -> dict[str, bytes]:
+    csv, generate, predict, invocations = (bytes([shape]) for shape in range(4))
+    # By the models of the target.
+    matrix, pair, text, scalars = (bytes([model]) for model in [0, 1, 2, 3])
+    return {
+        "csv": csv + pair + b'a,b\r\n1,"x ""y"""\n-2,z\n',
+        "csv-matrix": csv + matrix + b"0,1\n1.5,NaN\n",
+        "generate": generate + text + b'{"a":"tide","id":"i","temperature":0.5,"parameters":{"k":true}}',
+        "predict-rows": predict + matrix + b'{"signature_name":"serving_default","instances":[[1,2],[3,4.5]]}',
+        "predict-named": predict + pair + b'{"instances":[{"a":1,"b":["x"]},{"a":2,"b":[{"b64":"dGlkZQ=="}]}]}',
+        "predict-columns": predict + pair + b'{"inputs":{"a":[1,2],"b":[["x"],["y"]]}}',
+        "split": invocations + pair + b'{"dataframe_split":{"columns":["a","b"],"index":[0],"data":[[1,"x"]]}}',
+        "records": invocations + pair + b'{"dataframe_records":[{"a":1,"b":"x"},{"b":"y","a":2}]}',
+        "inputs": invocations + scalars + b'{"inputs":{"a":[[[1,2]]],"b":-Infinity},"params":{"timeout":5}}',
+    }
+
+
 if __name__ == "__main__":
-    for target in [rest_body, binary_header, raw_request, protobuf, compressed_body, model_config]:
+    for target in [
+        rest_body, binary_header, raw_request, protobuf, compressed_body, model_config, other_shapes
+    ]:
         write(target.__name__, target())

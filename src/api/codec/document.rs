@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// A JSON text that is known to be well-formed.
-pub(in crate::api) struct Document {
+pub struct Document {
     /// With its literals (`NaN` and its like) masked, when it had any.
     source: Bytes,
 }
@@ -32,7 +32,7 @@ pub(in crate::api) struct Json<'a> {
 impl Document {
     /// # Errors
     /// `InvalidArgument` when the body is no JSON.
-    pub(in crate::api) fn parse(body: &Bytes) -> Result<Self, Error> {
+    pub fn parse(body: &Bytes) -> Result<Self, Error> {
         let check = |json: &Bytes| match serde_json::from_slice::<&RawValue>(json) {
             Ok(value) => Ok(json.slice_ref(value.get().as_bytes())),
             Err(error) => Err(Error::invalid(format!(
