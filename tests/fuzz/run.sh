@@ -28,9 +28,10 @@ for target in $TARGETS; do
     [ ! -f "tests/fuzz/dictionaries/$target" ] || words="-dict=tests/fuzz/dictionaries/$target"
     # No input is worth more than a few milliseconds; one that takes seconds has found something too.
     # shellcheck disable=SC2086 # an option or none
-    if "target/debug/$target" "$corpus" "tests/fuzz/seeds/$target" $words -artifact_prefix="target/fuzz/artifacts/$target-" \
-        -max_total_time="$SECONDS_EACH" -max_len=16384 -timeout=10 -rss_limit_mb=512 >"$log" 2>&1; then
-        echo "fuzz: $target: $(sed -n 's/^#\([0-9]*\)\tDONE *cov: \([0-9]*\).*/\1 inputs, \2 branches reached/p' "$log")"
+    if "target/debug/$target" "$corpus" "tests/fuzz/seeds/$target" $words -max_total_time="$SECONDS_EACH" \
+        -artifact_prefix="target/fuzz/artifacts/$target-" -max_len=16384 -timeout=10 -rss_limit_mb=512 >"$log" 2>&1; then
+        done="$(sed -n 's/^#\([0-9]*\)\tDONE *cov: \([0-9]*\).*/\1 inputs, \2 branches reached/p' "$log")"
+        echo "fuzz: $target: $done"
     else
         grep -v '^NEW_FUNC\|NEW  \|REDUCE\|pulse' "$log" | tail -n 40 >&2
         echo "fuzz: $target failed; all of it is in $log" >&2
