@@ -4,12 +4,12 @@ BINARY := target/release/tidegate
 PYTHON := .venv/bin/python
 PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: serve test setup build lint fmt test-rust test-clients bench models clean
+.PHONY: serve test setup build lint fmt test-rust test-clients fuzz image-test bench models clean
 
 serve: build
 	exec ./$(BINARY) serve
 
-test: test-rust test-clients
+test: test-rust test-clients fuzz
 
 # Installs what is missing and fetches the ONNX Runtime library; quick when everything is there.
 setup:
@@ -31,6 +31,14 @@ test-rust: setup
 test-clients: build .venv/clients.installed
 	@deploy/apt.sh promtool=prometheus
 	$(PYTHON) -m pytest -q tests/clients
+
+# FUZZ_SECONDS for each target, 15 by default; after test-rust, whose compiled dependencies it shares.
+fuzz: setup
+	tests/fuzz/run.sh
+
+# Builds the container image without a container engine, and serves from it. Needs root, and some minutes.
+image-test:
+	deploy/image-test.sh
 
 # What a server in front of a model costs, as a table and in target/bench.json: a quarter of an hour on a quiet machine
 # of two cores or more, or some minutes with QUICK=1.

@@ -108,3 +108,40 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+/// At most 64 characters of `text`, for messages that quote what a caller sent.
+pub fn shorten(text: &str) -> String {
+    match text.char_indices().nth(64) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
+    }
+}
+
+/// The beginning and the end of a long `text`, 128 characters of each; for sentences of a library that quote what a
+/// caller sent somewhere in the middle.
+pub fn abridge(text: &str) -> String {
+    const KEPT: usize = 128;
+    let head = text.char_indices().nth(KEPT).map(|(end, _)| end);
+    let tail = text.char_indices().rev().nth(KEPT - 1).map(|(start, _)| start);
+    match (head, tail) {
+        (Some(head), Some(tail)) if head < tail => format!("{}…{}", &text[..head], &text[tail..]),
+        _ => text.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_texts_lose_their_end_or_their_middle() {
+        let text = "ä".repeat(128) + "ö" + &"ü".repeat(128);
+        assert_eq!(shorten(&text), "ä".repeat(64) + "…");
+        assert_eq!(abridge(&text), "ä".repeat(128) + "…" + &"ü".repeat(128));
+        let short = "ä".repeat(64);
+        assert_eq!(shorten(&short), short);
+        for short in ["".to_owned(), short, "ä".repeat(256)] {
+            assert_eq!(abridge(&short), short);
+        }
+    }
+}

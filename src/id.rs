@@ -5,6 +5,7 @@ use std::{borrow::Borrow, fmt, sync::Arc};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::Error;
+pub use crate::error::shorten;
 
 const MAX_LENGTH: usize = 128;
 
@@ -61,14 +62,6 @@ impl Version {
 fn is_identifier(text: &str) -> bool {
     (1..=MAX_LENGTH).contains(&text.len())
         && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
-}
-
-/// At most 64 characters of `text`, for messages that quote what a caller sent.
-pub fn shorten(text: &str) -> String {
-    match text.char_indices().nth(64) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text.to_owned(),
-    }
 }
 
 macro_rules! text_id {

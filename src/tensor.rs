@@ -8,7 +8,7 @@ use bytes::{Bytes, BytesMut};
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::error::Error;
+use crate::error::{Error, shorten};
 
 /// The size of each dimension, outermost first; empty for a scalar.
 pub type Shape = smallvec::SmallVec<[usize; 6]>;
@@ -149,36 +149,10 @@ impl Tensor {
     /// # Errors
     /// `InvalidArgument` when the data does not hold what shape and type promise.
     pub fn new(name: Arc<str>, dtype: DType, shape: Shape, data: Data) -> Result<Self, Error> {
-        let count = elements(&shape).ok_or_else(|| {
-            Error::invalid(format!("tensor '{name}': shape {:?} has more elements than fit in memory", &shape[..]))
+        check(dtype, &shape, &data).map_err(|error| {
+            let message = format!("tensor '{}': {}", shorten(&name), error.message);
+            Error { message, ..error }
         })?;
-        match (&data, dtype.size()) {
-            (Data::Plain(bytes), Some(size)) => {
-                let expected = count.checked_mul(size).ok_or_else(|| {
-                    Error::invalid(format!("tensor '{name}': shape {:?} has more bytes than fit in memory", &shape[..]))
-                })?;
-                if bytes.len() != expected {
-                    return Err(Error::invalid(format!(
-                        "tensor '{name}': shape {:?} of {dtype} takes {expected} bytes, got {}",
-                        &shape[..],
-                        bytes.len()
-                    )));
-                }
-                if dtype == DType::Bool && bytes.iter().any(|&byte| byte > 1) {
-                    return Err(Error::invalid(format!("tensor '{name}': BOOL elements must be 0 or 1")));
-                }
-            }
-            (Data::Strings(strings), None) => {
-                if strings.len() != count {
-                    return Err(Error::invalid(format!(
-                        "tensor '{name}': shape {:?} takes {count} BYTES elements, got {}",
-                        &shape[..],
-                        strings.len()
-                    )));
-                }
-            }
-            _ => return Err(Error::internal(format!("tensor '{name}': {dtype} with the wrong kind of data"))),
-        }
         Ok(Self { name, dtype, shape, data })
     }
 
@@ -212,6 +186,36 @@ impl Tensor {
         };
         Tensor { name: self.name.clone(), dtype: self.dtype, shape, data }
     }
+}
+
+/// Whether the data holds what shape and type promise.
+fn check(dtype: DType, shape: &[usize], data: &Data) -> Result<(), Error> {
+    let beyond = |what| Error::invalid(format!("shape {shape:?} has more {what} than fit in memory"));
+    let count = elements(shape).ok_or_else(|| beyond("elements"))?;
+    match (data, dtype.size()) {
+        (Data::Plain(bytes), Some(size)) => {
+            let expected = count.checked_mul(size).ok_or_else(|| beyond("bytes"))?;
+            if bytes.len() != expected {
+                return Err(Error::invalid(format!(
+                    "shape {shape:?} of {dtype} takes {expected} bytes, got {}",
+                    bytes.len()
+                )));
+            }
+            if dtype == DType::Bool && bytes.iter().any(|&byte| byte > 1) {
+                return Err(Error::invalid("BOOL elements must be 0 or 1"));
+            }
+        }
+        (Data::Strings(strings), None) => {
+            if strings.len() != count {
+                return Err(Error::invalid(format!(
+                    "shape {shape:?} takes {count} BYTES elements, got {}",
+                    strings.len()
+                )));
+            }
+        }
+        _ => return Err(Error::internal(format!("{dtype} with the wrong kind of data"))),
+    }
+    Ok(())
 }
 
 /// Stacks tensors of one name, type and row shape along the first dimension; copies each byte once.

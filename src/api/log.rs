@@ -15,7 +15,7 @@ use super::{
     rest::{RestError, read_body},
 };
 use crate::{
-    error::{Code, Error},
+    error::{Code, Error, abridge},
     id::shorten,
     logging::Settings,
 };
@@ -131,8 +131,9 @@ pub(super) async fn rest_change(State(app): State<Arc<App>>, request: Request) -
     let wishes: Map<String, Value> = if body.is_empty() {
         Map::new()
     } else {
-        serde_json::from_slice(&body)
-            .map_err(|error| Error::invalid(format!("the body is no object of log settings: {error}")))?
+        serde_json::from_slice(&body).map_err(|error| {
+            Error::invalid(format!("the body is no object of log settings: {}", abridge(&error.to_string())))
+        })?
     };
     let wish = |value| match value {
         Value::Bool(value) => Some(ParameterChoice::BoolParam(value)),

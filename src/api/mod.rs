@@ -36,7 +36,7 @@ pub mod pb;
 mod reflection;
 mod repository;
 pub mod rest;
-mod shapes;
+pub mod shapes;
 pub mod status;
 mod triton;
 mod v1;

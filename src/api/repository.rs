@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     control::{command::Load, upload},
-    error::{Code, Error},
+    error::{Code, Error, abridge},
     id::{ModelName, shorten},
 };
 
@@ -199,7 +199,8 @@ fn parse<T: Default + for<'de> Deserialize<'de>>(body: &Bytes, what: &str) -> Re
     if body.is_empty() {
         return Ok(T::default());
     }
-    serde_json::from_slice(body).map_err(|error| Error::invalid(format!("the body is no {what} request: {error}")))
+    serde_json::from_slice(body)
+        .map_err(|error| Error::invalid(format!("the body is no {what} request: {}", abridge(&error.to_string()))))
 }
 
 /// A parameter as gRPC would say it.

@@ -14,9 +14,9 @@ use crate::{
 };
 
 mod csv;
-pub(super) mod generate;
-pub(super) mod invocations;
-pub(super) mod predict;
+pub mod generate;
+pub mod invocations;
+pub mod predict;
 mod table;
 #[cfg(test)]
 mod tests;

@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::spec::ModelSpec;
 use crate::{
     backend::{OptimizationLevel, Options},
-    error::Error,
+    error::{Error, abridge},
     id::ModelName,
 };
 
@@ -49,9 +49,9 @@ pub fn parse(text: &str) -> Result<ModelSpec, Error> {
     let message = DynamicMessage::parse_text_format(descriptor()?, &corrected.text).map_err(|error| {
         let offset = corrected.original(offset(&error).unwrap_or(corrected.text.len()));
         let (line, column) = position(text, offset);
-        Error::invalid(format!("line {line}, column {column}: {error}"))
+        Error::invalid(format!("line {line}, column {column}: {}", abridge(&error.to_string())))
     })?;
-    read::spec(&fields(&message)?)
+    spec_of(&message)
 }
 
 /// Reads a model configuration in protobuf's JSON, as clients send it with a load request.
@@ -62,8 +62,8 @@ pub fn from_json(text: &str, model: &ModelName) -> Result<ModelSpec, Error> {
     let mut json = serde_json::Deserializer::from_str(text);
     let message = DynamicMessage::deserialize(descriptor()?, &mut json)
         .and_then(|message| json.end().map(|()| message))
-        .map_err(|error| Error::invalid(format!("config: {error}")))?;
-    let spec = read::spec(&fields(&message)?)?;
+        .map_err(|error| Error::invalid(format!("config: {}", abridge(&error.to_string()))))?;
+    let spec = spec_of(&message)?;
     spec.check_name(model).map(|()| spec).map_err(Error::invalid)
 }
 
@@ -101,6 +101,11 @@ pub fn to_json(encoded: &[u8]) -> Result<Value, Error> {
 
 fn descriptor() -> Result<MessageDescriptor, Error> {
     DESCRIPTOR.clone().ok_or_else(|| Error::internal("the descriptor of the model configuration is broken"))
+}
+
+/// The spec that says what the message says; complaints may quote names of any length, and stay short all the same.
+fn spec_of(message: &DynamicMessage) -> Result<ModelSpec, Error> {
+    read::spec(&fields(message)?).map_err(|error| Error { message: abridge(&error.message), ..error })
 }
 
 /// The fields that are set, by their names in the protocol.

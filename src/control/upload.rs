@@ -189,7 +189,7 @@ mod tests {
         }
         drop(upload);
         assert!(!directory.exists());
-        assert!(super::directory(data.path()).exists());
+        assert!(!super::directory(data.path()).exists());
     }
 
     #[test]

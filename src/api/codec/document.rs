@@ -11,10 +11,13 @@ use super::{
     Parameter,
     literals::{mask, string_end, unmask},
 };
-use crate::{error::Error, id::shorten};
+use crate::{
+    error::{Error, abridge},
+    id::shorten,
+};
 
 /// A JSON text that is known to be well-formed.
-pub(in crate::api) struct Document {
+pub struct Document {
     /// With its literals (`NaN` and its like) masked, when it had any.
     source: Bytes,
 }
@@ -29,10 +32,13 @@ pub(in crate::api) struct Json<'a> {
 impl Document {
     /// # Errors
     /// `InvalidArgument` when the body is no JSON.
-    pub(in crate::api) fn parse(body: &Bytes) -> Result<Self, Error> {
+    pub fn parse(body: &Bytes) -> Result<Self, Error> {
         let check = |json: &Bytes| match serde_json::from_slice::<&RawValue>(json) {
             Ok(value) => Ok(json.slice_ref(value.get().as_bytes())),
-            Err(error) => Err(Error::invalid(format!("the request is not the JSON it should be: {error}"))),
+            Err(error) => Err(Error::invalid(format!(
+                "the request is not the JSON it should be: {}",
+                abridge(&error.to_string())
+            ))),
         };
         // Literals are looked for only when there may be some: most senders have none.
         let source = check(body).or_else(|error| check(&mask(body).ok_or(error)?))?;

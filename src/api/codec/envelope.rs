@@ -12,7 +12,10 @@ use serde::{
 use serde_json::value::RawValue;
 
 use super::{Parameter, Parameters};
-use crate::{error::Error, id::shorten};
+use crate::{
+    error::{Error, abridge},
+    id::shorten,
+};
 
 /// More tensors than any graph has; `{}` takes thirty times its length in memory before it is found to be no tensor.
 const MAX_TENSORS: usize = 4096;
@@ -48,7 +51,9 @@ impl<'a> Envelope<'a> {
         deserializer
             .deserialize_map(EnvelopeVisitor)
             .and_then(|envelope| deserializer.end().map(|()| envelope))
-            .map_err(|error| Error::invalid(format!("the request is not the JSON it should be: {error}")))
+            .map_err(|error| {
+                Error::invalid(format!("the request is not the JSON it should be: {}", abridge(&error.to_string())))
+            })
     }
 }
 

@@ -15,7 +15,7 @@ use super::{
     values::Spelling,
 };
 use crate::{
-    error::Error,
+    error::{Error, abridge},
     id::shorten,
     tensor::{self, Tensor},
 };
@@ -220,6 +220,6 @@ fn parameters(raw: Option<&RawValue>, place: impl fmt::Display) -> Result<Parame
         // The position counts from where the parameters start, which helps nobody.
         let message = error.to_string();
         let end = message.rfind(" at line ").unwrap_or(message.len());
-        Error::invalid(format!("{place}: {}", &message[..end]))
+        Error::invalid(format!("{place}: {}", abridge(&message[..end])))
     })
 }

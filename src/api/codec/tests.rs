@@ -388,6 +388,31 @@ fn what_json_cannot_carry_is_refused_or_replaced() {
     assert_eq!(serde_json::to_value(NonFinite::default()).unwrap(), json!("literal"));
 }
 
+#[test]
+fn complaints_stay_short() {
+    // gRPC sends them in a header, and clients take only so much of those.
+    let long = "n".repeat(100_000);
+    let named = InferInputTensor { name: long.clone(), datatype: "INT8".into(), shape: vec![2], ..Default::default() };
+    let proto = ModelInferRequest {
+        inputs: vec![named],
+        raw_input_contents: vec![Bytes::from_static(b"1")],
+        ..Default::default()
+    };
+    for error in [
+        decode(&format!(r#"{{"inputs":[{{"name":"{long}","datatype":"INT8","shape":[2],"data":[1]}}]}}"#)),
+        decode(&format!(r#"{{"inputs":[{{"name":"{long}","datatype":"{long}","shape":[2],"data":[1]}}]}}"#)),
+        decode(&format!(r#"{{"inputs":"{long}"}}"#)),
+        decode(&format!(r#"{{"inputs":[],"parameters":"{long}"}}"#)),
+        decode(&format!(r#"{{"inputs":[],"parameters":{{"{long}":[]}}}}"#)),
+        decode(&format!(r#"{{"inputs":[{{"name":"{long}","name":0}}]}}"#)),
+        decode_proto(proto),
+    ]
+    .map(Result::unwrap_err)
+    {
+        assert!(error.message.len() < 600, "{}", error.message);
+    }
+}
+
 fn request(
     datatype: &str,
     shape: &[i64],

@@ -17,7 +17,7 @@ use crate::{
 ///
 /// # Errors
 /// `InvalidArgument` for models without text on either side and for members that fit nothing.
-pub(in crate::api) fn read(document: &Document, signature: &Signature, limit: usize) -> Result<InferCall, Error> {
+pub fn read(document: &Document, signature: &Signature, limit: usize) -> Result<InferCall, Error> {
     check_texts("input", &signature.inputs)?;
     check_texts("output", &signature.outputs)?;
     let members = document.root().members();
@@ -59,7 +59,7 @@ pub(in crate::api) fn read(document: &Document, signature: &Signature, limit: us
 ///
 /// # Errors
 /// `InvalidArgument` when JSON cannot carry an output.
-pub(in crate::api) fn write(reply: &InferReply<'_>, non_finite: NonFinite) -> Result<Vec<u8>, Error> {
+pub fn write(reply: &InferReply<'_>, non_finite: NonFinite) -> Result<Vec<u8>, Error> {
     let mut json = br#"{"model_name":"#.to_vec();
     put_json(&mut json, reply.model)?;
     json.extend_from_slice(br#","model_version":"#);

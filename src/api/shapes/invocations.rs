@@ -26,7 +26,7 @@ const PARAMETERS: [&str; 2] = ["timeout", "priority"];
 
 /// How several outputs go back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::api) enum Orient {
+pub enum Orient {
     /// As tensors came in: an object of whole outputs.
     Columns,
     /// As a table came in: a list with an object for each row.
@@ -37,11 +37,7 @@ pub(in crate::api) enum Orient {
 ///
 /// # Errors
 /// `InvalidArgument` naming the row and the column or the input.
-pub(in crate::api) fn read_json(
-    document: &Document,
-    signature: &Signature,
-    limit: usize,
-) -> Result<(InferCall, Orient), Error> {
+pub fn read_json(document: &Document, signature: &Signature, limit: usize) -> Result<(InferCall, Orient), Error> {
     let [split, records, instances, inputs, params] = members(
         "the request",
         document.root(),
@@ -71,11 +67,7 @@ pub(in crate::api) fn read_json(
 ///
 /// # Errors
 /// `InvalidArgument` naming the line, or the row and the column.
-pub(in crate::api) fn read_csv(
-    body: &Bytes,
-    signature: &Signature,
-    limit: usize,
-) -> Result<(InferCall, Orient), Error> {
+pub fn read_csv(body: &Bytes, signature: &Signature, limit: usize) -> Result<(InferCall, Orient), Error> {
     let text = std::str::from_utf8(body)
         .map_err(|error| Error::invalid(format!("the CSV is not UTF-8 after byte {}", error.valid_up_to())))?;
     let mut records = Records::new(text);
@@ -96,7 +88,7 @@ pub(in crate::api) fn read_csv(
 ///
 /// # Errors
 /// `InvalidArgument` when JSON cannot carry an output.
-pub(in crate::api) fn write(reply: &InferReply<'_>, orient: Orient, non_finite: NonFinite) -> Result<Vec<u8>, Error> {
+pub fn write(reply: &InferReply<'_>, orient: Orient, non_finite: NonFinite) -> Result<Vec<u8>, Error> {
     let spelling = |_: &Tensor| Spelling::Plain;
     let mut json = br#"{"predictions":"#.to_vec();
     match (orient, reply.outputs, predict::row_count(reply.outputs)) {

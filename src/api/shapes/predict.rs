@@ -12,11 +12,11 @@ use crate::{
 };
 
 /// The only signature there is, by the name that TensorFlow gives it.
-pub(in crate::api) const SIGNATURE_NAME: &str = "serving_default";
+pub const SIGNATURE_NAME: &str = "serving_default";
 
 /// How the inputs came, and how the outputs go back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::api) enum Format {
+pub enum Format {
     /// `instances`, answered with `predictions`: one entry per row.
     Rows,
     /// `inputs`, answered with `outputs`: one entry per tensor.
@@ -27,11 +27,7 @@ pub(in crate::api) enum Format {
 ///
 /// # Errors
 /// `InvalidArgument` naming the row and the input.
-pub(in crate::api) fn read(
-    document: &Document,
-    signature: &Signature,
-    limit: usize,
-) -> Result<(InferCall, Format), Error> {
+pub fn read(document: &Document, signature: &Signature, limit: usize) -> Result<(InferCall, Format), Error> {
     let [name, instances, inputs] = members("the request", document.root(), ["signature_name", "instances", "inputs"])?;
     if let Some(name) = name
         && name.string().is_none_or(|name| !["", SIGNATURE_NAME].contains(&&*name))
@@ -54,7 +50,7 @@ pub(in crate::api) fn read(
 ///
 /// # Errors
 /// `InvalidArgument` for rows of outputs that have none or not equally many, and when JSON cannot carry an output.
-pub(in crate::api) fn write(reply: &InferReply<'_>, format: Format, non_finite: NonFinite) -> Result<Vec<u8>, Error> {
+pub fn write(reply: &InferReply<'_>, format: Format, non_finite: NonFinite) -> Result<Vec<u8>, Error> {
     let mut json = Vec::with_capacity(64);
     match format {
         Format::Columns => {

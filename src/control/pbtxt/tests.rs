@@ -137,6 +137,20 @@ fn what_has_no_effect_is_noted_once() {
 }
 
 #[test]
+fn complaints_stay_short() {
+    let long = "n".repeat(10_000);
+    for message in [
+        refused(&format!("name: \"{long}\"")),
+        refused(&format!("input [ {{ name: \"{long}\" dims: [ 0 ] }} ]")),
+        refused(&format!("backend: \"onnxruntime\" {long}: 1")),
+        from_json(&format!(r#"{{"max_batch_size": "{long}"}}"#), &name()).unwrap_err().message,
+        from_json(&format!(r#"{{"{long}": 1}}"#), &name()).unwrap_err().message,
+    ] {
+        assert!(message.len() < 600, "{message}");
+    }
+}
+
+#[test]
 fn what_would_change_answers_is_refused_by_name() {
     for (text, field) in [
         ("ensemble_scheduling { step [ { model_name: \"a\" } ] }", "ensemble_scheduling"),

@@ -1,0 +1,16 @@
+//! A REST request that is all JSON.
+#![no_main]
+
+use bytes::Bytes;
+use libfuzzer_sys::fuzz_target;
+use tidegate::api::codec::decode_json;
+use tidegate_fuzz::{allowance, check, within};
+
+fuzz_target!(|body: &[u8]| {
+    let body = Bytes::copy_from_slice(body);
+    let call = within(allowance(body.len()), || decode_json(&body, None));
+    check(&call);
+    // To say that the JSON ends with the body says nothing new.
+    let announced = decode_json(&body, Some(body.len()));
+    assert_eq!(announced.map_err(|error| error.code), call.map_err(|error| error.code));
+});
