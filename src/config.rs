@@ -65,7 +65,7 @@ pub struct Config {
     pub load_concurrency: Option<usize>,
     /// Bounds of what a client may send, and how slowly.
     pub limits: LimitsConfig,
-    /// Bounds of each version's queue; a request over one of them is answered at once with "overloaded".
+    /// Bounds of each version's queue; a request for which it has no room is answered at once with "overloaded".
     pub queue: QueueConfig,
     /// How the server stops.
     pub shutdown: ShutdownConfig,
@@ -163,6 +163,7 @@ impl Config {
             ("load_concurrency", self.load_concurrency.unwrap_or(1)),
             ("limits.max_message_bytes", self.limits.max_message_bytes),
             ("limits.max_stream_requests", self.limits.max_stream_requests),
+            ("queue.max_rows", self.queue.max_rows),
             ("queue.max_requests", self.queue.max_requests),
             ("queue.max_bytes", self.queue.max_bytes),
         ];
