@@ -45,7 +45,7 @@ def test_a_stream_has_one_event(server, headers):
     body = {"id": "7", "text": TEXTS[0] * 40}
     reply = post(server, PATH + "_stream", body, headers)
     assert reply.status == 200
-    assert reply.headers["content-type"] == "text/event-stream"
+    assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert "content-encoding" not in reply.headers
     assert reply.body.startswith(b"data: {")
     assert reply.body.endswith(b"}\n\n")
