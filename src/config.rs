@@ -46,8 +46,10 @@ pub struct Config {
     /// together.
     pub allow_model_upload: bool,
     /// The bearer token that changes by request (load, unload, logging) need, from everyone. Without one they are
-    /// allowed to callers on this machine only; behind a proxy on this machine every caller is one of those, so set it
-    /// there. In the environment (TIDEGATE_TOKEN) it does not show in the list of processes.
+    /// allowed to callers on this machine only, and not with a header `Origin`, `Forwarded`, `X-Forwarded-For` or
+    /// `Via`: web pages and proxies speak for others. A proxy on this machine that sends none of these passes for a
+    /// caller here, so set a token there. In the environment (TIDEGATE_TOKEN) it does not show in the list of
+    /// processes.
     pub token: Option<Token>,
     /// The ONNX Runtime library, or the folder that holds it. Default: beside the binary, ./.onnxruntime, the system's.
     pub onnxruntime: Option<PathBuf>,
@@ -66,7 +68,7 @@ pub struct Config {
     pub load_concurrency: Option<usize>,
     /// Bounds of what a client may send, and how slowly.
     pub limits: LimitsConfig,
-    /// Bounds of each version's queue; a request over one of them is answered at once with "overloaded".
+    /// Bounds of each version's queue; a request for which it has no room is answered at once with "overloaded".
     pub queue: QueueConfig,
     /// How the server stops.
     pub shutdown: ShutdownConfig,
@@ -164,6 +166,7 @@ impl Config {
             ("load_concurrency", self.load_concurrency.unwrap_or(1)),
             ("limits.max_message_bytes", self.limits.max_message_bytes),
             ("limits.max_stream_requests", self.limits.max_stream_requests),
+            ("queue.max_rows", self.queue.max_rows),
             ("queue.max_requests", self.queue.max_requests),
             ("queue.max_bytes", self.queue.max_bytes),
         ];

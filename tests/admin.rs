@@ -67,6 +67,29 @@ async fn changes_need_the_token_and_nothing_else_does() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_token_web_pages_and_proxies_change_nothing() {
+    let repository = Repository::with("m", "");
+    let running = start(&explicit(&repository)).await;
+    let changes = ["/v2/repository/models/m/load", "/v2/repository/models/m/unload", "/v2/logging"];
+    for name in ["origin", "forwarded", "x-forwarded-for", "via"] {
+        for path in changes {
+            let reply = running.post(path, Value::Null, &[(name, "somewhere")]).await;
+            assert_eq!(reply.status, 403, "{path} with {name}: {}", reply.body);
+            assert!(reply.error().contains(name) && reply.error().contains("--token"), "{}", reply.error());
+        }
+    }
+    let mut load =
+        tonic::Request::new(pb::RepositoryModelLoadRequest { model_name: "m".to_owned(), ..Default::default() });
+    load.metadata_mut().insert("x-forwarded-for", "10.0.0.1".parse().unwrap());
+    let status = running.grpc.clone().repository_model_load(load).await.unwrap_err();
+    assert_eq!(status.code(), tonic::Code::PermissionDenied, "{status:?}");
+    assert_eq!(running.infer("m", &[1.0]).await.status, 404, "nothing was loaded");
+    assert_eq!(running.post(changes[0], Value::Null, &[]).await.status, 200);
+    let reply = running.send(running.infer_request("m", &[1.0], &[("origin", "http://page")])).await.unwrap();
+    assert_eq!(reply.status, 200, "only changes are for callers here");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn log_settings_are_typed_and_change_together_or_not_at_all() {
     let repository = Repository::with("m", "");
     let running = start(&explicit(&repository)).await;

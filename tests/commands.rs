@@ -143,7 +143,7 @@ async fn what_nobody_has_heard_of_is_not_found() {
 async fn parameters_that_nobody_knows_are_refused() {
     let repository = Repository::with("m", "");
     let running = start(&explicit(&repository)).await;
-    let dependents = json!({ "parameters": { "unload_dependents": true } });
+    let dependents = json!({ "parameters": { "unload_dependents": true }, "comment": "beside the parameters" });
     assert_eq!(running.post("/v2/repository/models/m/unload", dependents, &[]).await.status, 200);
     for (verb, body, word) in [
         ("load", json!({ "parameters": { "confg": "{}" } }), "'confg'"),
@@ -152,7 +152,6 @@ async fn parameters_that_nobody_knows_are_refused() {
         ("load", json!({ "parameters": { "config": "{\"name\": \"other\"}" } }), "other"),
         ("load", json!({ "parameters": { "file:1/model.script": "§" } }), "base64"),
         ("load", json!({ "parameters": { "file:1/model.script": 5 } }), "bytes"),
-        ("load", json!({ "params": {} }), "params"),
         ("load", json!([1]), "load request"),
         ("unload", json!({ "parameters": { "unload_dependents": "yes" } }), "unload_dependents"),
         ("unload", json!({ "parameters": { "dependents": true } }), "'dependents'"),

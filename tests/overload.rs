@@ -49,6 +49,26 @@ async fn a_full_queue_answers_at_once_over_both_protocols() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_has_so_many_rows_over_both_protocols() {
+    let repository = Repository::with("free", "");
+    repository.put("limited", "1", "");
+    repository.settings("limited", "max_batch_size = 5");
+    let mut narrow = config(&repository);
+    narrow.queue.max_rows = 3;
+    let running = start(&narrow).await;
+    for (model, most, key) in [("free", 3, "queue.max_rows"), ("limited", 5, "max_batch_size")] {
+        assert_eq!(running.infer(model, &vec![1.0; most]).await.status, 200, "{model}");
+        let reply = running.infer(model, &vec![1.0; most + 1]).await;
+        assert_eq!(reply.status, 400, "{}", reply.body);
+        let expected = format!("model '{model}': a request may have {most} rows at most ({key}), got {}", most + 1);
+        assert_eq!(reply.error(), expected);
+        let status = running.grpc.clone().model_infer(infer_message(model, &vec![1.0; most + 1])).await.unwrap_err();
+        assert_eq!((status.code(), status.message()), (tonic::Code::InvalidArgument, &*expected));
+    }
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_operators_port_answers_while_the_data_ports_are_saturated() {
     let repository = Repository::with("m", "sleep_ms = 5");
     let running = Arc::new(start(&config(&repository)).await);

@@ -170,6 +170,7 @@ async fn a_client_that_reads_nothing_is_not_read_from() {
     let repository = Repository::with("m", "");
     let mut small = config(&repository);
     small.limits.max_message_bytes = 4 << 20;
+    small.queue.max_rows = 1 << 18;
     let running = start(&small).await;
     let mut call = Call::open(&running).await;
     let values = vec![1.0; 1 << 18];
@@ -202,6 +203,7 @@ async fn one_request_may_be_as_large_as_any_message() {
     let repository = Repository::with("m", "");
     let mut small = config(&repository);
     small.limits.max_message_bytes = 1 << 20;
+    small.queue.max_rows = 1 << 18;
     let running = start(&small).await;
     let mut call = Call::open(&running).await;
     let fits = infer_message("m", &vec![1.0; (1 << 18) - 100]);

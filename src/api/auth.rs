@@ -11,6 +11,9 @@ use crate::error::{Code, Error};
 /// Stands in for the token wherever it would show.
 const HIDDEN: &str = "(hidden)";
 
+/// Headers of requests that begin elsewhere, though they come from this machine: in a web page, or before a proxy.
+const RELAYED: [&str; 4] = ["origin", "forwarded", "x-forwarded-for", "via"];
+
 /// A bearer token; it never shows in logs or printed configurations.
 #[derive(Clone, PartialEq, Eq, JsonSchema)]
 pub struct Token(String);
@@ -61,19 +64,9 @@ pub struct Peer(pub IpAddr);
 ///
 /// # Errors
 /// `Unauthenticated` when a token is set and the request has another or none, `Forbidden` when none is set and the
-/// request comes from elsewhere.
+/// request comes from elsewhere, or from a web page or through a proxy on this machine.
 pub fn check_admin(token: Option<&Token>, headers: &HeaderMap, extensions: &Extensions) -> Result<(), Error> {
-    let Some(token) = token else {
-        // On a socket of both families, IPv4's loopback comes mapped into IPv6.
-        let here = extensions.get::<Peer>().is_some_and(|Peer(address)| address.to_canonical().is_loopback());
-        return if here {
-            Ok(())
-        } else {
-            let rule =
-                "without a token, changes are allowed from the server's own machine only; set one with TIDEGATE_TOKEN";
-            Err(Error::new(Code::Forbidden, rule))
-        };
-    };
+    let Some(token) = token else { return check_is_here(headers, extensions) };
     match bearer(headers) {
         Some(given) if token.is(given) => Ok(()),
         Some(_) => Err(Error::new(Code::Unauthenticated, "the bearer token is not this server's")),
@@ -82,6 +75,25 @@ pub fn check_admin(token: Option<&Token>, headers: &HeaderMap, extensions: &Exte
             "changes need this server's token, in a header as 'authorization: Bearer TOKEN'",
         )),
     }
+}
+
+/// Checks that a request comes from a program on this machine, on its own behalf.
+fn check_is_here(headers: &HeaderMap, extensions: &Extensions) -> Result<(), Error> {
+    // On a socket of both families, IPv4's loopback comes mapped into IPv6.
+    let here = extensions.get::<Peer>().is_some_and(|Peer(address)| address.to_canonical().is_loopback());
+    let seen = RELAYED.iter().find(|name| headers.contains_key(**name));
+    let got = match seen {
+        None if here => return Ok(()),
+        None => String::new(),
+        Some(name) => format!(", not for web pages or through proxies, and this request has the header '{name}'"),
+    };
+    Err(Error::new(
+        Code::Forbidden,
+        format!(
+            "without a token, changes are allowed from the server's own machine only{got}; set one with --token or \
+             TIDEGATE_TOKEN"
+        ),
+    ))
 }
 
 /// The token in the authorization header; the scheme is written in any case.
@@ -115,6 +127,31 @@ mod tests {
             assert_eq!(check(None, Some("Bearer x"), Some(elsewhere)), Err(Code::Forbidden), "{elsewhere}");
         }
         assert_eq!(check(None, None, None), Err(Code::Forbidden), "whoever is unknown is not here");
+    }
+
+    #[test]
+    fn without_a_token_nobody_may_relay_others() {
+        for (name, value) in [
+            ("Origin", "http://localhost:8000"),
+            ("origin", "null"),
+            ("Forwarded", "for=10.0.0.1"),
+            ("X-Forwarded-For", "10.0.0.1"),
+            ("x-forwarded-for", ""),
+            ("Via", "1.1 proxy"),
+        ] {
+            let mut headers = HeaderMap::new();
+            headers.insert(http::HeaderName::from_bytes(name.as_bytes()).unwrap(), value.parse().unwrap());
+            let mut extensions = Extensions::new();
+            extensions.insert(Peer("127.0.0.1".parse().unwrap()));
+            let error = check_admin(None, &headers, &extensions).unwrap_err();
+            assert_eq!(error.code, Code::Forbidden, "{name}");
+            let named = format!("'{}'", name.to_lowercase());
+            assert!(error.message.contains(&named) && error.message.contains("--token"), "{error}");
+
+            let token = Token::parse("s3cret".to_owned()).unwrap();
+            headers.insert(header::AUTHORIZATION, "Bearer s3cret".parse().unwrap());
+            assert_eq!(check_admin(Some(&token), &headers, &extensions), Ok(()), "{name}");
+        }
     }
 
     #[test]

@@ -6,19 +6,18 @@ use std::{collections::HashMap, sync::Arc};
 
 use axum::{
     Json,
-    extract::{FromRequestParts, Path, Request, State},
+    extract::{Request, State},
     response::{IntoResponse, Response},
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::Bytes;
-use http::request::Parts;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::{
     App,
     pb::{self, model_repository_parameter::ParameterChoice, repository_index_response::ModelIndex},
-    rest::{RestError, read_body},
+    rest::{Named, RestError, read_body},
     triton,
 };
 use crate::{
@@ -125,27 +124,9 @@ async fn until_closing(app: &App, command: impl Future<Output = Result<(), Error
     }
 }
 
-/// What the path names; the repository only in one form of it.
-#[derive(Deserialize)]
-pub(super) struct Named {
-    #[serde(default)]
-    repository: String,
-    #[serde(default)]
-    model: String,
-}
-
-impl FromRequestParts<Arc<App>> for Named {
-    type Rejection = RestError;
-
-    async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, RestError> {
-        let path = Path::<Named>::from_request_parts(parts, app).await;
-        path.map(|Path(named)| named).map_err(|rejection| Error::not_found(rejection.body_text()).into())
-    }
-}
-
-/// The body of a load or an unload.
+/// The body of a load or an unload; as in Triton, it may say more than is understood.
 #[derive(Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default)]
 struct Body {
     parameters: Map<String, Value>,
 }

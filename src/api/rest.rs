@@ -91,10 +91,12 @@ async fn wrong_verb(request: Request) -> Response {
     RestError { error: Error::invalid(message), status: Some(StatusCode::METHOD_NOT_ALLOWED) }.into_response()
 }
 
-/// Model and version as the path names them.
-#[derive(serde::Deserialize)]
-struct Named {
-    model: String,
+/// What the path names, each part only in some of its forms.
+#[derive(Default, serde::Deserialize)]
+#[serde(default)]
+pub(super) struct Named {
+    pub(super) repository: String,
+    pub(super) model: String,
     version: Option<String>,
 }
 

@@ -29,9 +29,11 @@ pub const MAX_PASSED_OVER: u8 = 4;
 /// Every dimension but the first of every input, in the order of the signature.
 pub type ShapeKey = smallvec::SmallVec<[usize; 8]>;
 
-/// When a queue is full, all levels together.
+/// When a queue is full, all levels together, and what it takes at all.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Limits {
+    /// Rows of one request, where its model sets no limit of its own.
+    pub max_rows: usize,
     pub max_requests: usize,
     /// Payload bytes of all queued requests together.
     pub max_bytes: usize,

@@ -360,7 +360,7 @@ mod tests {
     impl Line {
         fn new(schedule: &str, group: usize, executors: usize) -> Self {
             let schedule: Schedule = toml::from_str(schedule).unwrap();
-            let limits = Limits { max_requests: 100, max_bytes: 1 << 20, max_wait: NEVER };
+            let limits = Limits { max_rows: 100, max_requests: 100, max_bytes: 1 << 20, max_wait: NEVER };
             let batcher = Batcher::new(limits, &schedule, group, executors, ServiceTime::default());
             let metrics = Metrics::new("test", "none").version("m", "1");
             let queue = Arc::new(Queue::new(ModelName::parse("m").unwrap(), batcher, metrics));

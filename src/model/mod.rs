@@ -40,10 +40,12 @@ use crate::{
     tensor::Tensor,
 };
 
-/// Bounds of each version's queue; a request over one of them is answered at once with "overloaded".
+/// Bounds of each version's queue; a request for which it has no room is answered at once with "overloaded".
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct QueueConfig {
+    /// Rows that one request may have where its model sets no `max_batch_size`.
+    pub max_rows: usize,
     /// Requests that may wait per version.
     pub max_requests: usize,
     /// Bytes of tensors that may wait per version.
@@ -56,13 +58,14 @@ pub struct QueueConfig {
 
 impl Default for QueueConfig {
     fn default() -> Self {
-        Self { max_requests: 8192, max_bytes: 1 << 30, max_wait: Duration::from_secs(30) }
+        Self { max_rows: 65_536, max_requests: 8192, max_bytes: 1 << 30, max_wait: Duration::from_secs(30) }
     }
 }
 
 impl From<&QueueConfig> for Limits {
     fn from(config: &QueueConfig) -> Self {
-        Limits { max_requests: config.max_requests, max_bytes: config.max_bytes, max_wait: config.max_wait }
+        let QueueConfig { max_rows, max_requests, max_bytes, max_wait } = *config;
+        Limits { max_rows, max_requests, max_bytes, max_wait }
     }
 }
 
@@ -119,6 +122,8 @@ pub struct ModelVersion {
     pub batching: Batching,
     /// Rows one request may have, when its author set a limit.
     pub max_batch_size: Option<usize>,
+    /// Rows one request may have when its author set none.
+    max_rows: usize,
     /// How its requests wait, as its author wants them to.
     pub schedule: Schedule,
     /// What the schedule says of each level of priority.
@@ -169,6 +174,7 @@ impl ModelVersion {
             model_file: loaded.model_file,
             batching: loaded.batching,
             max_batch_size: loaded.max_batch_size,
+            max_rows: limits.max_rows,
             levels: loaded.schedule.levels(),
             schedule: loaded.schedule,
             labels: loaded.labels,
@@ -248,12 +254,7 @@ impl ModelVersion {
         let rows = if self.has_rows { inputs.first().map_or(1, Tensor::rows) } else { 1 };
         let uneven = inputs.iter().any(|input| input.rows() != rows);
         let empty = inputs.iter().any(|input| input.shape.contains(&0));
-        if let Some(limit) = self.max_batch_size.filter(|&limit| self.has_rows && rows > limit) {
-            return Err(Error::invalid(format!(
-                "model '{}': a request may have {limit} rows at most (max_batch_size), got {rows}",
-                self.name
-            )));
-        }
+        self.check_rows(inputs)?;
         let trailing = |input: &Tensor| input.shape.iter().skip(1).copied().collect::<ShapeKey>();
         let mut shape: ShapeKey = inputs.iter().flat_map(trailing).collect();
         // Requests that leave out different inputs cannot share a run.
@@ -266,6 +267,19 @@ impl ModelVersion {
             shape,
             alone: !self.batching.enabled || uneven || empty,
             place: self.levels[level].place(level, urgency, Instant::now()),
+        })
+    }
+
+    /// A graph takes memory for each row, even for one that has no elements.
+    fn check_rows(&self, inputs: &[Tensor]) -> Result<(), Error> {
+        let (limit, key) = match self.max_batch_size {
+            Some(limit) => (limit, "max_batch_size"),
+            None => (self.max_rows, "queue.max_rows"),
+        };
+        let most = inputs.iter().map(Tensor::rows).max().filter(|&rows| self.has_rows && rows > limit);
+        most.map_or(Ok(()), |rows| {
+            let message = format!("a request may have {limit} rows at most ({key}), got {rows}");
+            Err(Error::invalid(message).of_model(self.name.as_str()))
         })
     }
 

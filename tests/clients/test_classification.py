@@ -117,6 +117,15 @@ def test_a_count_that_is_none(client):
     assert caught.value.status() == client.kit.status("invalid_argument")
 
 
+@pytest.mark.parametrize("count", [150_000, 2**31 - 1])
+def test_more_texts_than_are_allowed(client, count):
+    row = np.full((1, 150_000), -1e308)
+    with pytest.raises(InferenceServerException, match="identity_fp64.*'y'.*fewer") as caught:
+        classes(client, "identity_fp64", row, count)
+    assert caught.value.status() == client.kit.status("too_large")
+    assert classes(client, "identity_fp64", row, 10_000).shape == (1, 10_000)
+
+
 # --- label files --------------------------------------------------------------------
 
 

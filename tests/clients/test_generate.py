@@ -33,6 +33,11 @@ def test_the_id_comes_back(server):
     assert answer(server, PATH, body)["id"] == "über-17"
 
 
+def test_parameters_may_name_inputs(server):
+    body = {"parameters": {"text": TEXTS[1], "temperature": 0}}
+    assert answer(server, PATH, body) == answer(server, PATH, {"text": TEXTS[1]})
+
+
 @pytest.mark.parametrize(
     "headers", [{}, {"Accept": "text/event-stream"}, {"Accept-Encoding": "gzip"}]
 )
@@ -40,7 +45,7 @@ def test_a_stream_has_one_event(server, headers):
     body = {"id": "7", "text": TEXTS[0] * 40}
     reply = post(server, PATH + "_stream", body, headers)
     assert reply.status == 200
-    assert reply.headers["content-type"] == "text/event-stream"
+    assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert "content-encoding" not in reply.headers
     assert reply.body.startswith(b"data: {")
     assert reply.body.endswith(b"}\n\n")
@@ -74,6 +79,7 @@ def test_the_shape_is_the_models(server):
         ("language", {"text": None}, 400, ["language", "text", "null"]),
         ("language", {"text": "x", "more": {}}, 400, ["language", "more", "parameter"]),
         ("language", {"text": "x", "parameters": 1}, 400, ["language", "parameters"]),
+        ("language", {"text": "x", "parameters": {"text": "x"}}, 400, ["language", "text", "twice"]),
         ("language", {"text": "x", "id": 1}, 400, ["language", "id"]),
         ("language", {"text": "x", "sequence_id": 1}, 501, ["language", "sequence"]),
         ("language", {"text": "x", "timeout": "soon"}, 400, ["language", "timeout"]),

@@ -68,12 +68,18 @@ class Stream:
         return result
 
 
+def metric(server, series):
+    """The value of a series, 0 when it is not there."""
+    page = call(server.ops, "GET", "/metrics").body.decode()
+    found = [line for line in page.splitlines() if line.startswith(f"{series} ")]
+    return int(found[0].removeprefix(series)) if found else 0
+
+
 def sent_and_done(server):
     """How many requests of `plus` were counted as answered over gRPC."""
-    series = 'tidegate_requests_total{model="plus",version="1",protocol="grpc",code="ok"} '
-    page = call(server.ops, "GET", "/metrics").body.decode()
-    found = [line for line in page.splitlines() if line.startswith(series)]
-    return int(found[0].removeprefix(series)) if found else 0
+    return metric(
+        server, 'tidegate_requests_total{model="plus",version="1",protocol="grpc",code="ok"}'
+    )
 
 
 # --- the stock clients --------------------------------------------------------------
@@ -164,13 +170,20 @@ def test_the_deadline_of_the_stream(server):
 
 
 def test_a_client_that_cancels(server):
+    pending = 'tidegate_pending_requests{model="slow",version="1"}'
+    cancelled = 'tidegate_dropped_requests_total{model="slow",version="1",reason="cancelled"}'
+    before = metric(server, cancelled)
     with Stream(server) as stream:
-        stream.run(LONG_RUN)
-        stream.ask("plus", 1)
+        for _ in range(5):
+            stream.run(LONG_RUN)
+        eventually(lambda: metric(server, pending) == 5)
         stream.client.raw.stop_stream(cancel_requests=True)
         with pytest.raises(InferenceServerException) as caught:
             stream.answer()
         assert caught.value.status() == "StatusCode.CANCELLED"
+    eventually(lambda: metric(server, pending) == 0)
+    # One or two were running; the others leave the queue without a run.
+    eventually(lambda: metric(server, cancelled) >= before + 3)
     with Stream(server) as stream:
         stream.ask("plus", 2)
         stream.expect(2)

@@ -8,9 +8,19 @@ use bytes::{BufMut, Bytes, BytesMut};
 use half::{bf16, f16};
 
 use crate::{
-    error::Error,
+    error::{Code, Error},
     tensor::{DType, Data, Shape, Tensor},
 };
+
+/// Memory that the texts of one output may take: they are written on a thread that serves connections, and a number
+/// may be a hundred times as long in words as it is in the tensor.
+const MAX_BYTES: usize = 4 << 20;
+
+/// What the shortest text takes: an integer of one digit, a colon, and an index of one digit.
+const SHORTEST: usize = size_of::<Bytes>() + "0:0".len();
+
+/// Indices that may wait beside the best ones before the lesser half is let go.
+const SLACK: usize = 1024;
 
 /// The `count` largest elements of `output`, largest first; of equal ones the first in the row comes first, and what
 /// is not a number comes last.
@@ -20,7 +30,7 @@ use crate::{
 /// classes; one that is empty or missing is left out.
 ///
 /// # Errors
-/// `InvalidArgument` for elements that are no numbers.
+/// `InvalidArgument` for elements that are no numbers, `TooLarge` when the texts take more than [`MAX_BYTES`].
 pub fn classify(output: &Tensor, by_row: bool, count: usize, labels: &[Box<str>]) -> Result<Tensor, Error> {
     let by_row = by_row && !output.shape.is_empty();
     let inner = if by_row { &output.shape[1..] } else { &output.shape[..] };
@@ -29,27 +39,31 @@ pub fn classify(output: &Tensor, by_row: bool, count: usize, labels: &[Box<str>]
     let count = count.min(width);
     let Data::Plain(bytes) = &output.data else { return Err(no_numbers(output)) };
 
+    let rows = if by_row { output.rows() } else { 1 };
+    if rows.saturating_mul(count).saturating_mul(SHORTEST) > MAX_BYTES {
+        return Err(too_large(output));
+    }
     let mut texts = Texts { labels, bytes: BytesMut::new(), ends: Vec::new() };
     macro_rules! rows {
         ($type:ty, $order:expr, $number:expr) => {{
             let values: &[[u8; size_of::<$type>()]] = bytes.as_chunks().0;
             // An empty tensor has no row to cut, whatever its width.
             for row in values.chunks(width.max(1)) {
-                let row: Vec<$type> = row.iter().map(|&bytes| <$type>::from_le_bytes(bytes)).collect();
-                for index in best(&row, count, $order) {
-                    texts.push($number(row[index]), index);
+                let value = |index: usize| <$type>::from_le_bytes(row[index]);
+                for index in best(row.len(), count, |a, b| $order(value(a), value(b))) {
+                    texts.push($number(value(index)), index).ok_or_else(|| too_large(output))?;
                 }
             }
         }};
     }
     macro_rules! integers {
         ($type:ty) => {
-            rows!($type, |a: &$type, b: &$type| b.cmp(a), |value: $type| value.to_string())
+            rows!($type, |a: $type, b: $type| b.cmp(&a), |value: $type| value.to_string())
         };
     }
     macro_rules! floats {
         ($type:ty) => {
-            rows!($type, |&a: &$type, &b: &$type| descending(a.into(), b.into()), |value: $type| decimal(value.into()))
+            rows!($type, |a: $type, b: $type| descending(a.into(), b.into()), |value: $type| decimal(value.into()))
         };
     }
     match output.dtype {
@@ -67,8 +81,7 @@ pub fn classify(output: &Tensor, by_row: bool, count: usize, labels: &[Box<str>]
         DType::Fp64 => floats!(f64),
         DType::Bool | DType::Bytes => return Err(no_numbers(output)),
     }
-    let rows = by_row.then(|| output.rows());
-    let shape: Shape = rows.into_iter().chain([count]).collect();
+    let shape: Shape = by_row.then_some(rows).into_iter().chain([count]).collect();
     Tensor::new(output.name.clone(), DType::Bytes, shape, Data::Strings(texts.cut()))
 }
 
@@ -79,15 +92,36 @@ fn no_numbers(output: &Tensor) -> Error {
     ))
 }
 
-/// The indices of the first `count` elements in `order`; of equal elements the first one wins.
-fn best<T>(row: &[T], count: usize, order: impl Fn(&T, &T) -> Ordering) -> Vec<usize> {
-    let mut indices: Vec<usize> = (0..row.len()).collect();
-    let in_order = |&a: &usize, &b: &usize| order(&row[a], &row[b]).then(a.cmp(&b));
-    if count < indices.len() {
-        // Most callers want five of thousands.
-        indices.select_nth_unstable_by(count, in_order);
-        indices.truncate(count);
+fn too_large(output: &Tensor) -> Error {
+    Error::new(
+        Code::TooLarge,
+        format!(
+            "output '{}': its classes take more than {MAX_BYTES} bytes as texts; ask for fewer (parameter \
+             'classification')",
+            output.name
+        ),
+    )
+}
+
+/// The indices of the first `count` of `len` elements in `order`; of equal elements the first one wins.
+///
+/// Takes memory for the best ones only: most callers want five of thousands.
+fn best(len: usize, count: usize, order: impl Fn(usize, usize) -> Ordering) -> Vec<usize> {
+    let in_order = |&a: &usize, &b: &usize| order(a, b).then(a.cmp(&b));
+    let keep_best = |indices: &mut Vec<usize>| {
+        if count < indices.len() {
+            indices.select_nth_unstable_by(count, in_order);
+            indices.truncate(count);
+        }
+    };
+    let mut indices = Vec::new();
+    for index in 0..len {
+        indices.push(index);
+        if indices.len() == count.saturating_add(count.max(SLACK)) {
+            keep_best(&mut indices);
+        }
     }
+    keep_best(&mut indices);
     indices.sort_unstable_by(in_order);
     indices
 }
@@ -109,15 +143,19 @@ struct Texts<'a> {
 }
 
 impl Texts<'_> {
-    fn push(&mut self, value: String, index: usize) {
-        self.bytes.put(value.as_bytes());
-        self.bytes.put_u8(b':');
-        self.bytes.put(index.to_string().as_bytes());
-        if let Some(label) = self.labels.get(index).filter(|label| !label.is_empty()) {
-            self.bytes.put_u8(b':');
-            self.bytes.put(label.as_bytes());
+    /// `None` when there is no room for the text.
+    fn push(&mut self, value: String, index: usize) -> Option<()> {
+        let text = match self.labels.get(index).filter(|label| !label.is_empty()) {
+            Some(label) => format!("{value}:{index}:{label}"),
+            None => format!("{value}:{index}"),
+        };
+        let taken = self.bytes.len() + text.len() + (self.ends.len() + 1) * size_of::<Bytes>();
+        if taken > MAX_BYTES {
+            return None;
         }
+        self.bytes.put(text.as_bytes());
         self.ends.push(self.bytes.len());
+        Some(())
     }
 
     fn cut(self) -> Vec<Bytes> {
@@ -221,6 +259,54 @@ mod tests {
         for (output, name) in [(flags, "BOOL"), (strings.unwrap(), "BYTES")] {
             let message = classify(&output, true, 1, &[]).unwrap_err().message;
             assert!(message.starts_with(&format!("output 'y' is {name}, and only numbers")), "{message}");
+        }
+    }
+
+    #[test]
+    fn the_texts_of_an_output_are_bounded_and_so_is_the_time_they_take() {
+        let begin = std::time::Instant::now();
+        let ask = |output: &Tensor, by_row, count, labels: &[Box<str>]| match classify(output, by_row, count, labels) {
+            Ok(ranked) => texts(&ranked).iter().map(|text| text.len() + size_of::<Bytes>()).sum::<usize>(),
+            Err(error) => {
+                assert_eq!(error.code, Code::TooLarge);
+                assert!(error.message.starts_with("output 'y': ") && error.message.contains("fewer"), "{error}");
+                0
+            }
+        };
+        // The longest text that a number makes: `-`, 309 digits, `.`, 6 digits, `:`.
+        let longest = tensor(DType::Fp64, &[500_000], vec![(-1e308f64).to_le_bytes(); 500_000]);
+        let fit = |most: usize| {
+            (1..=most).map(|n| 318 + (n - 1).to_string().len() + 32).scan(0, |sum, length| {
+                *sum += length;
+                Some(*sum)
+            })
+        };
+        let count = fit(500_000).take_while(|&sum| sum <= MAX_BYTES).count();
+        assert_eq!(ask(&longest, false, count, &[]), fit(count).last().unwrap());
+        for count in [count + 1, 100_000, 500_000, usize::MAX] {
+            assert_eq!(ask(&longest, false, count, &[]), 0, "{count}");
+        }
+        // Many short ones, and one of each of many rows.
+        let short = tensor(DType::Uint8, &[MAX_BYTES, 1], vec![[7]; MAX_BYTES]);
+        assert_eq!(ask(&short, true, 1, &[]), 0);
+        assert!(ask(&short, false, 100_000, &[]) > 100_000 * SHORTEST);
+        assert_eq!(ask(&short, false, 120_000, &[]), 0);
+        // Labels count, too.
+        assert_eq!(ask(&fp32(&[1], &[1.0]), false, 1, &["a".repeat(MAX_BYTES).into()]), 0);
+        assert!(begin.elapsed() < std::time::Duration::from_secs(10), "{:?}", begin.elapsed());
+    }
+
+    #[test]
+    fn the_best_are_found_wherever_they_are() {
+        let ascending: Vec<u32> = (0..5000).collect();
+        let swinging: Vec<u32> = (0..5000).map(|index: u32| index.wrapping_mul(2_654_435_761)).collect();
+        for values in [&ascending, &swinging] {
+            let mut all: Vec<usize> = (0..values.len()).collect();
+            all.sort_by(|&a, &b| values[b].cmp(&values[a]));
+            for count in [1, 2, 1000, SLACK, 2 * SLACK, 4999, 5000] {
+                let found = best(values.len(), count, |a, b| values[b].cmp(&values[a]));
+                assert_eq!(found, all[..count], "{count}");
+            }
         }
     }
 

@@ -27,7 +27,7 @@ use crate::{
 pub(super) const HEADER_LENGTH: &str = "inference-header-content-length";
 
 /// Never compressed: an event must not wait for the next one to fill a block.
-const EVENTS: &str = "text/event-stream";
+const EVENTS: &str = "text/event-stream; charset=utf-8";
 
 /// JSON answers smaller than this are never compressed.
 const COMPRESS_FROM: usize = 1024;

@@ -60,7 +60,7 @@ async fn of_the_only_model(State(app): State<Arc<App>>, request: Request) -> Res
 fn only_model(catalog: &Catalog) -> Result<Named, Error> {
     let mut names = catalog.deployments.keys();
     match (names.next(), names.next()) {
-        (Some(only), None) => Ok(Named { model: only.to_string(), version: None }),
+        (Some(only), None) => Ok(Named { model: only.to_string(), ..Named::default() }),
         (None, _) => Err(Error::not_found("there is no model to answer /invocations")),
         _ => {
             let count = catalog.deployments.len();

@@ -77,11 +77,12 @@ fn split_verb(named: &Named) -> Option<(Named, &str)> {
     match &named.version {
         None => {
             let (model, verb) = named.model.split_once(':')?;
-            Some((Named { model: model.to_owned(), version: None }, verb))
+            Some((Named { model: model.to_owned(), ..Named::default() }, verb))
         }
         Some(version) => {
             let (version, verb) = version.split_once(':')?;
-            Some((Named { model: named.model.clone(), version: Some(version.to_owned()) }, verb))
+            let model = named.model.clone();
+            Some((Named { model, version: Some(version.to_owned()), ..Named::default() }, verb))
         }
     }
 }

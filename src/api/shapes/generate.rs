@@ -12,8 +12,8 @@ use crate::{
     tensor::{DType, Shape, Tensor, elements},
 };
 
-/// Reads a request. Members that name inputs are tensors of one request; `id` is echoed; all others, and the members
-/// of `parameters`, are parameters.
+/// Reads a request. Members that name inputs, at the top or in `parameters`, are tensors of one request; `id` is
+/// echoed; all others are parameters.
 ///
 /// # Errors
 /// `InvalidArgument` for models without text on either side and for members that fit nothing.
@@ -23,18 +23,14 @@ pub fn read(document: &Document, signature: &Signature, limit: usize) -> Result<
     let members = document.root().members();
     let members = members.ok_or_else(|| Error::invalid("the request must be an object"))?;
     let mut id = String::new();
-    let mut parameters = Parameters::new();
-    let mut inputs = Vec::new();
+    let mut known = Known { specs: &signature.inputs, limit, inputs: Vec::new(), parameters: Parameters::new() };
     for (index, member) in members.enumerate() {
         if index == MAX_NAMES {
             return Err(too_many());
         }
         let (name, value) = member?;
-        if let Some(spec) = signature.inputs.iter().find(|spec| *spec.name == *name) {
-            inputs.push(tensor(spec, value, limit)?);
-            continue;
-        }
         match &*name {
+            name if known.spec(name).is_some() => known.add(name, value)?,
             "id" => {
                 let text = value.string();
                 id =
@@ -46,13 +42,54 @@ pub fn read(document: &Document, signature: &Signature, limit: usize) -> Result<
                     .ok_or_else(|| Error::invalid(format!("'parameters' must be an object, got {}", value.shown())))?;
                 for member in members {
                     let (name, value) = member?;
-                    add_parameter(&mut parameters, &name, value)?;
+                    known.add(&name, value)?;
                 }
             }
-            name => add_parameter(&mut parameters, name, value)?,
+            name => known.add(name, value)?,
         }
     }
-    InferCall::new(id, parameters, inputs, Vec::new())
+    InferCall::new(id, known.parameters, known.inputs, Vec::new())
+}
+
+/// What the members read so far say.
+struct Known<'a> {
+    specs: &'a [TensorSpec],
+    limit: usize,
+    inputs: Vec<Tensor>,
+    parameters: Parameters,
+}
+
+impl<'a> Known<'a> {
+    fn spec(&self, name: &str) -> Option<&'a TensorSpec> {
+        self.specs.iter().find(|spec| *spec.name == *name)
+    }
+
+    /// Takes a member: as a tensor when it names an input, else as a parameter.
+    fn add(&mut self, name: &str, value: Json<'_>) -> Result<(), Error> {
+        let Some(spec) = self.spec(name) else { return self.add_parameter(name, value) };
+        if self.inputs.iter().any(|input| *input.name == *name) {
+            return Err(Error::invalid(format!("input '{name}' is given twice")));
+        }
+        self.inputs.push(tensor(spec, value, self.limit)?);
+        Ok(())
+    }
+
+    fn add_parameter(&mut self, name: &str, value: Json<'_>) -> Result<(), Error> {
+        let shown = shorten(name);
+        if self.parameters.len() == MAX_NAMES {
+            return Err(too_many());
+        }
+        let parameter = value.parameter().ok_or_else(|| {
+            Error::invalid(format!(
+                "'{shown}' is no input, and as a parameter it must be a string, a number or a boolean, got {}",
+                value.shown()
+            ))
+        })?;
+        match self.parameters.insert(name.to_owned(), parameter) {
+            None => Ok(()),
+            Some(_) => Err(Error::invalid(format!("parameter '{shown}' is given twice"))),
+        }
+    }
 }
 
 /// Writes an answer: outputs of one element as it is, others as flat lists.
@@ -89,23 +126,6 @@ fn check_texts(kind: &str, specs: &[TensorSpec]) -> Result<(), Error> {
     }
     let names = listed(specs);
     Err(Error::invalid(format!("generate is for models with text input and output, and no {kind} is BYTES: {names}")))
-}
-
-fn add_parameter(parameters: &mut Parameters, name: &str, value: Json<'_>) -> Result<(), Error> {
-    let shown = shorten(name);
-    if parameters.len() == MAX_NAMES {
-        return Err(too_many());
-    }
-    let parameter = value.parameter().ok_or_else(|| {
-        Error::invalid(format!(
-            "'{shown}' is no input, and as a parameter it must be a string, a number or a boolean, got {}",
-            value.shown()
-        ))
-    })?;
-    match parameters.insert(name.to_owned(), parameter) {
-        None => Ok(()),
-        Some(_) => Err(Error::invalid(format!("parameter '{shown}' is given twice"))),
-    }
 }
 
 fn too_many() -> Error {

@@ -101,6 +101,33 @@ fn members_become_inputs_and_parameters() {
 }
 
 #[test]
+fn members_of_parameters_become_inputs_too() {
+    let inputs = ["text_input", "bad_words"].map(|name| spec(name, DType::Bytes, &[-1, 1]));
+    let inputs = inputs.into_iter().chain([spec("max_tokens", DType::Int32, &[1, 1]), spec("id", DType::Int32, &[1])]);
+    let signature = signature(inputs.collect(), vec![spec("text_output", DType::Bytes, &[-1])]);
+    let body = r#"{"text_input": "hi", "parameters": {"max_tokens": 20, "bad_words": [""], "seed": 3, "id": 4}}"#;
+    let call = generated(body, &signature).unwrap();
+    assert_eq!(
+        call.inputs,
+        [
+            texts("text_input", &[1, 1], &[b"hi"]),
+            ints("max_tokens", &[1, 1], &[20]),
+            texts("bad_words", &[1, 1], &[b""]),
+            ints("id", &[1], &[4]),
+        ]
+    );
+    assert_eq!(call.parameters, [("seed".to_owned(), Parameter::Int(3))].into());
+    for twice in [
+        r#"{"max_tokens": 20, "parameters": {"max_tokens": 20}}"#,
+        r#"{"parameters": {"max_tokens": 20}, "max_tokens": 20}"#,
+        r#"{"parameters": {"max_tokens": 20, "max_tokens": 20}}"#,
+        r#"{"max_tokens": 20, "max_tokens": 20}"#,
+    ] {
+        assert_eq!(generated(twice, &signature).unwrap_err().message, "input 'max_tokens' is given twice", "{twice}");
+    }
+}
+
+#[test]
 fn generate_refuses_what_fits_nothing() {
     let message = |text: &str| generated(text, &language()).unwrap_err().message;
     assert_eq!(message("[]"), "the request must be an object");

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::error::Code;
 
-const LIMITS: Limits = Limits { max_requests: 100, max_bytes: 1000, max_wait: Duration::from_secs(30) };
+const LIMITS: Limits = Limits { max_rows: 100, max_requests: 100, max_bytes: 1000, max_wait: Duration::from_secs(30) };
 
 fn cost(rows: usize, shape: usize) -> Cost {
     Cost { rows, bytes: rows, shape: ShapeKey::from_slice(&[shape]), alone: false, place: Place::default() }
