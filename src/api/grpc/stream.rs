@@ -27,7 +27,10 @@ use tokio_stream::Stream;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Request, Status, Streaming};
 
-use super::{EDGE_GRACE, Service, latest, own_code};
+use super::{
+    Service,
+    edge::{EDGE_GRACE, latest, own_code},
+};
 use crate::{
     api::{
         Record,
