@@ -86,7 +86,7 @@ impl Service {
 }
 
 fn unimplemented<T>(what: &str) -> Result<Response<T>, Status> {
-    Err(Status::unimplemented(format!("{what} is not supported by this server")))
+    Err(Error::new(Code::Unimplemented, format!("{what} is not supported by this server")).into())
 }
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -133,7 +133,7 @@ impl GrpcInferenceService for Service {
 
     async fn model_infer(&self, request: Request<pb::ModelInferRequest>) -> Answer<pb::ModelInferResponse> {
         let unclaimed = request.extensions().get::<Unclaimed>().and_then(|unclaimed| unclaimed.lock().take());
-        let Some(mut record) = unclaimed else { return Err(Status::internal("the call came in past the edge")) };
+        let Some(mut record) = unclaimed else { return Err(Error::internal("the call came in past the edge").into()) };
         let latest = edge::latest(record.started(), request.metadata());
         match self.infer(request.into_inner(), latest, &mut record).await {
             Ok(response) => {

@@ -1,7 +1,8 @@
-//! What happens to every gRPC call before tonic sees it and after: deadlines, the pace of its body, and its record.
+//! What happens to every gRPC call before tonic sees it and after: its deadline, the pace of its body, and its
+//! record.
 //!
 //! What tonic itself refuses (broken protobuf, too large, unknown compression) is put into our own codes here, so both
-//! protocols tell one story.
+//! protocols tell one story; what our services say passes as it is.
 
 use std::{
     sync::Arc,
@@ -14,7 +15,7 @@ use axum::{
     middleware::Next,
     response::Response,
 };
-use http::{HeaderMap, HeaderValue};
+use http::HeaderMap;
 use http_body_util::BodyExt;
 use parking_lot::Mutex;
 use tonic::{Status, metadata::MetadataMap};
@@ -37,7 +38,6 @@ const STREAM_PATHS: [&str; 3] =
 const ENCODING: &str = "grpc-encoding";
 const ACCEPT_ENCODING: &str = "grpc-accept-encoding";
 const GRPC_STATUS: &str = "grpc-status";
-const GRPC_MESSAGE: &str = "grpc-message";
 const GRPC_TIMEOUT: &str = "grpc-timeout";
 
 /// How much later than the handler the edge gives up, so that the handler's more exact answer comes first.
@@ -50,8 +50,7 @@ pub(super) type Unclaimed = Arc<Mutex<Option<Record>>>;
 pub(super) async fn edge(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     answer_in_kind(request.headers_mut());
     let path = request.uri().path().to_owned();
-    let infer = path == INFER_PATH;
-    let record = infer.then(|| Record::start(&app, Protocol::Grpc, request.headers()));
+    let record = (path == INFER_PATH).then(|| Record::start(&app, Protocol::Grpc, request.headers()));
     let Ok(timeout) = timeout(request.headers()) else {
         let error = Error::invalid(format!("{GRPC_TIMEOUT} must be up to eight digits and one of H M S m u n"));
         if let Some(record) = record {
@@ -82,45 +81,24 @@ pub(super) async fn edge(State(app): State<Arc<App>>, mut request: Request, next
         }
         return Status::from(error).into_http();
     };
-    let Some(code) = refusal(response.headers()) else { return response };
-    if code == Code::Unimplemented && !response.headers().contains_key(GRPC_MESSAGE) {
-        return Status::unimplemented(format!("there is no method {}", shorten(&path))).into_http();
+    let Some(status) = refusal(&response) else { return response };
+    if status.code() == tonic::Code::Unimplemented && status.message().is_empty() {
+        let error = Error::new(Code::Unimplemented, format!("there is no method {}", shorten(&path)));
+        return Status::from(error).into_http();
     }
-    // Only what no handler has answered was answered by the library; other services answer for themselves.
-    if infer && record.is_none() {
-        return response;
-    }
+    let code = status::failure(&status).code;
     if let Some(record) = record {
         record.finish(Some(code));
     }
-    let translated = i32::from(status::grpc(code)).to_string();
-    if let Ok(value) = HeaderValue::from_str(&translated) {
-        response.headers_mut().insert(GRPC_STATUS, value);
-    }
+    response.headers_mut().insert(GRPC_STATUS, i32::from(status::grpc(code)).into());
     response
 }
 
-/// Our code for a call that was refused before any handler saw it.
-fn refusal(headers: &HeaderMap) -> Option<Code> {
-    let status = headers.get(GRPC_STATUS)?.to_str().ok()?.parse::<i32>().ok()?;
-    own_code(tonic::Code::from_i32(status))
-}
-
-/// What we call a refusal of tonic's; `None` when it is none.
-pub(super) fn own_code(code: tonic::Code) -> Option<Code> {
-    match code {
-        tonic::Code::Ok => None,
-        tonic::Code::OutOfRange | tonic::Code::ResourceExhausted => Some(Code::TooLarge),
-        tonic::Code::Internal | tonic::Code::InvalidArgument => Some(Code::InvalidArgument),
-        tonic::Code::Unimplemented => Some(Code::Unimplemented),
-        tonic::Code::Cancelled | tonic::Code::Unknown => Some(Code::Cancelled),
-        tonic::Code::Unauthenticated => Some(Code::Unauthenticated),
-        tonic::Code::PermissionDenied => Some(Code::Forbidden),
-        tonic::Code::NotFound => Some(Code::NotFound),
-        tonic::Code::Unavailable => Some(Code::NotReady),
-        tonic::Code::DeadlineExceeded => Some(Code::DeadlineExceeded),
-        _ => Some(Code::Internal),
-    }
+/// What a call ended with before its answer began.
+fn refusal(response: &Response) -> Option<Status> {
+    // Only tonic's own status still knows what it was made of.
+    let status = response.extensions().get::<Status>().cloned();
+    status.or_else(|| Status::from_header_map(response.headers()))
 }
 
 /// Answers compressed as the request was and never unasked: Python's clients always claim to accept gzip.
@@ -135,7 +113,7 @@ fn answer_in_kind(headers: &mut HeaderMap) {
 fn broken(broken: Broken) -> Status {
     match broken {
         Broken::Paused(error) | Broken::Refused(error) => error.into(),
-        lost @ Broken::Lost(_) => Status::cancelled(lost.to_string()),
+        lost @ Broken::Lost(_) => Error::new(Code::Cancelled, lost.to_string()).into(),
     }
 }
 
@@ -173,6 +151,8 @@ fn parse_timeout(text: &str) -> Option<Duration> {
 
 #[cfg(test)]
 mod tests {
+    use http::HeaderValue;
+
     use super::*;
 
     #[test]
