@@ -49,10 +49,6 @@ struct Service {
 }
 
 impl Service {
-    fn check_admin<T>(&self, request: &Request<T>) -> Result<(), Error> {
-        self.app.check_admin(request.metadata().as_ref(), request.extensions())
-    }
-
     /// Answers one request, which the call that carries it wants to have until `latest`.
     async fn infer(
         &self,
@@ -188,7 +184,6 @@ impl GrpcInferenceService for Service {
         &self,
         request: Request<pb::RepositoryModelLoadRequest>,
     ) -> Answer<pb::RepositoryModelLoadResponse> {
-        self.check_admin(&request)?;
         let request = request.into_inner();
         repository::load(&self.app, &request.repository_name, &request.model_name, request.parameters).await?;
         Ok(Response::new(pb::RepositoryModelLoadResponse {}))
@@ -198,7 +193,6 @@ impl GrpcInferenceService for Service {
         &self,
         request: Request<pb::RepositoryModelUnloadRequest>,
     ) -> Answer<pb::RepositoryModelUnloadResponse> {
-        self.check_admin(&request)?;
         let request = request.into_inner();
         repository::unload(&self.app, &request.repository_name, &request.model_name, request.parameters).await?;
         Ok(Response::new(pb::RepositoryModelUnloadResponse {}))
@@ -252,7 +246,7 @@ impl GrpcInferenceService for Service {
 
     async fn log_settings(&self, request: Request<pb::LogSettingsRequest>) -> Answer<pb::LogSettingsResponse> {
         if !request.get_ref().settings.is_empty() {
-            self.check_admin(&request)?;
+            self.app.check_admin(request.metadata().as_ref(), request.extensions())?;
         }
         Ok(Response::new(log::message(&log::change(&self.app, request.into_inner().settings)?)))
     }

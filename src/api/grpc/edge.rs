@@ -1,5 +1,5 @@
-//! What happens to every gRPC call before tonic sees it and after: its deadline, the pace of its body, and its
-//! record.
+//! What happens to every gRPC call before tonic sees it and after: who may make it, its deadline, the pace of its body,
+//! and its record.
 //!
 //! What tonic itself refuses (broken protobuf, too large, unknown compression) is put into our own codes here, so both
 //! protocols tell one story; what our services say passes as it is.
@@ -32,6 +32,9 @@ use crate::{
 };
 
 const INFER_PATH: &str = "/inference.GRPCInferenceService/ModelInfer";
+/// Calls that only some may make; nothing is read of anyone else's.
+const ADMIN_PATHS: [&str; 2] =
+    ["/inference.GRPCInferenceService/RepositoryModelLoad", "/inference.GRPCInferenceService/RepositoryModelUnload"];
 /// Calls whose request bodies hold any number of messages, with pauses between them.
 const STREAM_PATHS: [&str; 3] =
     ["/inference.GRPCInferenceService/ModelStreamInfer", reflection::V1, reflection::V1ALPHA];
@@ -50,6 +53,11 @@ pub(super) type Unclaimed = Arc<Mutex<Option<Record>>>;
 pub(super) async fn edge(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     answer_in_kind(request.headers_mut());
     let path = request.uri().path().to_owned();
+    if ADMIN_PATHS.contains(&path.as_str())
+        && let Err(error) = app.check_admin(request.headers(), request.extensions())
+    {
+        return Status::from(error).into_http();
+    }
     let record = (path == INFER_PATH).then(|| Record::start(&app, Protocol::Grpc, request.headers()));
     let Ok(timeout) = timeout(request.headers()) else {
         let error = Error::invalid(format!("{GRPC_TIMEOUT} must be up to eight digits and one of H M S m u n"));
