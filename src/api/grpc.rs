@@ -39,7 +39,7 @@ pub fn router(app: Arc<App>) -> Result<Router, Error> {
         .send_compressed(CompressionEncoding::Gzip)
         .send_compressed(CompressionEncoding::Deflate);
     let routes = Routes::new(inference).add_service(health::service(app.clone()));
-    let routes = reflection::add(routes)?;
+    let routes = reflection::add(routes, limit)?;
     Ok(routes.prepare().into_axum_router().layer(axum::middleware::from_fn_with_state(app, edge::edge)))
 }
 
