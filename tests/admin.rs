@@ -1,5 +1,11 @@
 //! Who may change the server, and what of its log can be changed.
 
+use std::{convert::Infallible, time::Duration};
+
+use bytes::Bytes;
+use http_body::Frame;
+use http_body_util::StreamBody;
+use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use serde_json::{Value, json};
 use tidegate::{
     api::{
@@ -11,7 +17,7 @@ use tidegate::{
 
 use crate::{
     commands::explicit,
-    support::{Repository, start},
+    support::{HttpClient, Repository, start},
 };
 
 fn log_info(shown: bool) -> pb::LogSettingsRequest {
@@ -64,6 +70,25 @@ async fn changes_need_the_token_and_nothing_else_does() {
     grpc.repository_model_load(with_token(load(), "s3cret")).await.unwrap();
     assert_eq!(running.post(changes[1], Value::Null, &right).await.status, 200);
     assert_eq!(running.post(changes[2], json!({ "log_info": true }), &right).await.status, 200);
+}
+
+/// A stranger's body that is announced and never comes is not waited for.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_read_of_whoever_lacks_the_token() {
+    let repository = Repository::with("m", "");
+    let token = Some(Token::parse("s3cret".to_owned()).unwrap());
+    let running = start(&Config { token, ..explicit(&repository) }).await;
+    let client: HttpClient<_> = Client::builder(TokioExecutor::new()).http2_only(true).build_http();
+    for method in ["RepositoryModelLoad", "RepositoryModelUnload"] {
+        let body = StreamBody::new(tokio_stream::pending::<Result<Frame<Bytes>, Infallible>>());
+        let uri = format!("http://{}/inference.GRPCInferenceService/{method}", running.grpc_address);
+        let call = http::Request::post(uri).header("content-type", "application/grpc").header("te", "trailers");
+        let call = client.request(call.body(body).unwrap());
+        let answer = tokio::time::timeout(Duration::from_secs(5), call).await.unwrap().unwrap();
+        assert_eq!(answer.headers()["grpc-status"], "16", "{method}");
+        assert!(answer.headers()["grpc-message"].to_str().unwrap().contains("token"), "{method}");
+    }
+    running.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -28,7 +28,7 @@ const HOMES: [(&str, &[&str]); 19] = [
     ("tonic", &["api"]),
     ("tonic_health", &["api/health"]),
     ("tonic_reflection", &["api/reflection"]),
-    ("prost_reflect", &["control/pbtxt"]),
+    ("prost_reflect", &["control/pbtxt", "api/reflection"]),
     ("miette", &["control/pbtxt"]),
     ("base64", &["api"]),
     ("axum", &["api", "server"]),

@@ -3,6 +3,7 @@
 
 mod admin;
 mod architecture;
+mod codes;
 mod commands;
 mod documentation;
 mod lifecycle;

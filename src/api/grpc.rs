@@ -1,57 +1,29 @@
 //! Open Inference Protocol v2 over gRPC, with Triton's extensions.
 //!
 //! The generated service's router is served by our own listeners: tonic's transport server answers an expired
-//! deadline with CANCELLED. What tonic itself refuses (broken protobuf, too large, unknown compression) is put into
-//! our own codes at the edge, so both protocols tell one story.
+//! deadline with CANCELLED. Every call passes `edge`.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Instant};
 
-use axum::{
-    Router,
-    body::Body,
-    extract::{Request as HttpRequest, State},
-    middleware::Next,
-    response::Response as HttpResponse,
-};
-use http::{HeaderMap, HeaderValue};
-use http_body_util::BodyExt;
-use parking_lot::Mutex;
-use tonic::{Request, Response, Status, codec::CompressionEncoding, metadata::MetadataMap, service::Routes};
+use axum::Router;
+use tonic::{Request, Response, Status, codec::CompressionEncoding, service::Routes};
 
 use super::{
-    App, EXTENSIONS, Record, SERVER_NAME, after, check_size, classify,
+    App, EXTENSIONS, Record, SERVER_NAME, check_size, classify,
     codec::{self, InferReply},
-    health, log,
-    paced::{Broken, Paced},
-    pb, reflection, repository, triton, urgency,
+    health, log, pb, reflection, repository, triton, urgency,
 };
 use crate::{
     engine,
     error::{Code, Error},
-    id::shorten,
-    metrics::Protocol,
 };
 use pb::grpc_inference_service_server::{GrpcInferenceService, GrpcInferenceServiceServer};
 
+mod edge;
 mod stream;
 
+use edge::Unclaimed;
 use stream::Answers;
-
-const INFER_PATH: &str = "/inference.GRPCInferenceService/ModelInfer";
-/// Calls whose request bodies hold any number of messages, with pauses between them.
-const STREAM_PATHS: [&str; 3] =
-    ["/inference.GRPCInferenceService/ModelStreamInfer", reflection::V1, reflection::V1ALPHA];
-const ENCODING: &str = "grpc-encoding";
-const ACCEPT_ENCODING: &str = "grpc-accept-encoding";
-const GRPC_STATUS: &str = "grpc-status";
-const GRPC_MESSAGE: &str = "grpc-message";
-const GRPC_TIMEOUT: &str = "grpc-timeout";
-
-/// How much later than the handler the edge gives up, so that the handler's more exact answer comes first.
-const EDGE_GRACE: Duration = Duration::from_millis(20);
 
 /// Every gRPC service of the data port.
 ///
@@ -67,136 +39,8 @@ pub fn router(app: Arc<App>) -> Result<Router, Error> {
         .send_compressed(CompressionEncoding::Gzip)
         .send_compressed(CompressionEncoding::Deflate);
     let routes = Routes::new(inference).add_service(health::service(app.clone()));
-    let routes = reflection::add(routes)?;
-    Ok(routes.prepare().into_axum_router().layer(axum::middleware::from_fn_with_state(app, edge)))
-}
-
-/// The record of a request that no handler has picked up yet.
-type Unclaimed = Arc<Mutex<Option<Record>>>;
-
-/// What happens to every call before and after tonic sees it.
-async fn edge(State(app): State<Arc<App>>, mut request: HttpRequest, next: Next) -> HttpResponse {
-    answer_in_kind(request.headers_mut());
-    let path = request.uri().path().to_owned();
-    let infer = path == INFER_PATH;
-    let record = infer.then(|| Record::start(&app, Protocol::Grpc, request.headers()));
-    let Ok(timeout) = timeout(request.headers()) else {
-        let error = Error::invalid(format!("{GRPC_TIMEOUT} must be up to eight digits and one of H M S m u n"));
-        if let Some(record) = record {
-            record.finish(Some(error.code));
-        }
-        return Status::from(error).into_http();
-    };
-    let deadline = after(Instant::now(), timeout);
-    let limit = app.limits.body_timeout;
-    let streams = STREAM_PATHS.contains(&path.as_str());
-    let pace = |body| match streams {
-        true => Paced::of_messages(body, limit, app.closing.clone()),
-        false => Paced::new(body, limit),
-    };
-    let mut request = request.map(|body| Body::new(pace(body).map_err(broken)));
-    let unclaimed: Unclaimed = Arc::new(Mutex::new(record));
-    request.extensions_mut().insert(unclaimed.clone());
-    let call = next.run(request);
-    let answer = match deadline {
-        None => Ok(call.await),
-        Some(deadline) => tokio::time::timeout_at((deadline + EDGE_GRACE).into(), call).await,
-    };
-    let record = unclaimed.lock().take();
-    let Ok(mut response) = answer else {
-        let error = Error::new(Code::DeadlineExceeded, "the deadline passed before the request was complete");
-        if let Some(record) = record {
-            record.finish(Some(error.code));
-        }
-        return Status::from(error).into_http();
-    };
-    let Some(code) = refusal(response.headers()) else { return response };
-    if code == Code::Unimplemented && !response.headers().contains_key(GRPC_MESSAGE) {
-        return Status::unimplemented(format!("there is no method {}", shorten(&path))).into_http();
-    }
-    // Only what no handler has answered was answered by the library; other services answer for themselves.
-    if infer && record.is_none() {
-        return response;
-    }
-    if let Some(record) = record {
-        record.finish(Some(code));
-    }
-    let translated = i32::from(super::status::grpc(code)).to_string();
-    if let Ok(value) = HeaderValue::from_str(&translated) {
-        response.headers_mut().insert(GRPC_STATUS, value);
-    }
-    response
-}
-
-/// Our code for a call that was refused before any handler saw it.
-fn refusal(headers: &HeaderMap) -> Option<Code> {
-    let status = headers.get(GRPC_STATUS)?.to_str().ok()?.parse::<i32>().ok()?;
-    own_code(tonic::Code::from_i32(status))
-}
-
-/// What we call a refusal of tonic's; `None` when it is none.
-fn own_code(code: tonic::Code) -> Option<Code> {
-    match code {
-        tonic::Code::Ok => None,
-        tonic::Code::OutOfRange | tonic::Code::ResourceExhausted => Some(Code::TooLarge),
-        tonic::Code::Internal | tonic::Code::InvalidArgument => Some(Code::InvalidArgument),
-        tonic::Code::Unimplemented => Some(Code::Unimplemented),
-        tonic::Code::Cancelled | tonic::Code::Unknown => Some(Code::Cancelled),
-        tonic::Code::Unauthenticated => Some(Code::Unauthenticated),
-        tonic::Code::PermissionDenied => Some(Code::Forbidden),
-        tonic::Code::NotFound => Some(Code::NotFound),
-        tonic::Code::Unavailable => Some(Code::NotReady),
-        tonic::Code::DeadlineExceeded => Some(Code::DeadlineExceeded),
-        _ => Some(Code::Internal),
-    }
-}
-
-/// Answers compressed as the request was and never unasked: Python's clients always claim to accept gzip.
-fn answer_in_kind(headers: &mut HeaderMap) {
-    match headers.get(ENCODING).cloned() {
-        Some(encoding) => headers.insert(ACCEPT_ENCODING, encoding),
-        None => headers.remove(ACCEPT_ENCODING),
-    };
-}
-
-/// What tonic shall answer when a body breaks off.
-fn broken(broken: Broken) -> Status {
-    match broken {
-        Broken::Paused(error) | Broken::Refused(error) => error.into(),
-        lost @ Broken::Lost(_) => Status::cancelled(lost.to_string()),
-    }
-}
-
-/// A header that is there and cannot be read.
-struct Malformed;
-
-/// The `grpc-timeout` header.
-fn timeout(headers: &HeaderMap) -> Result<Option<Duration>, Malformed> {
-    let Some(value) = headers.get(GRPC_TIMEOUT) else { return Ok(None) };
-    value.to_str().ok().and_then(parse_timeout).map(Some).ok_or(Malformed)
-}
-
-/// When the caller of a call that began at `start` stops waiting; the edge has refused headers that cannot be read.
-fn latest(start: Instant, metadata: &MetadataMap) -> Option<Instant> {
-    after(start, timeout(metadata.as_ref()).unwrap_or_default())
-}
-
-/// Up to eight digits and a unit.
-fn parse_timeout(text: &str) -> Option<Duration> {
-    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
-        return None;
-    }
-    let value: u64 = digits.parse().ok()?;
-    match unit {
-        "H" => Some(Duration::from_secs(value * 3600)),
-        "M" => Some(Duration::from_secs(value * 60)),
-        "S" => Some(Duration::from_secs(value)),
-        "m" => Some(Duration::from_millis(value)),
-        "u" => Some(Duration::from_micros(value)),
-        "n" => Some(Duration::from_nanos(value)),
-        _ => None,
-    }
+    let routes = reflection::add(routes, limit)?;
+    Ok(routes.prepare().into_axum_router().layer(axum::middleware::from_fn_with_state(app, edge::edge)))
 }
 
 #[derive(Clone)]
@@ -205,10 +49,6 @@ struct Service {
 }
 
 impl Service {
-    fn check_admin<T>(&self, request: &Request<T>) -> Result<(), Error> {
-        self.app.check_admin(request.metadata().as_ref(), request.extensions())
-    }
-
     /// Answers one request, which the call that carries it wants to have until `latest`.
     async fn infer(
         &self,
@@ -242,7 +82,7 @@ impl Service {
 }
 
 fn unimplemented<T>(what: &str) -> Result<Response<T>, Status> {
-    Err(Status::unimplemented(format!("{what} is not supported by this server")))
+    Err(Error::new(Code::Unimplemented, format!("{what} is not supported by this server")).into())
 }
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -289,8 +129,8 @@ impl GrpcInferenceService for Service {
 
     async fn model_infer(&self, request: Request<pb::ModelInferRequest>) -> Answer<pb::ModelInferResponse> {
         let unclaimed = request.extensions().get::<Unclaimed>().and_then(|unclaimed| unclaimed.lock().take());
-        let Some(mut record) = unclaimed else { return Err(Status::internal("the call came in past the edge")) };
-        let latest = latest(record.started(), request.metadata());
+        let Some(mut record) = unclaimed else { return Err(Error::internal("the call came in past the edge").into()) };
+        let latest = edge::latest(record.started(), request.metadata());
         match self.infer(request.into_inner(), latest, &mut record).await {
             Ok(response) => {
                 record.finish(None);
@@ -344,7 +184,6 @@ impl GrpcInferenceService for Service {
         &self,
         request: Request<pb::RepositoryModelLoadRequest>,
     ) -> Answer<pb::RepositoryModelLoadResponse> {
-        self.check_admin(&request)?;
         let request = request.into_inner();
         repository::load(&self.app, &request.repository_name, &request.model_name, request.parameters).await?;
         Ok(Response::new(pb::RepositoryModelLoadResponse {}))
@@ -354,7 +193,6 @@ impl GrpcInferenceService for Service {
         &self,
         request: Request<pb::RepositoryModelUnloadRequest>,
     ) -> Answer<pb::RepositoryModelUnloadResponse> {
-        self.check_admin(&request)?;
         let request = request.into_inner();
         repository::unload(&self.app, &request.repository_name, &request.model_name, request.parameters).await?;
         Ok(Response::new(pb::RepositoryModelUnloadResponse {}))
@@ -408,34 +246,8 @@ impl GrpcInferenceService for Service {
 
     async fn log_settings(&self, request: Request<pb::LogSettingsRequest>) -> Answer<pb::LogSettingsResponse> {
         if !request.get_ref().settings.is_empty() {
-            self.check_admin(&request)?;
+            self.app.check_admin(request.metadata().as_ref(), request.extensions())?;
         }
         Ok(Response::new(log::message(&log::change(&self.app, request.into_inner().settings)?)))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn timeouts_parse() {
-        assert_eq!(parse_timeout("15m"), Some(Duration::from_millis(15)));
-        assert_eq!(parse_timeout("99999999H"), Some(Duration::from_secs(99_999_999 * 3600)));
-        assert_eq!(parse_timeout("1S"), Some(Duration::from_secs(1)));
-        for broken in ["", "m", "5", "5x", "123456789m", "-1S"] {
-            assert_eq!(parse_timeout(broken), None, "{broken}");
-        }
-    }
-
-    #[test]
-    fn replies_are_compressed_as_requests_are() {
-        let mut headers = HeaderMap::new();
-        headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity, deflate, gzip"));
-        answer_in_kind(&mut headers);
-        assert!(headers.get(ACCEPT_ENCODING).is_none());
-        headers.insert(ENCODING, HeaderValue::from_static("gzip"));
-        answer_in_kind(&mut headers);
-        assert_eq!(headers[ACCEPT_ENCODING], "gzip");
     }
 }

@@ -13,6 +13,7 @@ use tonic_health::pb::{
 };
 
 use super::App;
+use crate::{error::Error, id::shorten};
 
 /// The service's own description, for reflection.
 pub const DESCRIPTORS: &[u8] = tonic_health::pb::FILE_DESCRIPTOR_SET;
@@ -45,7 +46,7 @@ impl Health for Service {
         let name = request.into_inner().service;
         match status(&self.app, &name) {
             Some(status) => Ok(Response::new(answer(status))),
-            None => Err(Status::not_found(format!("unknown model '{}'", crate::id::shorten(&name)))),
+            None => Err(Error::not_found(format!("unknown model '{}'", shorten(&name))).into()),
         }
     }
 

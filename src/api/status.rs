@@ -2,7 +2,7 @@
 //!
 //! Both protocols answer from the same row, so a client that switches from one to the other sees the same failure.
 
-use std::time::Duration;
+use std::{error::Error as _, iter::successors, sync::Arc, time::Duration};
 
 use axum::{
     body::Body,
@@ -59,13 +59,43 @@ pub fn response(error: &Error) -> Response {
 
 impl From<Error> for tonic::Status {
     fn from(error: Error) -> Self {
-        let pause = pause(&error);
-        let mut status = tonic::Status::new(grpc(error.code), error.message);
-        if let Some(pause) = pause {
+        let mut status = tonic::Status::new(grpc(error.code), error.message.as_str());
+        if let Some(pause) = pause(&error) {
             let millis = i32::try_from(pause.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX);
             status.metadata_mut().insert(PUSHBACK, millis.into());
         }
+        // It never leaves the process; `failure` finds it there.
+        status.set_source(Arc::new(error));
         status
+    }
+}
+
+/// Why a call failed with `status`: our own error as it was made, a refusal of tonic's as we would have made it.
+pub fn failure(status: &tonic::Status) -> Error {
+    let mut causes = successors(status.source(), |&cause| cause.source());
+    let own = causes.find_map(|cause| cause.downcast_ref::<Error>());
+    own.cloned().unwrap_or_else(|| Error::new(refused(status.code()), status.message()))
+}
+
+/// What we call it when tonic refuses a call with `code` of its own accord.
+fn refused(code: tonic::Code) -> Code {
+    match code {
+        tonic::Code::OutOfRange | tonic::Code::ResourceExhausted => Code::TooLarge,
+        // What it cannot read, it calls its own failure.
+        tonic::Code::Internal | tonic::Code::InvalidArgument => Code::InvalidArgument,
+        tonic::Code::Unimplemented => Code::Unimplemented,
+        // What it does not know is an error of the connection.
+        tonic::Code::Cancelled | tonic::Code::Unknown => Code::Cancelled,
+        tonic::Code::Unauthenticated => Code::Unauthenticated,
+        tonic::Code::PermissionDenied => Code::Forbidden,
+        tonic::Code::NotFound => Code::NotFound,
+        tonic::Code::Unavailable => Code::NotReady,
+        tonic::Code::DeadlineExceeded => Code::DeadlineExceeded,
+        tonic::Code::Ok
+        | tonic::Code::AlreadyExists
+        | tonic::Code::FailedPrecondition
+        | tonic::Code::Aborted
+        | tonic::Code::DataLoss => Code::Internal,
     }
 }
 
@@ -88,6 +118,32 @@ mod tests {
         assert_eq!(seen.len(), Code::ALL.len());
         assert_eq!(http(Code::Cancelled).as_u16(), 499);
         assert_eq!(grpc(Code::Overloaded), tonic::Code::ResourceExhausted);
+    }
+
+    #[test]
+    fn our_own_errors_are_known_again() {
+        for code in Code::ALL {
+            let pause = (code == Code::Overloaded).then_some(Duration::from_millis(7));
+            let error = Error { code, message: "as it was".to_owned(), retry_after: pause };
+            let status = tonic::Status::from(error.clone());
+            assert_eq!(failure(&status), error);
+            // As the error of a body, it comes back inside of others.
+            let status = tonic::Status::from_error(axum::Error::new(axum::Error::new(status)).into());
+            assert_eq!(status.code(), grpc(code));
+            assert_eq!(failure(&status), error);
+        }
+    }
+
+    #[test]
+    fn refusals_of_the_library_get_our_codes() {
+        for (theirs, ours) in [
+            (tonic::Code::Internal, Code::InvalidArgument),
+            (tonic::Code::OutOfRange, Code::TooLarge),
+            (tonic::Code::Unknown, Code::Cancelled),
+            (tonic::Code::Unimplemented, Code::Unimplemented),
+        ] {
+            assert_eq!(failure(&tonic::Status::new(theirs, "why")), Error::new(ours, "why"));
+        }
     }
 
     #[tokio::test]

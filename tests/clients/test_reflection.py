@@ -13,13 +13,20 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 
 from infer import connect
 from tensors import pack, unpack
-from wire import TIMEOUT
+from wire import TIMEOUT, call_frame, frame
 
 INFERENCE = "inference.GRPCInferenceService"
 HEALTH = "grpc.health.v1.Health"
 # The messages of both are the same.
 VERSIONS = ["v1", "v1alpha"]
-SERVICES = {INFERENCE, HEALTH, *(f"grpc.reflection.{each}.ServerReflection" for each in VERSIONS)}
+NOT_FOUND = grpc.StatusCode.NOT_FOUND.value[0]
+
+
+def service(version):
+    return f"grpc.reflection.{version}.ServerReflection"
+
+
+SERVICES = {INFERENCE, HEALTH, *map(service, VERSIONS)}
 
 
 @pytest.fixture
@@ -30,7 +37,7 @@ def channel(server):
 
 def reflect(channel, version):
     return channel.stream_stream(
-        f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+        f"/{service(version)}/ServerReflectionInfo",
         request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
         response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
     )
@@ -89,17 +96,70 @@ def test_services_are_listed(channel, version):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_several_questions_on_one_stream(channel, version):
-    symbol = f"{INFERENCE}.ModelInfer"
-    replies = ask(channel, version, list_services="", file_containing_symbol=symbol)
-    kinds = [each.WhichOneof("message_response") for each in replies]
-    assert kinds == ["list_services_response", "file_descriptor_response"]
+    """The one in the middle has no answer, and the stream goes on."""
+    found, unknown, listed = ask(
+        channel,
+        version,
+        file_containing_symbol=f"{INFERENCE}.ModelInfer",
+        file_by_filename="no-such.proto",
+        list_services="",
+    )
+    assert found.HasField("file_descriptor_response")
+    assert unknown.error_response.error_code == NOT_FOUND
+    assert "no-such.proto" in unknown.error_response.error_message
+    assert unknown.original_request.file_by_filename == "no-such.proto"
+    assert listed.HasField("list_services_response")
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_symbol_that_nobody_knows(channel, version):
-    with pytest.raises(grpc.RpcError) as caught:
-        ask(channel, version, file_containing_symbol="no.such.Thing")
-    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+@pytest.mark.parametrize(
+    "question",
+    [
+        {"file_by_filename": "no-such.proto"},
+        {"file_containing_symbol": "no.such.Thing"},
+        {"file_containing_symbol": "inference"},
+        {"file_containing_extension": {"containing_type": "no.Such", "extension_number": 1}},
+        {
+            "file_containing_extension": {
+                "containing_type": "inference.ModelConfig",
+                "extension_number": 1,
+            }
+        },
+        {"all_extension_numbers_of_type": "no.Such"},
+    ],
+    ids=str,
+)
+def test_what_nobody_knows(channel, version, question):
+    (reply,) = ask(channel, version, **question)
+    assert reply.error_response.error_code == NOT_FOUND
+    assert len(reply.error_response.error_message.split()) >= 3
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_message_without_extensions(channel, version):
+    (reply,) = ask(channel, version, all_extension_numbers_of_type="inference.ModelConfig")
+    numbers = reply.all_extension_numbers_response
+    assert numbers.base_type_name == "inference.ModelConfig"
+    assert list(numbers.extension_number) == []
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_file_comes_with_those_it_needs(channel, version):
+    found = files(channel, version, file_containing_symbol=INFERENCE)
+    assert [each.name for each in found] == ["inference.proto", "model_config.proto"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_no_protobuf(server, version):
+    reply = call_frame(server.grpc, f"{service(version)}/ServerReflectionInfo", frame(b"\xff\xff"))
+    assert reply.status == "INVALID_ARGUMENT"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_unknown_method(server, version):
+    reply = call_frame(server.grpc, f"{service(version)}/Nothing", b"")
+    assert reply.status == "UNIMPLEMENTED"
+    assert "Nothing" in reply.error
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -151,3 +211,11 @@ def test_the_stock_database(channel):
     assert config.fields_by_name["max_batch_size"].number == 4
     fields, _ = call_by_description(channel, pool, INFERENCE, "ModelConfig", {"name": "plus"})
     assert fields["config"]["name"] == "plus"
+
+
+def test_the_stock_database_and_what_nobody_knows(channel):
+    pool = descriptor_pool.DescriptorPool(ProtoReflectionDescriptorDatabase(channel))
+    for find in (pool.FindFileByName, pool.FindMessageTypeByName, pool.FindServiceByName):
+        with pytest.raises(KeyError):
+            find("no.such.Thing")
+    assert pool.FindServiceByName(HEALTH).methods_by_name["Check"].name == "Check"

@@ -18,7 +18,7 @@ use tidegate::{
     api::pb::{self, grpc_inference_service_client::GrpcInferenceServiceClient},
     backend::{Backend, Backends, Options, Session, Signature, TensorSpec},
     config::Config,
-    error::Error,
+    error::{Code, Error},
     logging::Logging,
     server::{Server, Stopper},
     tensor::{DType, Data, Tensor},
@@ -36,6 +36,8 @@ pub struct Script {
     /// A run with this value among its inputs panics.
     pub panic: f32,
     pub fail_load: bool,
+    /// The code that a failed load has.
+    pub fail_code: String,
     /// How long loading takes.
     pub load_ms: u64,
     /// A run waits while this file is there.
@@ -44,8 +46,16 @@ pub struct Script {
 
 impl Default for Script {
     fn default() -> Self {
-        let gate = PathBuf::new();
-        Self { scale: 1.0, sleep_ms: 0, refuse: f32::NAN, panic: f32::NAN, fail_load: false, load_ms: 0, gate }
+        Self {
+            scale: 1.0,
+            sleep_ms: 0,
+            refuse: f32::NAN,
+            panic: f32::NAN,
+            fail_load: false,
+            fail_code: Code::InvalidArgument.as_str().to_owned(),
+            load_ms: 0,
+            gate: PathBuf::new(),
+        }
     }
 }
 
@@ -73,7 +83,8 @@ impl Backend for ScriptBackend {
         let script: Script = toml::from_str(&text).map_err(|error| Error::invalid(error.to_string()))?;
         std::thread::sleep(Duration::from_millis(script.load_ms));
         if script.fail_load {
-            return Err(Error::invalid("the script says so"));
+            let code = Code::ALL.into_iter().find(|code| code.as_str() == script.fail_code).unwrap();
+            return Err(Error::new(code, "the script says so"));
         }
         let spec = |name: &str| TensorSpec { name: name.into(), dtype: DType::Fp32, shape: vec![-1] };
         let signature = Signature { inputs: vec![spec("x")], outputs: vec![spec("y")], ..Signature::default() };

@@ -27,7 +27,10 @@ use tokio_stream::Stream;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Request, Status, Streaming};
 
-use super::{EDGE_GRACE, Service, latest, own_code};
+use super::{
+    Service,
+    edge::{EDGE_GRACE, latest},
+};
 use crate::{
     api::{
         Record,
@@ -132,12 +135,12 @@ impl Answers {
     /// The stream will end with what was wrong with the body.
     fn stop_reading(&mut self, refused: &Status) {
         self.requests = None;
-        let code = own_code(refused.code()).unwrap_or(Code::Internal);
+        let failure = status::failure(refused);
         // That the server stops is no request that failed.
-        if code != Code::NotReady {
-            Record::start(&self.service.app, Protocol::Grpc, &self.headers).finish(Some(code));
+        if failure.code != Code::NotReady {
+            Record::start(&self.service.app, Protocol::Grpc, &self.headers).finish(Some(failure.code));
         }
-        self.end = Some(Status::new(status::grpc(code), refused.message()));
+        self.end = Some(failure.into());
     }
 
     fn answer(
