@@ -75,17 +75,18 @@ def test_compressed(server, tmp_path):
 
 def test_a_binary_request(server, tmp_path):
     """curl asks for leave (`Expect: 100-continue`) before it sends as much as this."""
-    rows = 300_000
-    head = {"name": "x", "datatype": "FP32", "shape": [rows, 1]}
-    head["parameters"] = {"binary_data_size": 4 * rows}
+    values = pack("FP32", list(range(300_000)))
+    head = {"name": "x", "datatype": "FP32", "shape": [1, 300_000]}
+    head["parameters"] = {"binary_data_size": len(values)}
     message = {"inputs": [head], "outputs": [{"name": "y", "parameters": {"binary_data": True}}]}
     text = json.dumps(message).encode()
     body, reply = tmp_path / "body", tmp_path / "reply"
-    body.write_bytes(text + pack("FP32", list(range(rows))))
+    body.write_bytes(text + values)
     length = ["-H", f"Inference-Header-Content-Length: {len(text)}"]
     arguments = ["--data-binary", f"@{body}", "-o", reply, *length]
-    curl(*arguments, url(server, "/v2/models/plus/infer"))
-    assert reply.read_bytes().endswith(pack("FP32", list(range(1, rows + 1))))
+    curl(*arguments, url(server, "/v2/models/identity_fp32/infer"))
+    assert reply.read_bytes().startswith(b'{"model_name":"identity_fp32"')
+    assert reply.read_bytes().endswith(values)
 
 
 def test_one_connection_for_several_requests(server):
