@@ -85,5 +85,20 @@ pub fn load_time(files: &Path) -> Result<f64> {
 
 fn load(library: Option<&Path>, files: &Path) -> Result<Box<dyn Session>> {
     let runtime = OnnxRuntime::open(library, None)?;
-    runtime.load(files, &Options::default(), 1)?.pop().context("no session was loaded")
+    runtime.load(&files.join(runtime.file_name()), &Options::default(), 1)?.pop().context("no session was loaded")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_shipped_model_runs() {
+        let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
+        let library = std::env::var_os("ORT_DYLIB_PATH").map_or_else(|| root.join(".onnxruntime"), Into::into);
+        let flower = [5.1_f32, 3.5, 1.4, 0.2];
+        let mut model =
+            Model::load(&library, &root.join("models/iris/1"), 0, |index| flower[index % 4].to_le_bytes()).unwrap();
+        assert_eq!(model.label().unwrap(), 0);
+    }
 }
