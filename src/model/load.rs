@@ -62,25 +62,38 @@ pub struct Plan {
 
 /// A version ready to serve.
 pub struct Loaded {
+    pub facts: Facts,
+    pub sessions: Vec<Box<dyn Session>>,
+    pub service: ServiceTime,
+}
+
+/// What is known of a version once it is loaded, and never changes.
+pub struct Facts {
     pub name: ModelName,
     pub version: Version,
-    pub sessions: Vec<Box<dyn Session>>,
+    /// What requests must look like: the graph's signature behind the declared interface.
     pub signature: Signature,
+    /// What the author declared of inputs and outputs.
     pub interface: Interface,
-    /// Where the sessions run, and how many there.
+    /// Where the instances run, and how many there.
     pub places: Vec<(Device, usize)>,
     pub backend: &'static str,
     pub platform: &'static str,
+    /// The file the graph came from.
     pub model_file: String,
     pub batching: Batching,
+    /// Rows one request may have, when its author set a limit.
     pub max_batch_size: Option<usize>,
+    /// How requests wait, as its author wants them to.
     pub schedule: Schedule,
     pub labels: Labels,
+    /// Where the labels came from, by output.
     pub label_files: BTreeMap<String, PathBuf>,
+    /// What its author wants clients to read in the configuration.
     pub parameters: BTreeMap<String, String>,
+    /// How the graph runs, as its author said it.
     pub options: Options,
-    pub service: ServiceTime,
-    pub took: Duration,
+    pub load_duration: Duration,
 }
 
 /// Loads, warms and measures; blocks for as long as that takes.
@@ -111,10 +124,9 @@ pub fn load(plan: Plan, backends: &Backends, decode: DecodeSample) -> Result<Loa
     for session in &mut sessions[1..] {
         warmup::rewarm(session.as_mut(), &warmed);
     }
-    Ok(Loaded {
+    let facts = Facts {
         name: plan.name,
         version: plan.version,
-        sessions,
         signature,
         interface: plan.interface,
         places,
@@ -128,9 +140,9 @@ pub fn load(plan: Plan, backends: &Backends, decode: DecodeSample) -> Result<Loa
         label_files: plan.labels,
         parameters: plan.parameters,
         options: plan.options,
-        service: warmed.service,
-        took: start.elapsed(),
-    })
+        load_duration: start.elapsed(),
+    };
+    Ok(Loaded { facts, sessions, service: warmed.service })
 }
 
 /// The devices that the plan asks for, and the number of instances on each.

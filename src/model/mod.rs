@@ -1,8 +1,7 @@
 //! A model in memory: its versions from load to unload, its queue, and the threads that run it.
 
 use std::{
-    collections::BTreeMap,
-    path::PathBuf,
+    ops::Deref,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -28,14 +27,11 @@ pub mod warmup;
 use batcher::{Batcher, Cost, Limits, ShapeKey};
 pub use executor::Refused;
 use executor::{Queue, Ticket};
-use labels::Labels;
-use load::Loaded;
-use schedule::{Level, Place, Schedule, TimeoutAction, Urgency};
+use load::{Facts, Loaded};
+use schedule::{Level, Place, TimeoutAction, Urgency};
 
 use crate::{
-    backend::{Device, Interface, Options, Signature},
     error::{Code, Error},
-    id::{ModelName, Version},
     metrics::VersionMetrics,
     tensor::Tensor,
 };
@@ -104,43 +100,28 @@ pub struct Batching {
     pub reason: String,
 }
 
-/// A version that serves: a queue and the executors behind it.
+/// A version that serves: a queue and the executors behind it. What is known of it reads as its own.
 pub struct ModelVersion {
-    pub name: ModelName,
-    pub version: Version,
-    pub signature: Signature,
+    facts: Facts,
     /// Whether the first dimension of everything is the request's to choose, so that requests have rows.
     has_rows: bool,
-    /// What the author declared of inputs and outputs; the signature is the graph's behind it.
-    pub interface: Interface,
-    /// Where the instances run, and how many there.
-    pub places: Vec<(Device, usize)>,
-    pub backend: &'static str,
-    pub platform: &'static str,
-    /// The file the graph came from.
-    pub model_file: String,
-    pub batching: Batching,
-    /// Rows one request may have, when its author set a limit.
-    pub max_batch_size: Option<usize>,
-    /// Rows one request may have when its author set none.
+    /// Rows one request may have when its author set no limit.
     max_rows: usize,
-    /// How its requests wait, as its author wants them to.
-    pub schedule: Schedule,
     /// What the schedule says of each level of priority.
     levels: Vec<Level>,
-    pub labels: Labels,
-    /// Where the labels came from, by output.
-    pub label_files: BTreeMap<String, PathBuf>,
-    /// What its author wants clients to read in the configuration.
-    pub parameters: BTreeMap<String, String>,
-    /// How the graph runs, as its author said it.
-    pub options: Options,
     pub instances: usize,
-    pub load_duration: Duration,
     pub metrics: Arc<VersionMetrics>,
     queue: Arc<Queue>,
     executors: Mutex<Executors>,
     in_flight: Arc<AtomicUsize>,
+}
+
+impl Deref for ModelVersion {
+    type Target = Facts;
+
+    fn deref(&self) -> &Facts {
+        &self.facts
+    }
 }
 
 /// The threads of a version.
@@ -156,39 +137,25 @@ impl ModelVersion {
     /// # Errors
     /// `Internal` when the system gives no thread.
     pub fn start(loaded: Loaded, limits: Limits, metrics: Arc<VersionMetrics>) -> Result<Self, Error> {
-        let instances = loaded.sessions.len();
-        let batcher = Batcher::new(limits, &loaded.schedule, loaded.batching.group, instances, loaded.service);
-        let queue = Arc::new(Queue::new(loaded.name.clone(), batcher, metrics.clone()));
-        metrics.loaded(loaded.took);
+        let Loaded { facts, sessions, service } = loaded;
+        let instances = sessions.len();
+        let batcher = Batcher::new(limits, &facts.schedule, facts.batching.group, instances, service);
+        let queue = Arc::new(Queue::new(facts.name.clone(), batcher, metrics.clone()));
+        metrics.loaded(facts.load_duration);
         metrics.prepare();
         let (alive, ended) = channel();
         let version = Self {
-            name: loaded.name,
-            version: loaded.version,
-            has_rows: loaded.signature.unbatchable().is_none(),
-            signature: loaded.signature,
-            interface: loaded.interface,
-            places: loaded.places,
-            backend: loaded.backend,
-            platform: loaded.platform,
-            model_file: loaded.model_file,
-            batching: loaded.batching,
-            max_batch_size: loaded.max_batch_size,
+            has_rows: facts.signature.unbatchable().is_none(),
             max_rows: limits.max_rows,
-            levels: loaded.schedule.levels(),
-            schedule: loaded.schedule,
-            labels: loaded.labels,
-            label_files: loaded.label_files,
-            parameters: loaded.parameters,
-            options: loaded.options,
+            levels: facts.schedule.levels(),
+            facts,
             instances,
-            load_duration: loaded.took,
             metrics,
             queue,
             executors: Mutex::new(Executors { threads: Vec::with_capacity(instances), ended }),
             in_flight: Arc::default(),
         };
-        for (index, mut session) in loaded.sessions.into_iter().enumerate() {
+        for (index, mut session) in sessions.into_iter().enumerate() {
             let queue = version.queue.clone();
             let name = version.name.clone();
             let alive = alive.clone();
