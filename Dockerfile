@@ -27,7 +27,8 @@ RUN mkdir -p /image/opt/tidegate /image/usr/local/bin /data \
     && strip /image/opt/tidegate/tidegate \
     && ln -s /opt/tidegate/tidegate /image/usr/local/bin/tidegate
 
-# Nothing is run on the base, so that any base will do that has the C and C++ libraries.
+# Nothing is run on the base, so that any base will do that has the C and C++ libraries, and /tmp when models may be
+# uploaded.
 FROM ${BASE_IMAGE}
 COPY --from=build /image /
 # A number, since not every base knows names; the first that is nobody's by convention.

@@ -4,6 +4,9 @@ BINARY := target/release/tidegate
 PYTHON := .venv/bin/python
 PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
 
+# ONNX Runtime would otherwise write its telemetry's files, and send them, from the tests too.
+export ORT_DISABLE_TELEMETRY := 1
+
 .PHONY: serve test setup build lint fmt test-rust test-clients fuzz image-test bench models clean
 
 serve: build

@@ -44,6 +44,7 @@
 //! - A session belongs to one thread; its pool threads do not inherit the loader's low priority.
 //! - A request is counted exactly once, before its answer leaves; one that is given up counts as cancelled.
 //! - Files are read before they are run: changing them on disk cannot hurt a running version.
+//! - Nothing is told to anybody who did not ask: `main` keeps ONNX Runtime's telemetry off before it is loaded.
 
 pub mod api;
 pub mod backend;

@@ -32,7 +32,7 @@ use crate::{
         self, ModelControl,
         command::{Orders, commands},
         reconcile::{Loader, Reconciler},
-        upload::{self, Uploads},
+        upload::Uploads,
     },
     engine::Engine,
     error::Error,
@@ -94,8 +94,7 @@ impl Server {
         }
         let data = config.data_directory();
         let mut lock = lock(&data)?;
-        let uploads = Uploads::open(&data, config.allow_model_upload)
-            .with_context(|| format!("cannot remove old uploads from {}", upload::directory(&data).display()))?;
+        let uploads = Uploads::open(&data, config.allow_model_upload);
         let rest_port = Port::bind(config.rest, "--rest")?;
         let grpc_port = Port::bind(config.grpc, "--grpc")?;
         let ops_port = Port::bind(config.ops, "--ops")?;

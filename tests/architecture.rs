@@ -21,7 +21,7 @@ const LAYERS: [(u8, &[&str]); 11] = [
 ];
 
 /// The only places (files, or folders and the file of the same name) that may name a foreign crate.
-const HOMES: [(&str, &[&str]); 19] = [
+const HOMES: [(&str, &[&str]); 20] = [
     ("ort", &["backend/onnx"]),
     ("half", &["backend/onnx", "model/warmup", "api/codec"]),
     ("prost", &["backend/onnx", "api"]),
@@ -31,6 +31,7 @@ const HOMES: [(&str, &[&str]); 19] = [
     ("prost_reflect", &["control/pbtxt", "api/reflection"]),
     ("miette", &["control/pbtxt"]),
     ("base64", &["api"]),
+    ("tempfile", &["control/upload"]),
     ("axum", &["api", "server"]),
     ("hyper_util", &["api/listen", "cli"]),
     ("socket2", &["api/listen"]),

@@ -1,6 +1,6 @@
 //! Loads that bring a configuration or files along; the repository is never touched.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use serde_json::{Value, json};
@@ -28,22 +28,18 @@ async fn load(running: &Running, model: &str, parameters: Value) -> Reply {
     running.post(&path, json!({ "parameters": parameters }), &[]).await
 }
 
-/// Where uploads go.
-fn folder(repository: &Repository) -> PathBuf {
-    upload::directory(&repository.0.path().join(".tidegate"))
-}
-
 fn uploads(repository: &Repository) -> usize {
-    std::fs::read_dir(folder(repository)).map_or(0, Iterator::count)
+    let folder = upload::directory(&repository.0.path().join(".tidegate"));
+    folder.map_or(0, |folder| std::fs::read_dir(folder).unwrap().count())
 }
 
-/// Every file below `folder` but the server's lock.
+/// Every file below `folder` but the server's lock and its record of where uploads are.
 fn listing(folder: &Path) -> Vec<String> {
     let mut paths = Vec::new();
     for entry in std::fs::read_dir(folder).unwrap().map(Result::unwrap) {
         if entry.path().is_dir() {
             paths.extend(listing(&entry.path()));
-        } else if entry.file_name() != "lock" {
+        } else if entry.file_name() != "lock" && entry.file_name() != "uploads" {
             paths.push(entry.path().display().to_string());
         }
     }
@@ -181,13 +177,14 @@ async fn uploads_that_cannot_be_used_leave_nothing_behind() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_left_behind_is_removed_at_the_next_start() {
     let repository = Repository::with("m", "");
-    // The server makes it at its start, and only what is there has one name.
-    std::fs::create_dir_all(repository.0.path().join(".tidegate")).unwrap();
-    let left = folder(&repository).join("3-m/1");
-    std::fs::create_dir_all(&left).unwrap();
-    std::fs::write(left.join("model.script"), "").unwrap();
+    let left = tempfile::Builder::new().prefix("tidegate-uploads-").tempdir().unwrap().keep();
+    std::fs::create_dir_all(left.join("3-m/1")).unwrap();
+    let data = repository.0.path().join(".tidegate");
+    std::fs::create_dir_all(&data).unwrap();
+    std::fs::write(data.join("uploads"), left.to_str().unwrap()).unwrap();
+    assert_eq!(uploads(&repository), 1);
     let running = start(&allowing(&repository)).await;
-    assert_eq!(uploads(&repository), 0);
+    assert!(!left.exists());
     let reply = load(&running, "m", json!({ "config": "{}", "file:1/model.script": file("") })).await;
     assert_eq!((reply.status, uploads(&repository)), (200, 1));
     running.stop().await;

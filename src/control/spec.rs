@@ -225,8 +225,8 @@ impl ModelSpec {
 
 /// Whether a path only leads further down.
 fn lies_within(path: &Path) -> bool {
-    let mut parts = path.components().peekable();
-    parts.peek().is_some() && parts.all(|part| matches!(part, Component::Normal(_)))
+    let down = |part: Component<'_>| matches!(part, Component::Normal(_));
+    path.components().any(down) && path.components().all(|part| down(part) || part == Component::CurDir)
 }
 
 /// Takes out of `said` what is the same in `default`.
@@ -261,14 +261,14 @@ mod tests {
     fn a_full_file_is_read() {
         let spec = read(
             "instances = 2\nmax_batch_size = 16\nversions = { latest = 2 }\nwarmup = [\"a.json\"]\n\
-             labels = { y = \"y.txt\" }\n\
+             labels = { y = \"./y.txt\" }\n\
              [queue]\nmax_delay = \"2ms\"\npriority_levels = 2\ndefault_priority = 2\n\
              [queue.priority.1]\nmax_size = 9\n\
              [options]\ndevice = \"cuda:1\"\nintra_op_threads = 3\nsession_config = { \"a.b\" = \"1\" }\n",
         )
         .unwrap();
         assert_eq!(spec.options.device, Device::Cuda(1));
-        assert_eq!(spec.labels["y"], Path::new("y.txt"));
+        assert_eq!(spec.labels["y"], Path::new("./y.txt"));
         assert_eq!(spec.versions, VersionPolicy::Latest(2));
         assert_eq!((spec.queue.max_delay, spec.queue.levels()[0].max_size), (Duration::from_millis(2), 9));
         assert_eq!(read("versions = \"all\"").unwrap().versions, VersionPolicy::All);

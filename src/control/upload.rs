@@ -1,10 +1,9 @@
 //! Files that came with a load: written into a temporary folder, and removed when nobody needs them any more.
 
 use std::{
-    fs::{self, DirBuilder, File},
-    hash::{DefaultHasher, Hash, Hasher},
+    fs::{self, File},
     io::{self, Write},
-    os::unix::fs::DirBuilderExt,
+    os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -13,6 +12,8 @@ use std::{
 };
 
 use bytes::Bytes;
+use parking_lot::Mutex;
+use tempfile::TempDir;
 
 use crate::{
     error::{Code, Error},
@@ -29,9 +30,17 @@ const MAX_DEPTH: usize = 8;
 /// Bytes of one name in a path; file systems take no longer ones.
 const MAX_NAME: usize = 255;
 
-/// The folder for what is uploaded.
+/// What the names of folders for uploads begin with, among other temporary files.
+const FOLDER: &str = "tidegate-uploads-";
+
+/// The file in the data directory that says where uploads are, for whoever cleans up after a killed server.
+const RECORD: &str = "uploads";
+
+/// Where uploads go: a folder of this server's own among the system's temporary files, made with the first one, so
+/// that the repository is never touched, wherever the data directory lies.
 pub struct Uploads {
-    root: Arc<Root>,
+    record: PathBuf,
+    root: Mutex<Option<Arc<TempDir>>>,
     allowed: bool,
     next: AtomicU64,
 }
@@ -39,32 +48,42 @@ pub struct Uploads {
 /// A model's folder with its versions; it vanishes with the last reference.
 pub(super) struct Upload {
     directory: PathBuf,
-    /// Dropped after the folder within it is gone.
-    _root: Arc<Root>,
+    /// The folder around it, which vanishes after it.
+    _root: Arc<TempDir>,
 }
 
-/// The folder of all uploads, which vanishes when neither they nor `Uploads` need it.
-struct Root(PathBuf);
-
-/// The folder for the uploads of the server that works with the data directory `data`: among the system's temporary
-/// files, so that it is never in the repository, and found again after the server was killed.
-pub fn directory(data: &Path) -> PathBuf {
-    let mut hasher = DefaultHasher::new();
-    data.canonicalize().unwrap_or_else(|_| data.to_owned()).hash(&mut hasher);
-    std::env::temp_dir().join(format!("tidegate-uploads-{:016x}", hasher.finish()))
+/// Where the server that works with the data directory `data` keeps its uploads; `None` before the first one.
+pub fn directory(data: &Path) -> Option<PathBuf> {
+    let path = PathBuf::from(fs::read_to_string(data.join(RECORD)).ok()?);
+    path.is_dir().then_some(path)
 }
 
 impl Uploads {
     /// Removes what a server that was killed has left; this process must have locked `data`.
-    ///
-    /// # Errors
-    /// When it cannot be removed.
-    pub fn open(data: &Path, allowed: bool) -> io::Result<Self> {
-        let root = directory(data);
-        match fs::remove_dir_all(&root) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(Self { root: Arc::new(Root(root)), allowed, next: AtomicU64::new(0) }),
+    pub fn open(data: &Path, allowed: bool) -> Self {
+        let record = data.join(RECORD);
+        if let Some(left) = directory(data).filter(|path| is_ours(path))
+            && let Err(error) = fs::remove_dir_all(&left)
+        {
+            tracing::warn!(folder = %left.display(), %error, "old uploads could not be removed");
         }
+        // There is none when nothing was uploaded.
+        let _ = fs::remove_file(&record);
+        Self { record, root: Mutex::default(), allowed, next: AtomicU64::new(0) }
+    }
+
+    /// The folder for all uploads, made and put on record when it is not there yet.
+    fn root(&self) -> io::Result<Arc<TempDir>> {
+        let mut root = self.root.lock();
+        if let Some(made) = &*root {
+            return Ok(made.clone());
+        }
+        // Its name cannot be foreseen, and only this user may look into it.
+        let private = fs::Permissions::from_mode(0o700);
+        let made = Arc::new(tempfile::Builder::new().prefix(FOLDER).permissions(private).tempdir()?);
+        fs::write(&self.record, made.path().as_os_str().as_encoded_bytes())?;
+        *root = Some(made.clone());
+        Ok(made)
     }
 
     /// Writes `files`, whose names are `file:<version>/<name>`. Blocks.
@@ -80,14 +99,12 @@ impl Uploads {
         }
         let paths = files.iter().map(|(parameter, _)| path(parameter)).collect::<Result<Vec<_>, _>>();
         let paths = paths.map_err(|error| error.of_model(model.as_str()))?;
-        let failed = |error: io::Error| Error::internal(format!("model '{model}': {}: {error}", self.root.0.display()));
-        let mut private = DirBuilder::new();
-        private.mode(0o700);
-        private.recursive(true).create(&self.root.0).map_err(failed)?;
+        let failed = |error: io::Error| Error::internal(format!("model '{model}': uploads cannot be kept: {error}"));
+        let root = self.root().map_err(failed)?;
         // Ours alone from here on: what is there already is an error, and nothing in a new folder is a link.
-        let directory = self.root.0.join(format!("{}-{model}", self.next.fetch_add(1, Ordering::Relaxed)));
-        private.recursive(false).create(&directory).map_err(failed)?;
-        let upload = Upload { directory, _root: self.root.clone() };
+        let directory = root.path().join(format!("{}-{model}", self.next.fetch_add(1, Ordering::Relaxed)));
+        fs::create_dir(&directory).map_err(failed)?;
+        let upload = Upload { directory, _root: root };
         for ((parameter, content), path) in files.iter().zip(paths) {
             put(&upload.directory.join(path), content).map_err(|error| match error.kind() {
                 io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory | io::ErrorKind::IsADirectory => {
@@ -115,11 +132,18 @@ impl Uploads {
     }
 }
 
-impl Drop for Root {
+impl Drop for Uploads {
     fn drop(&mut self) {
-        // It may never have been made.
-        let _ = fs::remove_dir(&self.0);
+        // There is none when nothing was uploaded.
+        let _ = fs::remove_file(&self.record);
     }
+}
+
+/// Whether a path on record is a folder that this user's server made, and no link.
+fn is_ours(path: &Path) -> bool {
+    let named = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(FOLDER.as_bytes()));
+    let here = |metadata: fs::Metadata| metadata.is_dir() && metadata.uid() == rustix::process::geteuid().as_raw();
+    named && fs::symlink_metadata(path).is_ok_and(here)
 }
 
 impl Upload {
@@ -170,26 +194,36 @@ fn path(parameter: &str) -> Result<PathBuf, Error> {
 mod tests {
     use super::*;
 
-    fn write(files: &[&str]) -> (tempfile::TempDir, Result<Arc<Upload>, Error>) {
+    fn write(files: &[&str]) -> (Uploads, TempDir, Result<Arc<Upload>, Error>) {
         let data = tempfile::tempdir().unwrap();
-        let uploads = Uploads::open(data.path(), true).unwrap();
+        let uploads = Uploads::open(data.path(), true);
         let files: Vec<_> = files.iter().map(|name| (name.to_string(), Bytes::from_static(b"content"))).collect();
         let written = uploads.write(&ModelName::parse("m").unwrap(), &files);
-        (data, written)
+        (uploads, data, written)
+    }
+
+    /// The folders in the one on record.
+    fn kept(data: &TempDir) -> usize {
+        directory(data.path()).map_or(0, |folder| fs::read_dir(folder).unwrap().count())
     }
 
     #[test]
     fn files_lie_where_they_are_named_until_nobody_needs_them() {
-        let (data, upload) = write(&["file:1/model.onnx", "file:1/parts/weights.bin", "file:12/model.onnx"]);
+        let names = ["file:1/model.onnx", "file:1/parts/weights.bin", "file:12/model.onnx"];
+        let (uploads, data, upload) = write(&names);
         let upload = upload.unwrap();
-        let directory = upload.directory().to_owned();
-        assert!(directory.starts_with(super::directory(data.path())));
+        let folder = upload.directory().to_owned();
+        let root = directory(data.path()).unwrap();
+        assert!(folder.starts_with(&root) && !folder.starts_with(data.path()));
+        assert_eq!(fs::metadata(&root).unwrap().mode() & 0o777, 0o700);
         for file in ["1/model.onnx", "1/parts/weights.bin", "12/model.onnx"] {
-            assert_eq!(fs::read(directory.join(file)).unwrap(), b"content");
+            assert_eq!(fs::read(folder.join(file)).unwrap(), b"content");
         }
         drop(upload);
-        assert!(!directory.exists());
-        assert!(!super::directory(data.path()).exists());
+        assert!(!folder.exists() && root.exists());
+        drop(uploads);
+        assert!(!root.exists());
+        assert_eq!(fs::read_dir(data.path()).unwrap().count(), 0, "the record is gone");
     }
 
     #[test]
@@ -214,20 +248,20 @@ mod tests {
             &long,
             &deep,
         ] {
-            let (data, upload) = write(&["file:1/good.onnx", name]);
+            let (_uploads, data, upload) = write(&["file:1/good.onnx", name]);
             let error = upload.map(drop).unwrap_err();
             assert_eq!(error.code, Code::InvalidArgument, "{name}");
             assert!(error.message.contains(&shorten(name)), "{error}");
-            assert_eq!(fs::read_dir(data.path()).unwrap().count(), 0, "{name} left something behind");
+            assert_eq!(directory(data.path()), None, "{name} left something behind");
         }
     }
 
     #[test]
     fn one_path_twice_is_refused_and_leaves_nothing() {
         for names in [["file:1/a", "file:1/a/b"], ["file:1/a/b", "file:1/a"], ["file:1/a", "file:1/a"]] {
-            let (data, upload) = write(&names);
+            let (_uploads, data, upload) = write(&names);
             assert_eq!(upload.map(drop).unwrap_err().code, Code::InvalidArgument, "{names:?}");
-            assert_eq!(fs::read_dir(super::directory(data.path())).map_or(0, Iterator::count), 0);
+            assert_eq!(kept(&data), 0);
         }
     }
 
@@ -235,10 +269,10 @@ mod tests {
     fn too_many_files_and_forbidden_ones_are_refused() {
         let names: Vec<String> = (0..=MAX_FILES).map(|number| format!("file:1/{number}")).collect();
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        assert_eq!(write(&names).1.map(drop).unwrap_err().code, Code::TooLarge);
+        assert_eq!(write(&names).2.map(drop).unwrap_err().code, Code::TooLarge);
 
         let data = tempfile::tempdir().unwrap();
-        let off = Uploads::open(data.path(), false).unwrap();
+        let off = Uploads::open(data.path(), false);
         let error = off.write(&ModelName::parse("m").unwrap(), &[]).map(drop).unwrap_err();
         assert!(error.code == Code::Forbidden && error.message.contains("allow_model_upload"), "{error}");
     }
@@ -247,11 +281,25 @@ mod tests {
     fn what_a_killed_server_left_is_removed_and_no_link_is_followed() {
         let (data, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         fs::write(elsewhere.path().join("precious"), "").unwrap();
-        let left = super::directory(data.path()).join("0-m");
-        fs::create_dir_all(left.join("1")).unwrap();
-        std::os::unix::fs::symlink(elsewhere.path(), left.join("link")).unwrap();
-        Uploads::open(data.path(), false).unwrap();
-        assert!(!super::directory(data.path()).exists());
-        assert!(elsewhere.path().join("precious").exists());
+        let left = tempfile::Builder::new().prefix(FOLDER).tempdir().unwrap().keep();
+        fs::create_dir_all(left.join("0-m/1")).unwrap();
+        std::os::unix::fs::symlink(elsewhere.path(), left.join("0-m/link")).unwrap();
+        fs::write(data.path().join(RECORD), left.to_str().unwrap()).unwrap();
+        drop(Uploads::open(data.path(), false));
+        assert!(!left.exists() && elsewhere.path().join("precious").exists());
+    }
+
+    #[test]
+    fn only_folders_of_ours_are_removed() {
+        let (data, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let link = elsewhere.path().join(format!("{FOLDER}x"));
+        let precious = elsewhere.path().join("precious");
+        fs::create_dir(&precious).unwrap();
+        std::os::unix::fs::symlink(&precious, &link).unwrap();
+        for recorded in [&precious, &link] {
+            fs::write(data.path().join(RECORD), recorded.to_str().unwrap()).unwrap();
+            drop(Uploads::open(data.path(), true));
+            assert!(recorded.exists(), "{}", recorded.display());
+        }
     }
 }

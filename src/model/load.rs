@@ -91,7 +91,7 @@ pub struct Facts {
     pub label_files: BTreeMap<String, PathBuf>,
     /// What its author wants clients to read in the configuration.
     pub parameters: BTreeMap<String, String>,
-    /// How the graph runs, as its author said it.
+    /// How the graph runs, as far as its settings and the profile say.
     pub options: Options,
     pub load_duration: Duration,
 }
@@ -197,7 +197,7 @@ fn collect_samples(plan: &Plan, signature: &Signature, decode: DecodeSample) -> 
     }
     let (described, folder) = &plan.described_samples;
     for request in described {
-        let inputs = request.build(folder).and_then(|inputs| signature.arrange(plan.name.as_str(), inputs));
+        let inputs = request.build(signature, folder).and_then(|inputs| signature.arrange(plan.name.as_str(), inputs));
         let inputs =
             inputs.map_err(|error| Error { message: format!("warm-up '{}': {error}", request.name), ..error })?;
         samples.push(Sample { name: request.name.as_str().into(), inputs, required: true, runs: request.count });

@@ -63,8 +63,8 @@ pub struct Wanted<'a> {
 pub struct Warmed {
     pub batching: Batching,
     pub service: ServiceTime,
-    /// Inputs of every size that was run, to warm further sessions of the same version.
-    batches: Vec<Vec<Tensor>>,
+    /// Inputs of every size that was run, and how often, to warm further sessions of the same version.
+    batches: Vec<(Vec<Tensor>, usize)>,
 }
 
 /// Runs the samples (made-up ones when there are none), proves independence, and sweeps batch sizes.
@@ -85,7 +85,7 @@ pub fn warm(session: &mut dyn Session, samples: &[Sample], wanted: &Wanted<'_>, 
         match result {
             Ok(_) => {
                 service = ServiceTime::from_sweep(&[(1, start.elapsed())]);
-                batches.extend(std::iter::repeat_n(sample.inputs.clone(), sample.runs));
+                batches.push((sample.inputs.clone(), sample.runs));
             }
             Err(error) if sample.required => {
                 return Err(Error { message: format!("warm-up {}: {error}", sample.name), ..error });
@@ -99,7 +99,7 @@ pub fn warm(session: &mut dyn Session, samples: &[Sample], wanted: &Wanted<'_>, 
         _ if wanted.limit <= 1 => Some("max_batch_size is 1".to_owned()),
         _ => signature.unbatchable(),
     };
-    let runs = match warm_rows(session, &signature, batches.first()) {
+    let runs = match warm_rows(session, &signature, batches.first().map(|(inputs, _)| inputs)) {
         Ok(runs) => runs,
         Err(reason) => {
             tracing::warn!(model, reason, "made-up warm-up inputs did not work out");
@@ -117,7 +117,7 @@ pub fn warm(session: &mut dyn Session, samples: &[Sample], wanted: &Wanted<'_>, 
     };
     if let Some(reason) = objection.map_or_else(|| proof().err(), Some) {
         tracing::info!(model, reason, "requests are not batched");
-        batches.extend(rows.into_iter().take(1));
+        batches.extend(rows.into_iter().take(1).map(|inputs| (inputs, 1)));
         return Ok(Warmed { batching: off(reason), service, batches });
     }
     let mut sweep = sweep(session, &rows, wanted.limit);
@@ -130,16 +130,18 @@ pub fn warm(session: &mut dyn Session, samples: &[Sample], wanted: &Wanted<'_>, 
         sweep.group = largest;
         reason = format!("{largest} rows are grouped, the largest of queue.preferred_batch_sizes");
     }
-    batches.extend(sweep.batches);
+    batches.extend(sweep.batches.into_iter().map(|inputs| (inputs, 1)));
     let batching = Batching { group: sweep.group, enabled: true, reason };
     Ok(Warmed { batching, service: ServiceTime::from_sweep(&sweep.times), batches })
 }
 
 /// Runs another session of the same version through the sizes that the first one saw.
 pub fn rewarm(session: &mut dyn Session, warmed: &Warmed) {
-    for batch in &warmed.batches {
-        // The first session ran the same; a failure here shows again with the first request, and there it counts.
-        let _ = session.run(batch);
+    for (inputs, runs) in &warmed.batches {
+        for _ in 0..*runs {
+            // The first session ran the same; a failure here shows again with the first request, and there it counts.
+            let _ = session.run(inputs);
+        }
     }
 }
 
@@ -486,7 +488,8 @@ mod tests {
     #[test]
     fn a_model_that_batching_does_not_help_keeps_small_groups() {
         let found = batching(|rows| {
-            std::thread::sleep(Duration::from_millis(2) * rows.len() as u32);
+            // Worse than no help, so that a busy machine cannot make it look like some.
+            std::thread::sleep(Duration::from_millis(2) * (rows.len() * rows.len()) as u32);
             rows.to_vec()
         });
         assert!(found.enabled && found.group <= 2, "{found:?}");
@@ -502,7 +505,7 @@ mod tests {
         assert_eq!(found.batching.group, 24, "{:?}", found.batching);
         assert!(found.batching.reason.contains("queue.preferred_batch_sizes"), "{}", found.batching.reason);
         for size in [3, 24] {
-            assert!(found.batches.iter().any(|batch| batch[0].rows() == size), "{size}");
+            assert!(found.batches.iter().any(|(inputs, _)| inputs[0].rows() == size), "{size}");
         }
         let small: Graph = |rows| if rows.len() > 16 { vec![] } else { rows.to_vec() };
         let message = warmed(small, &[24]).map(|_| ()).unwrap_err().message;

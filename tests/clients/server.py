@@ -88,13 +88,14 @@ def serve_command(models, home, config="", flags=(), host="127.0.0.1"):
 
 
 def launch(command, home):
-    temporary = home / "tmp"
-    temporary.mkdir(exist_ok=True)
+    own = {"TMPDIR": home / "tmp", "HOME": home / "user"}
+    for folder in own.values():
+        folder.mkdir(exist_ok=True)
     with (home / "stdout").open("wb") as out, (home / "stderr").open("wb") as err:
         return subprocess.Popen(
             command,
             cwd=home,
-            env=environment() | {"TMPDIR": str(temporary)},
+            env=environment() | {name: str(folder) for name, folder in own.items()},
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
@@ -118,6 +119,8 @@ def environment():
     """Ours without the settings of the server, which reads `TIDEGATE_…` too."""
     assert BINARY.exists(), f"{BINARY} is missing: build it, or set TIDEGATE_BIN"
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("TIDEGATE_")}
+    # The server must keep ONNX Runtime's telemetry off by itself.
+    inherited.pop("ORT_DISABLE_TELEMETRY", None)
     return inherited | {"ORT_DYLIB_PATH": ONNXRUNTIME}
 
 

@@ -46,6 +46,15 @@ def one_row(number):
     return tensor("x", "FP32", [1, 1], [number])
 
 
+def test_no_telemetry_is_kept_or_sent(models, serve):
+    """ONNX Runtime would keep a device id and a queue of events in the home of whoever runs it."""
+    server = serve(models)
+    assert works(server)
+    assert server.stop() == 0
+    assert list((server.home / "user").rglob("*")) == []
+    assert list((server.home / "tmp").rglob("*")) == []
+
+
 # --- SIGTERM under load -------------------------------------------------------------
 
 

@@ -106,7 +106,8 @@ pub(super) async fn edge(State(app): State<Arc<App>>, mut request: Request, next
 fn refusal(response: &Response) -> Option<Status> {
     // Only tonic's own status still knows what it was made of.
     let status = response.extensions().get::<Status>().cloned();
-    status.or_else(|| Status::from_header_map(response.headers()))
+    let status = status.or_else(|| Status::from_header_map(response.headers()));
+    status.filter(|status| status.code() != tonic::Code::Ok)
 }
 
 /// Answers compressed as the request was and never unasked: Python's clients always claim to accept gzip.

@@ -216,7 +216,11 @@ pub(super) fn spec(fields: &Value) -> Result<ModelSpec, Error> {
 
 /// A complaint about the spec, with the names of the fields that the file has.
 fn in_their_words(message: &str) -> String {
-    WORDS.iter().fold(message.to_owned(), |message, (ours, theirs)| message.replace(ours, theirs))
+    let translated = |part: &str| WORDS.iter().fold(part.to_owned(), |part, (ours, theirs)| part.replace(ours, theirs));
+    // What stands in quotes is the author's own.
+    let parts = message.split('\'').enumerate();
+    let parts = parts.map(|(index, part)| if index % 2 == 0 { translated(part) } else { part.to_owned() });
+    parts.collect::<Vec<_>>().join("'")
 }
 
 /// Whether a field is there, and not its type's default.
@@ -270,7 +274,7 @@ impl ModelConfig {
             labels,
             parameters,
             queue: self.dynamic_batching.map(DynamicBatching::schedule).transpose()?.unwrap_or_default(),
-            warmup_requests: warmup(self.model_warmup, batch > 0, notes)?,
+            warmup_requests: warmup(self.model_warmup, batch > 0 || silent, notes)?,
             options,
             ..ModelSpec::default()
         })

@@ -173,6 +173,7 @@ fn what_would_change_answers_is_refused_by_name() {
         ("parameters { key: \"intra_op_thread_count\" value { string_value: \"-1\" } }", "intra_op_thread_count"),
         ("default_model_filename: \"../x\"", "default_model_filename '../x'"),
         ("output [ { name: \"y\" label_filename: \"/etc/passwd\" } ]", "output.label_filename: '/etc/passwd'"),
+        ("output [ { name: \"y\" label_filename: \"/versions.x\" } ]", "output.label_filename: '/versions.x'"),
         (
             "input [ { name: \"a\" } ] model_warmup [ { name: \"w\" batch_size: 2 } ]",
             "model_warmup 'w': batch_size is 2",
@@ -230,6 +231,8 @@ fn warm_up_has_rows_where_the_model_has() {
     };
     assert_eq!(warmup("max_batch_size: 2"), Some(1));
     assert_eq!(warmup("input [ { name: \"a\" dims: [ 2 ] } ]"), None);
+    // Such a file leaves the rows to the graph.
+    assert_eq!(warmup("instance_group [ { count: 1 } ]"), Some(1));
 }
 
 #[test]

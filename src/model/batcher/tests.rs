@@ -139,6 +139,24 @@ fn scheduled(text: &str, group: usize, executors: usize) -> Batcher<usize> {
 
 const THREE_LEVELS: &str = "priority_levels = 3\ndefault_priority = 2\n";
 
+#[test]
+fn only_the_front_of_each_level_expires() {
+    let now = Instant::now();
+    let later = now + Duration::from_millis(10);
+    let schedule = Schedule { priority_levels: 2, default_priority: 1, ..Schedule::default() };
+    let mut batcher = Batcher::new(LIMITS, &schedule, 8, 1, ServiceTime::default());
+    // In the first level the front is over and the next is not; in the second the front still waits.
+    for (item, level, expires) in [(0, 0, now), (1, 0, later), (2, 0, now), (3, 1, later), (4, 1, now)] {
+        batcher.push(item, in_level(level, 1, Some(expires)), now - Duration::from_millis(1)).unwrap();
+    }
+    let expired: Vec<usize> = batcher.expire(now, |_| false).into_iter().map(|(entry, _)| entry.item).collect();
+    assert_eq!(expired, [0]);
+    assert_eq!(batcher.len(), 4);
+    let cancelled: Vec<usize> =
+        batcher.expire(now, |&item| item == 1).into_iter().map(|(entry, _)| entry.item).collect();
+    assert_eq!(cancelled, [1, 2], "what is gone makes way for what is over");
+}
+
 /// A request of the level with index `level` whose queue timeout ends at `expires`.
 fn in_level(level: usize, shape: usize, expires: Option<Instant>) -> Cost {
     Cost { place: Place { level, deadline: None, expires }, ..cost(1, shape) }

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::made_up_data;
 use crate::{
+    backend::Signature,
     error::Error,
     tensor::{DType, Data, Shape, Tensor, elements},
 };
@@ -16,12 +17,15 @@ use crate::{
 /// More bytes in a described tensor than any model takes are a typing error.
 const MAX_BYTES: usize = 1 << 30;
 
+/// A model that is not warm after so many runs never will be.
+const MAX_COUNT: usize = 10_000;
+
 /// One request to warm up with.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DescribedRequest {
     pub name: String,
-    /// Rows, each as `inputs` describes one; absent when the model has no batch dimension.
+    /// Rows, each as `inputs` describes one; 1 or absent when the model has no batch dimension.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub batch_size: Option<usize>,
     /// How often it is run.
@@ -63,15 +67,19 @@ fn is_once(count: &usize) -> bool {
 }
 
 impl DescribedRequest {
-    /// The tensors of the request; files are looked for in `folder`.
+    /// The tensors of the request for a model of this signature; files are looked for in `folder`.
     ///
     /// # Errors
     /// `InvalidArgument` naming the input.
-    pub fn build(&self, folder: &Path) -> Result<Vec<Tensor>, Error> {
+    pub fn build(&self, signature: &Signature, folder: &Path) -> Result<Vec<Tensor>, Error> {
         self.inputs
             .iter()
             .map(|(name, input)| {
-                let tensor = input.build(name, self.batch_size, folder);
+                let spec = signature.inputs.iter().find(|spec| *spec.name == **name);
+                // One row of a model without rows is all there is.
+                let whole = spec.is_some_and(|spec| spec.shape.len() == input.dims.len());
+                let batch_size = self.batch_size.filter(|&rows| rows > 1 || !whole);
+                let tensor = input.build(name, batch_size, folder);
                 tensor.map_err(|error| Error { message: format!("input '{name}': {}", error.message), ..error })
             })
             .collect()
@@ -86,6 +94,9 @@ impl DescribedRequest {
             && rows > limit
         {
             return Err(format!("'{}': batch_size {rows} is more than max_batch_size, {limit}", self.name));
+        }
+        if self.count > MAX_COUNT {
+            return Err(format!("'{}': count {} is more than {MAX_COUNT}", self.name, self.count));
         }
         let zero = [("batch_size", self.batch_size == Some(0)), ("count", self.count == 0)];
         if let Some((key, _)) = zero.into_iter().find(|(_, zero)| *zero) {
@@ -124,7 +135,7 @@ impl DescribedInput {
             Filling::Random => made_up_data(self.datatype, count * rows, 0, &mut StdRng::seed_from_u64(42)),
             Filling::File(file) => {
                 let content = self.read(&folder.join(file), count)?;
-                repeated(self.datatype, &content, rows)
+                repeated(self.datatype, &content, count, rows)?
             }
         };
         Tensor::new(name.into(), self.datatype, shape, data)
@@ -150,33 +161,38 @@ impl DescribedInput {
     }
 }
 
-/// The content of a file once for each row.
-fn repeated(datatype: DType, bytes: &[u8], rows: usize) -> Data {
+/// The content of a file, which holds the `count` elements of one row, once for each row.
+fn repeated(datatype: DType, bytes: &[u8], count: usize, rows: usize) -> Result<Data, Error> {
     if datatype.size().is_some() {
-        return Data::Plain(bytes.repeat(rows).into());
+        return Ok(Data::Plain(bytes.repeat(rows).into()));
     }
     let mut texts = Vec::new();
     let mut rest = bytes;
-    while let Some((length, after)) = rest.split_first_chunk::<4>() {
-        // A text that is cut short is missing, and the tensor then says so.
-        let Some((text, after)) = after.split_at_checked(u32::from_le_bytes(*length) as usize) else { break };
+    while texts.len() <= count
+        && let Some((length, after)) = rest.split_first_chunk::<4>()
+        && let Some((text, after)) = after.split_at_checked(u32::from_le_bytes(*length) as usize)
+    {
         texts.push(Bytes::copy_from_slice(text));
         rest = after;
     }
-    let count = texts.len();
-    Data::Strings(texts.into_iter().cycle().take(count * rows).collect())
+    if texts.len() != count || !rest.is_empty() {
+        let message = format!("the file must hold {count} texts, each behind its length as four bytes, and no more");
+        return Err(Error::invalid(message));
+    }
+    Ok(Data::Strings(texts.into_iter().cycle().take(count * rows).collect()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::TensorSpec;
 
     fn build(dims: &[usize], datatype: DType, data: Filling, file: &[u8]) -> Result<Tensor, Error> {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("raw"), file).unwrap();
         let inputs = BTreeMap::from([("x".to_owned(), DescribedInput { datatype, dims: dims.to_vec(), data })]);
         let request = DescribedRequest { name: "r".into(), batch_size: Some(2), count: 1, inputs };
-        request.build(folder.path()).map(|mut tensors| tensors.remove(0))
+        request.build(&Signature::default(), folder.path()).map(|mut tensors| tensors.remove(0))
     }
 
     #[test]
@@ -192,12 +208,36 @@ mod tests {
     }
 
     #[test]
+    fn one_row_of_a_model_without_rows_is_all_there_is() {
+        let input = DescribedInput { datatype: DType::Uint8, dims: vec![2], data: Filling::Zero };
+        let request = |rows| DescribedRequest {
+            name: "r".into(),
+            batch_size: Some(rows),
+            count: 1,
+            inputs: BTreeMap::from([("x".to_owned(), input.clone())]),
+        };
+        let shape = |declared: &[i64], rows| {
+            let spec = TensorSpec { name: "x".into(), dtype: DType::Uint8, shape: declared.to_vec() };
+            let signature = Signature { inputs: vec![spec], ..Signature::default() };
+            request(rows).build(&signature, Path::new("")).unwrap()[0].shape.to_vec()
+        };
+        assert_eq!(shape(&[2], 1), [2]);
+        assert_eq!(shape(&[-1, 2], 1), [1, 2]);
+        assert_eq!(shape(&[-1, 2], 3), [3, 2]);
+        assert_eq!(shape(&[2], 3), [3, 2], "the model will say that it has no rows");
+    }
+
+    #[test]
     fn what_does_not_fit_is_refused_by_name() {
         let message = |dims: &[usize], data, file: &[u8]| build(dims, DType::Fp32, data, file).unwrap_err().message;
         assert!(message(&[2], Filling::File("raw".into()), &[1, 2]).contains("'x'"));
         assert!(message(&[2], Filling::File("none".into()), &[]).contains("none"));
         assert!(message(&[2], Filling::File("raw".into()), &[0; 64]).contains("takes 8 bytes, and the file has 64"));
         assert!(message(&[1 << 28], Filling::Zero, &[]).contains("more than"));
+        for file in [&b"\0\0\0\0\0\0\0\0"[..], b"\x02\0\0\0h", b"\0\0\0\0x", b""] {
+            let texts = build(&[], DType::Bytes, Filling::File("raw".into()), file).unwrap_err().message;
+            assert!(texts.contains("must hold 1 texts"), "{texts}");
+        }
         assert!(message(&[usize::MAX], Filling::Zero, &[]).contains("more than"));
         let inputs = BTreeMap::from([(
             "x".to_owned(),
@@ -207,6 +247,9 @@ mod tests {
         assert!(request.validate(None).unwrap_err().contains("../secret"));
         let large = DescribedRequest { batch_size: Some(9), ..request.clone() };
         assert!(large.validate(Some(8)).unwrap_err().contains("more than max_batch_size, 8"));
-        assert!(DescribedRequest { count: 0, ..request }.validate(None).unwrap_err().contains("count"));
+        for count in [0, MAX_COUNT + 1] {
+            let wrong = DescribedRequest { count, ..request.clone() };
+            assert!(wrong.validate(None).unwrap_err().contains("count"), "{count}");
+        }
     }
 }
