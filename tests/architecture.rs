@@ -31,7 +31,7 @@ const HOMES: [(&str, &[&str]); 20] = [
     ("prost_reflect", &["control/pbtxt", "api/reflection"]),
     ("miette", &["control/pbtxt"]),
     ("base64", &["api"]),
-    ("tempfile", &["control/upload"]),
+    ("tempfile", &["control/upload", "backend/onnx/testing"]),
     ("axum", &["api", "server"]),
     ("hyper_util", &["api/listen", "cli"]),
     ("socket2", &["api/listen"]),
