@@ -140,9 +140,7 @@ impl DescribedInput {
         };
         Tensor::new(name.into(), self.datatype, shape, data)
     }
-}
 
-impl DescribedInput {
     /// The file with the `count` elements of one row.
     fn read(&self, path: &Path, count: usize) -> Result<Vec<u8>, Error> {
         let wrong = |reason: String| Error::invalid(format!("{}: {reason}", path.display()));
