@@ -24,8 +24,8 @@
 //!    decodes the body through `api::codec`, other servers' shapes of it through `api::shapes`; raw tensor bytes are
 //!    not copied.
 //! 3. `engine` checks the inputs against the `Signature` and submits them.
-//! 4. `model::batcher` queues or refuses; an idle thread of `model::executor` takes what may run together, gathers it,
-//!    runs it on its own session, and hands each request its rows.
+//! 4. `model::batcher` queues or refuses; an idle thread of `model::executor`, woken through `model::relay`, takes
+//!    what may run together, gathers it, runs it, and hands each request its rows.
 //! 5. `api` encodes the answer, counts it, and only then sends it.
 //!
 //! # A version's way
@@ -41,7 +41,8 @@
 //! - There is one `CatalogWriter`, and it is not `Clone`.
 //! - `model::batcher`, `model::schedule` and `model::service_time` are pure: time is passed in.
 //! - Every queue is bounded, and full means an answer.
-//! - A session belongs to one thread; its pool threads do not inherit the loader's low priority.
+//! - One thread at a time has a session: an executor, or for runs of microseconds the I/O thread that queued them.
+//! - A session's pool threads do not inherit the loader's low priority.
 //! - A request is counted exactly once, before its answer leaves; one that is given up counts as cancelled.
 //! - Files are read before they are run: changing them on disk cannot hurt a running version.
 //! - Nothing is told to anybody who did not ask: `main` keeps ONNX Runtime's telemetry off before it is loaded.

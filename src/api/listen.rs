@@ -37,6 +37,8 @@ const HANDOVER: usize = 256;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Bytes that every HTTP/2 connection begins with.
 const HTTP2_PREFACE: usize = 24;
+/// Shorter than a client may take for a request's headers.
+const HEARTBEAT: Duration = Duration::from_millis(500);
 const PEEK_INTERVAL: Duration = Duration::from_millis(20);
 /// How long a connection made just before the port closed may take to send something.
 pub(super) const LAST_CHANCE: Duration = Duration::from_millis(200);
@@ -155,6 +157,14 @@ struct Context {
 
 impl Context {
     async fn serve(self, mut receiver: mpsc::Receiver<Accepted>) {
+        // tokio wakes a runtime, even its own, for each timer that ends before all others: for each request, since
+        // every connection waits for its next one with a timer. There is always one that ends before those.
+        let heartbeat = tokio::spawn(async {
+            let mut interval = tokio::time::interval(HEARTBEAT);
+            loop {
+                interval.tick().await;
+            }
+        });
         // Whoever accepts drops the sender after the last connection; none is forgotten on the way.
         while let Some(accepted) = receiver.recv().await {
             tokio::spawn(self.connections.track_future(self.clone().connection(accepted)));
@@ -164,6 +174,7 @@ impl Context {
             () = self.connections.wait() => {}
             () = self.abort.cancelled() => {}
         }
+        heartbeat.abort();
     }
 
     async fn connection(self, accepted: Accepted) {

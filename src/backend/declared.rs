@@ -117,7 +117,7 @@ impl Interface {
             return Ok(session);
         }
         let graph = session.signature();
-        let mut signature = Signature { notes: graph.notes.clone(), ..Signature::default() };
+        let mut signature = Signature { steady: graph.steady, notes: graph.notes.clone(), ..Signature::default() };
         let mut inputs = Vec::new();
         self.check_inputs(graph)?;
         let declared = |name: &str| self.inputs.iter().find(|declared| declared.name == name);

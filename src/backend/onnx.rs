@@ -334,6 +334,8 @@ fn signature(session: &ort::session::Session, model: &Model) -> Result<Signature
             Err(kind) => signature.notes.push(left_out(output, &kind)),
         }
     }
+    let rows_alone = |spec: &TensorSpec| spec.dtype != DType::Bytes && spec.shape.iter().skip(1).all(|&size| size >= 0);
+    signature.steady = model.is_steady() && signature.inputs.iter().all(rows_alone);
     if signature.outputs.is_empty() {
         let reason = if signature.notes.is_empty() { "it has none".to_owned() } else { signature.notes.join("; ") };
         return Err(Error::invalid(format!("the model has no output that a response can carry: {reason}")));

@@ -25,6 +25,9 @@ pub struct Signature {
     pub optional: Vec<Arc<str>>,
     /// Inputs that the graph has a value for; they become optional ones when the model's author declares them.
     pub defaults: Vec<TensorSpec>,
+    /// Whether the time of a run follows from its rows alone, so that a few runs tell how long all others take: no
+    /// dimension but the first is open, and no operator does as much work as some value asks for.
+    pub steady: bool,
     /// Things about the graph that an operator should know, such as outputs left out.
     pub notes: Vec<String>,
 }

@@ -427,6 +427,13 @@ impl<T> Batcher<T> {
         self.max_delay = Duration::ZERO;
     }
 
+    /// How long all that waits would take one executor; `None` when it is not known, or not to be begun yet.
+    pub fn expected(&self) -> Option<Duration> {
+        let rows = self.lanes.iter().map(|lane| lane.rows).sum();
+        let expected = self.service.estimate_queue(rows, self.len, self.group);
+        (self.max_delay.is_zero() && !expected.is_zero()).then_some(expected)
+    }
+
     /// Whether as much waits as one run may take, where runs take more than one request.
     pub fn fills_a_batch(&self) -> bool {
         self.group > 1 && self.lanes.iter().map(|lane| lane.rows).sum::<usize>() >= self.group

@@ -1,4 +1,4 @@
-//! Executor threads: each owns a session, pulls batches from the version's queue, and answers its requests.
+//! Executor threads: each brings a session, pulls batches from the version's queue, and answers its requests.
 
 use std::{
     panic::AssertUnwindSafe,
@@ -41,8 +41,10 @@ pub enum Refused {
 /// Full means `Overloaded`; see `batcher::Limits`.
 pub(super) struct Queue {
     state: Mutex<State>,
-    work: Arc<Condvar>,
+    work: Condvar,
     model: ModelName,
+    /// Whether what a run is expected to take is what it takes.
+    steady: bool,
     metrics: Arc<VersionMetrics>,
 }
 
@@ -50,12 +52,16 @@ struct State {
     batcher: Batcher<Job>,
     closed: bool,
     purged_at: Instant,
-    /// Executors that wait for work.
-    idle: usize,
+    /// The sessions of executors that wait for work.
+    idle: Vec<Box<dyn Session>>,
 }
 
 /// How often a full queue is searched for requests that nobody waits for: rarely enough to keep refusals cheap.
 const PURGE_INTERVAL: Duration = Duration::from_millis(10);
+
+/// Runs that are expected to be over by then are done by the I/O thread that queued their requests, when it has nothing
+/// else to do and a session is idle: handing them over takes two wakes, and longer than the run of a small model.
+const AT_ONCE: Duration = Duration::from_micros(100);
 
 /// The answer to come.
 pub(super) struct Ticket {
@@ -63,16 +69,17 @@ pub(super) struct Ticket {
 }
 
 impl Queue {
-    pub fn new(model: ModelName, batcher: Batcher<Job>, metrics: Arc<VersionMetrics>) -> Self {
+    pub fn new(model: ModelName, steady: bool, batcher: Batcher<Job>, metrics: Arc<VersionMetrics>) -> Self {
         Self {
-            state: Mutex::new(State { batcher, closed: false, purged_at: Instant::now(), idle: 0 }),
-            work: Arc::default(),
+            state: Mutex::new(State { batcher, closed: false, purged_at: Instant::now(), idle: Vec::new() }),
+            work: Condvar::new(),
             model,
+            steady,
             metrics,
         }
     }
 
-    pub fn submit(&self, inputs: Vec<Tensor>, cost: Cost) -> Result<Ticket, Refused> {
+    pub fn submit(self: &Arc<Self>, inputs: Vec<Tensor>, cost: Cost) -> Result<Ticket, Refused> {
         let (sender, reply) = oneshot::channel();
         let mut state = self.state.lock();
         if state.closed {
@@ -91,10 +98,11 @@ impl Queue {
         }
         match pushed {
             Ok(()) => {
-                let (idle, full) = (state.idle > 0, state.batcher.fills_a_batch());
+                let idle = !state.idle.is_empty();
+                let urgent = state.batcher.fills_a_batch() && !self.is_quick(&state);
                 drop(state);
                 if idle {
-                    relay::wake(&self.work, full);
+                    relay::wake(self, urgent);
                 }
                 Ok(Ticket { reply })
             }
@@ -105,6 +113,44 @@ impl Queue {
                 Err(Refused::Error(error))
             }
         }
+    }
+
+    /// Wakes an executor, if one waits.
+    pub fn wake(&self) {
+        self.work.notify_one();
+    }
+
+    /// Sees to it that what is queued runs: here and now if that is quickly done, else on an executor's thread.
+    pub fn look_after(&self) {
+        let mut state = self.state.lock();
+        if !self.is_quick(&state) {
+            drop(state);
+            return self.wake();
+        }
+        let Some(mut session) = state.idle.pop() else { return };
+        let start = Instant::now();
+        let mut now = start;
+        while now.duration_since(start) < AT_ONCE && !state.batcher.is_empty() {
+            let next = state.batcher.next(now, |job| job.reply.is_closed());
+            drop(state);
+            self.drop_dead(next.dropped);
+            let done = (!next.batch.is_empty()).then(|| execute(self, session.as_mut(), now, next.batch));
+            state = self.state.lock();
+            now = Instant::now();
+            if let Some(Done { start, rows, took }) = done {
+                state.batcher.finished(start, rows, took);
+            }
+        }
+        state.idle.push(session);
+        if state.closed || !state.batcher.is_empty() {
+            // An executor that looked meanwhile found no session.
+            self.wake();
+        }
+    }
+
+    /// Whether an I/O thread may run what is queued; the others of its connections wait meanwhile.
+    fn is_quick(&self, state: &State) -> bool {
+        self.steady && state.batcher.expected().is_some_and(|expected| expected <= AT_ONCE)
     }
 
     /// From now on no batch waits for company.
@@ -155,13 +201,19 @@ impl Queue {
         self.drop_dead(dropped);
     }
 
-    /// Blocks until there is a batch; `None` when the queue is closed and empty. `done` is the run before.
-    fn take(&self, done: Option<Done>) -> Option<(Instant, Vec<Entry<Job>>)> {
+    /// Blocks until there is a batch; `None` when the queue is closed and empty. `done` is the run before. The session
+    /// is there for others meanwhile, and it may be another one that comes back.
+    fn take(&self, session: Box<dyn Session>, done: Option<Done>) -> Option<Taken> {
         let mut state = self.state.lock();
         if let Some(Done { start, rows, took }) = done {
             state.batcher.finished(start, rows, took);
         }
+        state.idle.push(session);
         loop {
+            let Some(session) = state.idle.pop() else {
+                self.work.wait(&mut state);
+                continue;
+            };
             let now = Instant::now();
             let next = state.batcher.next(now, |job| job.reply.is_closed());
             let dropped = !next.dropped.is_empty();
@@ -169,27 +221,24 @@ impl Queue {
                 self.drop_dead(next.dropped);
             }
             if !next.batch.is_empty() {
-                if state.idle > 0 && !state.batcher.is_empty() {
+                if !state.idle.is_empty() && !state.batcher.is_empty() {
                     // One wake stands for many requests, and this thread may have been the only one with a timer for
                     // what still waits for company.
                     self.work.notify_one();
                 }
-                return Some((now, next.batch));
+                return Some(Taken { session, start: now, batch: next.batch });
             }
+            let over = next.wake_at.is_none() && !dropped && state.closed;
+            if over {
+                drop(state);
+                return None;
+            }
+            state.idle.push(session);
             match next.wake_at {
-                Some(instant) => {
-                    state.idle += 1;
-                    self.work.wait_until(&mut state, instant);
-                    state.idle -= 1;
-                }
+                Some(instant) => drop(self.work.wait_until(&mut state, instant)),
                 // A request may be given up between two looks at it; then those behind it have not been seen yet.
                 None if dropped => {}
-                None if state.closed => return None,
-                None => {
-                    state.idle += 1;
-                    self.work.wait(&mut state);
-                    state.idle -= 1;
-                }
+                None => self.work.wait(&mut state),
             }
         }
     }
@@ -212,6 +261,13 @@ impl Queue {
     }
 }
 
+/// A batch and the session to run it.
+struct Taken {
+    session: Box<dyn Session>,
+    start: Instant,
+    batch: Vec<Entry<Job>>,
+}
+
 /// A run that is over, and how long it took when it went well.
 struct Done {
     start: Instant,
@@ -220,24 +276,28 @@ struct Done {
 }
 
 /// Runs batches until the queue is closed and empty.
-pub(super) fn run(queue: &Queue, session: &mut dyn Session, model: &str) {
+pub(super) fn run(queue: &Queue, mut session: Box<dyn Session>) {
     let mut done = None;
-    while let Some((start, batch)) = queue.take(done) {
-        let rows = batch.iter().map(|entry| entry.cost.rows).sum();
-        for entry in &batch {
-            queue.metrics.queued(start.saturating_duration_since(entry.queued_at));
-        }
-        let jobs: Vec<Job> = batch.into_iter().map(|entry| entry.item).collect();
-        let took = execute(queue, session, model, jobs, rows);
-        done = Some(Done { start, rows, took });
+    while let Some(taken) = queue.take(session, done) {
+        session = taken.session;
+        done = Some(execute(queue, session.as_mut(), taken.start, taken.batch));
     }
 }
 
-/// Runs and answers one batch; the time of the run when it went well.
-fn execute(queue: &Queue, session: &mut dyn Session, model: &str, mut jobs: Vec<Job>, rows: usize) -> Option<Duration> {
+/// Runs and answers one batch.
+fn execute(queue: &Queue, session: &mut dyn Session, start: Instant, batch: Vec<Entry<Job>>) -> Done {
+    let rows = batch.iter().map(|entry| entry.cost.rows).sum();
+    for entry in &batch {
+        queue.metrics.queued(start.saturating_duration_since(entry.queued_at));
+    }
+    let jobs = batch.into_iter().map(|entry| entry.item).collect();
+    Done { start, rows, took: run_batch(queue, session, jobs, rows) }
+}
+
+/// The time of the run when it went well.
+fn run_batch(queue: &Queue, session: &mut dyn Session, mut jobs: Vec<Job>, rows: usize) -> Option<Duration> {
     if jobs.len() == 1 {
-        let job = jobs.pop()?;
-        return run_alone(queue, session, model, job, rows);
+        return run_alone(queue, session, jobs.pop()?, rows);
     }
     match run_together(session, &jobs, rows) {
         Ok((outputs, mut phases)) => {
@@ -251,21 +311,21 @@ fn execute(queue: &Queue, session: &mut dyn Session, model: &str, mut jobs: Vec<
         }
         Err(error) => {
             // Only the offender shall get the error: its neighbours run again, each by itself.
-            tracing::debug!(model, requests = jobs.len(), %error, "batch failed, running its requests one by one");
+            tracing::debug!(model = %queue.model, requests = jobs.len(), %error, "batch failed, running its requests one by one");
             for job in jobs {
                 if job.reply.is_closed() {
                     queue.metrics.dropped(DropReason::Cancelled);
                     continue;
                 }
                 let rows = job_rows(&job);
-                run_alone(queue, session, model, job, rows);
+                run_alone(queue, session, job, rows);
             }
             None
         }
     }
 }
 
-fn run_alone(queue: &Queue, session: &mut dyn Session, model: &str, job: Job, rows: usize) -> Option<Duration> {
+fn run_alone(queue: &Queue, session: &mut dyn Session, job: Job, rows: usize) -> Option<Duration> {
     let start = Instant::now();
     let result = guarded(session, &job.inputs);
     let took = start.elapsed();
@@ -284,7 +344,7 @@ fn run_alone(queue: &Queue, session: &mut dyn Session, model: &str, job: Job, ro
             Some(took)
         }
         Err(error) => {
-            Outgoing::default().add(job, Err(error.of_model(model)));
+            Outgoing::default().add(job, Err(error.of_model(queue.model.as_str())));
             None
         }
     }
@@ -362,6 +422,8 @@ mod tests {
         signature: Signature,
         runs: mpsc::Sender<usize>,
         gate: Arc<Mutex<()>>,
+        /// The thread of the last run.
+        thread: Arc<Mutex<Option<thread::ThreadId>>>,
     }
 
     impl Session for Echo {
@@ -371,6 +433,7 @@ mod tests {
 
         fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, Error> {
             let shape = &inputs[0].shape;
+            *self.thread.lock() = Some(thread::current().id());
             self.runs.send(shape[0]).unwrap();
             if shape[0] == shape[1] {
                 drop(self.gate.lock());
@@ -384,25 +447,32 @@ mod tests {
         queue: Arc<Queue>,
         gate: Arc<Mutex<()>>,
         runs: mpsc::Receiver<usize>,
+        thread: Arc<Mutex<Option<thread::ThreadId>>>,
         executors: Vec<thread::JoinHandle<()>>,
     }
 
     impl Line {
         fn new(schedule: &str, group: usize, executors: usize) -> Self {
+            Self::expecting(ServiceTime::default(), true, schedule, group, executors)
+        }
+
+        fn expecting(service: ServiceTime, steady: bool, schedule: &str, group: usize, executors: usize) -> Self {
             let schedule: Schedule = toml::from_str(schedule).unwrap();
             let limits = Limits { max_rows: 100, max_requests: 100, max_bytes: 1 << 20, max_wait: NEVER };
-            let batcher = Batcher::new(limits, &schedule, group, executors, ServiceTime::default());
+            let batcher = Batcher::new(limits, &schedule, group, executors, service);
             let metrics = Metrics::new("test", "none").version("m", "1");
-            let queue = Arc::new(Queue::new(ModelName::parse("m").unwrap(), batcher, metrics));
+            let queue = Arc::new(Queue::new(ModelName::parse("m").unwrap(), steady, batcher, metrics));
             let (sender, runs) = mpsc::channel();
             let gate = Arc::new(Mutex::new(()));
+            let thread = Arc::default();
             let executor = |_| {
-                let mut echo = Echo { signature: Signature::default(), runs: sender.clone(), gate: gate.clone() };
+                let (runs, gate, thread) = (sender.clone(), gate.clone(), Arc::clone(&thread));
+                let echo = Echo { signature: Signature::default(), runs, gate, thread };
                 let queue = queue.clone();
-                thread::spawn(move || run(&queue, &mut echo, "m"))
+                thread::spawn(move || run(&queue, Box::new(echo)))
             };
             let executors = (0..executors).map(executor).collect();
-            Self { queue, gate, runs, executors }
+            Self { queue, gate, runs, thread, executors }
         }
 
         fn submit(&self, columns: usize) -> Ticket {
@@ -425,7 +495,7 @@ mod tests {
         let line = Line::new("", 64, 1);
         let io_thread = relay::runtime().unwrap();
         let submit = |count| {
-            while line.queue.state.lock().idle == 0 {
+            while line.queue.state.lock().idle.is_empty() {
                 thread::yield_now();
             }
             (0..count).map(|_| line.submit(3)).collect::<Vec<Ticket>>()
@@ -443,6 +513,32 @@ mod tests {
             }
         }));
         line.end();
+    }
+
+    #[test]
+    fn an_io_thread_runs_small_batches_itself() {
+        let micros = Duration::from_micros;
+        for (per_row, steady, itself) in [(1, true, true), (200, true, false), (1, false, false)] {
+            let per_row = micros(per_row);
+            let service = ServiceTime::from_sweep(&[(1, per_row), (8, per_row * 8)]);
+            let line = Line::expecting(service, steady, "", 8, 1);
+            relay::runtime().unwrap().block_on(relay::relayed(async {
+                // Twelve requests are more than one batch.
+                for count in [1, 4, 12] {
+                    while line.queue.state.lock().idle.is_empty() {
+                        tokio::task::yield_now().await;
+                    }
+                    let tickets: Vec<Ticket> = (0..count).map(|_| line.submit(3)).collect();
+                    for ticket in tickets {
+                        ticket.reply.await.unwrap().unwrap();
+                    }
+                    let here = *line.thread.lock() == Some(thread::current().id());
+                    assert_eq!(here, itself, "{count} requests of {per_row:?}");
+                }
+            }));
+            assert_eq!(line.queue.len(), 0);
+            line.end();
+        }
     }
 
     #[test]

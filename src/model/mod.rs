@@ -141,7 +141,7 @@ impl ModelVersion {
         let Loaded { facts, sessions, service } = loaded;
         let instances = sessions.len();
         let batcher = Batcher::new(limits, &facts.schedule, facts.batching.group, instances, service);
-        let queue = Arc::new(Queue::new(facts.name.clone(), batcher, metrics.clone()));
+        let queue = Arc::new(Queue::new(facts.name.clone(), facts.signature.steady, batcher, metrics.clone()));
         metrics.loaded(facts.load_duration);
         metrics.prepare();
         let (alive, ended) = channel();
@@ -156,13 +156,13 @@ impl ModelVersion {
             executors: Mutex::new(Executors { threads: Vec::with_capacity(instances), ended }),
             in_flight: Arc::default(),
         };
-        for (index, mut session) in sessions.into_iter().enumerate() {
+        for (index, session) in sessions.into_iter().enumerate() {
             let queue = version.queue.clone();
             let name = version.name.clone();
             let alive = alive.clone();
             let spawned = std::thread::Builder::new().name(format!("run-{index}-{name}")).spawn(move || {
-                executor::run(&queue, session.as_mut(), name.as_str());
-                drop((session, alive));
+                executor::run(&queue, session);
+                drop(alive);
             });
             match spawned {
                 Ok(thread) => version.executors.lock().threads.push(thread),

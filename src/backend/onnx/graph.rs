@@ -8,6 +8,26 @@ use prost::Message;
 /// `TensorProto.DataLocation.EXTERNAL`.
 pub const EXTERNAL: i32 = 1;
 
+/// Operators that do as much work as one of their input's values says. Those that run graphs of their own, such as
+/// `Loop`, are known by their attributes.
+const OPEN_ENDED: [&str; 15] = [
+    "CenterCropPad",
+    "Compress",
+    "ConstantOfShape",
+    "Expand",
+    "MaxUnpool",
+    "NonMaxSuppression",
+    "NonZero",
+    "OneHot",
+    "Pad",
+    "Range",
+    "Resize",
+    "Tile",
+    "TopK",
+    "Unique",
+    "Upsample",
+];
+
 #[derive(Clone, PartialEq, Message)]
 pub struct Model {
     #[prost(message, optional, tag = "7")]
@@ -142,6 +162,15 @@ impl Model {
         })
     }
 
+    /// Whether no operator does more work for some values than for others.
+    pub fn is_steady(&self) -> bool {
+        let steady = |node: &Node| {
+            let mut attributes = node.attributes.iter();
+            !OPEN_ENDED.contains(&&*node.op_type) && attributes.all(|it| it.graph.is_none() && it.graphs.is_empty())
+        };
+        self.functions.is_empty() && self.graph.iter().flat_map(|graph| &graph.nodes).all(steady)
+    }
+
     /// Every tensor of the model whose elements lie in another file, and where in the model each tensor sits.
     pub fn external_tensors(&self) -> Vec<(Site, &Tensor)> {
         let mut found = Vec::new();
@@ -268,6 +297,22 @@ mod tests {
                 .iter()
                 .all(|(site, tensor)| (*site == Site::Main) == ["weights", "constant"].contains(&&*tensor.name))
         );
+    }
+
+    #[test]
+    fn operators_that_do_what_a_value_says_are_not_steady() {
+        let node = |kind: &str| Node { op_type: kind.to_owned(), attributes: Vec::new() };
+        let looping = Node {
+            op_type: "Own".to_owned(),
+            attributes: vec![Attribute { graphs: vec![Graph::default()], ..Attribute::default() }],
+        };
+        for (last, steady) in [(node("Relu"), true), (node("Tile"), false), (looping, false)] {
+            let graph = Graph { nodes: vec![node("Gemm"), last], ..Graph::default() };
+            let mut model = Model { graph: Some(graph), functions: Vec::new() };
+            assert_eq!(model.is_steady(), steady);
+            model.functions.push(Function::default());
+            assert!(!model.is_steady(), "a function may be anything");
+        }
     }
 
     #[test]
