@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use crate::{machine::on_core, stub::Stub};
+use crate::{machine::on_cores, stub::Stub};
 
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// Of the log, this much is shown when a process does not start.
@@ -37,6 +37,10 @@ pub struct Programs {
     pub onnxruntime: PathBuf,
     /// The core that everything measured runs on.
     pub core: usize,
+    /// The core that the generator runs on.
+    pub generator: usize,
+    /// Whether what is measured may use both.
+    pub both: bool,
 }
 
 /// A server, ours or the echo, until this is dropped.
@@ -61,12 +65,26 @@ impl Programs {
     /// # Errors
     /// When it is not ready within a minute with every model; the message has the end of its log.
     pub fn serve(&self, models: &Path) -> Result<Process> {
+        self.serve_with(models, &[])
+    }
+
+    /// The same programs on two cores.
+    pub fn on_both(&self) -> Self {
+        Self { both: true, ..self.clone() }
+    }
+
+    /// Starts `tidegate serve` with more flags.
+    ///
+    /// # Errors
+    /// As `serve`.
+    pub fn serve_with(&self, models: &Path, flags: &[&str]) -> Result<Process> {
         let home = tempfile::tempdir()?;
         let mut command = Command::new(&self.server);
         command.arg("serve").arg("--models").arg(models).arg("--data").arg(home.path().join("data"));
         for port in ["--rest", "--grpc", "--ops"] {
             command.args([port, "127.0.0.1:0"]);
         }
+        command.args(flags);
         self.start(command, home)
     }
 
@@ -99,25 +117,29 @@ impl Programs {
         command.arg("load").arg(files);
         let home = tempfile::tempdir()?;
         command.env("ORT_DYLIB_PATH", &self.onnxruntime);
-        let (_running, lines) = spawn(&mut command, self.core, home.path())?;
+        let (_running, lines) = spawn(&mut command, &self.cores(), home.path())?;
         let line = lines.recv_timeout(START_TIMEOUT).map(|(_, line)| line);
         let seconds = line.ok().and_then(|line| line.parse().ok());
         seconds.with_context(|| format!("a process of its own did not load {}: {}", files.display(), tail(home.path())))
     }
 
+    fn cores(&self) -> Vec<usize> {
+        if self.both { vec![self.core, self.generator] } else { vec![self.core] }
+    }
+
     fn start(&self, mut command: Command, home: TempDir) -> Result<Process> {
         command.env("ORT_DYLIB_PATH", &self.onnxruntime);
-        start(command, self.core, home)
+        start(command, &self.cores(), home)
     }
 }
 
-/// Starts a server on `core`, with `home` as its folder.
+/// Starts a server on `cores`, with `home` as its folder.
 ///
 /// # Errors
 /// When it is not ready within a minute with every model; the message has the end of its log.
-pub fn start(mut command: Command, core: usize, home: TempDir) -> Result<Process> {
+pub fn start(mut command: Command, cores: &[usize], home: TempDir) -> Result<Process> {
     let begun = Instant::now();
-    let (running, lines) = spawn(&mut command, core, home.path())?;
+    let (running, lines) = spawn(&mut command, cores, home.path())?;
     let any = SocketAddr::from(([127, 0, 0, 1], 0));
     let mut process = Process { running, lines, rest: any, grpc: any, ready_after: Duration::ZERO, home };
     let ready = process.listen().with_context(|| {
@@ -127,15 +149,15 @@ pub fn start(mut command: Command, core: usize, home: TempDir) -> Result<Process
     Ok(process)
 }
 
-/// Starts `command` on `core`; its lines follow, and its log is in `home`.
-fn spawn(command: &mut Command, core: usize, home: &Path) -> Result<(Running, Lines)> {
+/// Starts `command` on `cores`; its lines follow, and its log is in `home`.
+fn spawn(command: &mut Command, cores: &[usize], home: &Path) -> Result<(Running, Lines)> {
     for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("TIDEGATE_")) {
         command.env_remove(name);
     }
     command.current_dir(home);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(File::create(home.join(LOG))?);
     // A process inherits the core of the thread that starts it, and so finds only one from its first moment on.
-    let mut running = on_core(core, || {
+    let mut running = on_cores(cores, || {
         let mut all = RUNNING.lock();
         let child = command.spawn().with_context(|| format!("cannot start {:?}", command.get_program()))?;
         all.push(child.id());

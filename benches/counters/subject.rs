@@ -57,7 +57,7 @@ impl Subject {
             }
         };
         command.args(&self.0);
-        process::start(command, Cores::choose()?.server, tempfile::tempdir()?)
+        process::start(command, &[Cores::choose()?.server], tempfile::tempdir()?)
     }
 
     /// Asks `process` over each protocol, as often as `lengths` says, and calls `done` after each.
@@ -70,7 +70,7 @@ impl Subject {
         for (protocol, connections, streams) in CONCURRENCY {
             let request = protocol.request(stub::MODEL, row)?;
             let address = if protocol == Protocol::Grpc { process.grpc } else { process.rest };
-            let target = Target { address, pid: process.id(), request: &request, connections, streams };
+            let target = Target { address, pid: Some(process.id()), request: &request, connections, streams };
             load::exactly(&target, lengths, || done(process)).with_context(|| format!("over {protocol:?}"))?;
         }
         Ok(())
@@ -157,7 +157,7 @@ impl Subject {
             if let Some((protocol, connections, streams)) = asked {
                 let request = protocol.request(stub::MODEL, row)?;
                 let address = if protocol == Protocol::Grpc { process.grpc } else { process.rest };
-                let target = Target { address, pid: process.id(), request: &request, connections, streams };
+                let target = Target { address, pid: Some(process.id()), request: &request, connections, streams };
                 load::exactly(&target, &[COPIED], || Ok(()))?;
             }
             total(&process.finish()?)
