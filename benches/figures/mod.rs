@@ -1,0 +1,186 @@
+//! Every figure, and how it is found: a file for each family.
+//!
+//! Names are those that later reports keep; `w1` stands for `iris`, a model that costs less than a request.
+
+use std::{
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+use tempfile::TempDir;
+
+use crate::{
+    load::Target,
+    machine::{Moment, Usage},
+    pairs::{MAX_STOLEN, Measured},
+    process::{Process, Programs},
+    report::{Better::Lower, Report},
+    requests::Protocol,
+    statistics::median,
+    wire::Request,
+};
+
+mod latency;
+mod memory;
+mod peer;
+mod start;
+mod swap;
+mod throughput;
+mod workload;
+
+pub use peer::Peer;
+
+/// With more than this share of the machine in other hands, two programs do not lose alike: the one with more threads
+/// gets more of what is left.
+const MAX_FOREIGN: f64 = 0.1;
+/// A run is void when more than this share of its requests were sent late.
+const MAX_LATE: f64 = 0.001;
+
+/// Requests that may be open on a connection of an open loop before they wait in the generator.
+const OPEN_STREAMS: usize = 256;
+
+/// How long is measured, and how often.
+#[derive(Clone, Copy)]
+pub struct Pace {
+    pairs: usize,
+    pairs_2core: usize,
+    warm: Duration,
+    window: Duration,
+    /// The model alone, beside the windows of server and echo.
+    bare: Duration,
+    latency_pairs: usize,
+    latency_window: Duration,
+    starts: usize,
+    /// Before each swap.
+    steady: Duration,
+    sweep: Duration,
+}
+
+impl Pace {
+    pub const QUICK: Self = Self {
+        pairs: 5,
+        pairs_2core: 3,
+        warm: Duration::from_millis(200),
+        window: Duration::from_secs(1),
+        bare: Duration::from_millis(500),
+        latency_pairs: 3,
+        latency_window: Duration::from_secs(1),
+        starts: 5,
+        steady: Duration::from_millis(300),
+        sweep: Duration::from_millis(150),
+    };
+    pub const FULL: Self = Self {
+        pairs: 10,
+        pairs_2core: 6,
+        warm: Duration::from_millis(500),
+        window: Duration::from_secs(5),
+        bare: Duration::from_secs(2),
+        latency_pairs: 10,
+        latency_window: Duration::from_secs(6),
+        starts: 10,
+        steady: Duration::from_secs(1),
+        sweep: Duration::from_secs(2),
+    };
+}
+
+/// Where models lie.
+pub struct Models {
+    /// The folder of those that are shipped.
+    pub shipped: PathBuf,
+    /// The folder of those that are made for the benchmark.
+    pub made: PathBuf,
+    /// The model file of `magika`.
+    pub magika: Option<PathBuf>,
+}
+
+/// Measures, and fills the report.
+pub struct Bench {
+    programs: Programs,
+    pace: Pace,
+    models: PathBuf,
+    made: PathBuf,
+    iris: PathBuf,
+    /// The folder of `magika`'s version.
+    magika: Option<PathBuf>,
+    pub report: Report,
+    /// The machine's shares that other processes took, a number for each window.
+    foreign: Vec<f64>,
+}
+
+impl Bench {
+    /// # Errors
+    /// When a model is not where it should be.
+    pub fn new(programs: Programs, pace: Pace, models: &Models, report: Report) -> Result<Self> {
+        let there = |path: &Path| path.canonicalize().with_context(|| format!("there is no {}", path.display()));
+        let (shipped, made) = (there(&models.shipped)?, there(&models.made)?);
+        let iris = there(&shipped.join("iris/1"))?;
+        let magika = models.magika.as_deref().map(there).transpose()?;
+        let magika = magika.and_then(|file| Some(file.parent()?.to_owned()));
+        Ok(Self { programs, pace, models: shipped, made, iris, magika, report, foreign: Vec::new() })
+    }
+
+    /// Measures everything.
+    ///
+    /// # Errors
+    /// When something that must work does not.
+    pub fn measure(&mut self) -> Result<()> {
+        let mut iris = self.bare(&workload::IRIS)?;
+        let rate = self.small(&mut iris)?;
+        self.larger()?;
+        self.magika()?;
+        self.added_latency(&iris, rate / 10.0)?;
+        self.swaps(&iris, rate / 2.0)?;
+        self.start()?;
+        self.memory(self.magika.clone().as_deref())?;
+        self.on_both_cores()?;
+        let foreign = 100.0 * median(&self.foreign);
+        self.report.single("foreign", "other processes' share of the machine meanwhile", "%", Lower, foreign, None);
+        Ok(())
+    }
+}
+
+/// Calls `measure` and watches the machine meanwhile; what is measured is a process of its own, so others are not told
+/// from it.
+fn watched<T>(measure: impl FnOnce() -> Result<T>) -> Result<Measured<T>> {
+    let start = Moment::now(None)?;
+    let value = measure()?;
+    let usage = start.until(&Moment::now(None)?);
+    Ok(Measured { value, usage, spoiled: false })
+}
+
+fn is_disturbed(usage: &Usage) -> bool {
+    usage.foreign > MAX_FOREIGN
+}
+
+/// Why a figure that was taken once does not count, judged by the machine.
+fn disturbance(usage: &Usage) -> Option<String> {
+    let percent = |share: f64| 100.0 * share;
+    if usage.stolen > MAX_STOLEN {
+        Some(format!("{:.0} % of the time was stolen", percent(usage.stolen)))
+    } else {
+        is_disturbed(usage).then(|| format!("other processes took {:.0} % of the machine", percent(usage.foreign)))
+    }
+}
+
+fn target<'a>(
+    process: &Process,
+    protocol: Protocol,
+    request: &'a Request,
+    (connections, streams): (usize, usize),
+) -> Target<'a> {
+    let address = if protocol == Protocol::Grpc { process.grpc } else { process.rest };
+    Target { address, pid: Some(process.id()), request, connections, streams }
+}
+
+/// A folder of models, each with one version whose files lie elsewhere.
+fn repository(models: &[(&str, &Path)]) -> Result<TempDir> {
+    let folder = tempfile::tempdir()?;
+    for (name, files) in models {
+        let model = folder.path().join(name);
+        std::fs::create_dir(&model)?;
+        symlink(files, model.join("1"))?;
+    }
+    Ok(folder)
+}
