@@ -18,6 +18,8 @@ use crate::{
 mod binary;
 mod classification;
 mod column;
+mod decimal;
+mod direct;
 mod document;
 mod elements;
 mod envelope;
@@ -169,6 +171,9 @@ fn refuse_reserved(parameters: &Parameters) -> Result<(), Error> {
 
 /// Reads the parameters of the requested outputs, each of which may be named once.
 fn requested(outputs: Vec<(Arc<str>, Parameters)>) -> Result<Vec<RequestedOutput>, Error> {
+    if outputs.is_empty() {
+        return Ok(Vec::new());
+    }
     let mut seen = HashSet::with_capacity(outputs.len());
     outputs
         .into_iter()

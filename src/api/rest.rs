@@ -19,12 +19,14 @@ use crate::{
 
 mod body;
 mod exchange;
+mod front;
 mod generate;
 mod invocations;
 mod predict;
 
 pub(super) use body::read_body;
 use exchange::infer;
+use front::Front;
 
 /// Why the other verbs of Triton's REST interface are refused.
 const UNSUPPORTED: [(&str, &str); 4] = [
@@ -63,23 +65,14 @@ pub fn router(app: Arc<App>) -> Router {
         let refuse = move || async move { status::response(&Error::new(Code::Unimplemented, reason)) };
         router = router.route(path, axum::routing::any(refuse));
     }
-    router
+    let router = router
         .merge(generate::routes())
         .merge(predict::routes())
         .merge(invocations::routes())
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_verb)
-        .layer(axum::middleware::map_response_with_state(app.clone(), say_goodbye))
-        .with_state(app)
-}
-
-/// While the server drains, answers ask clients to come back on another connection: to another replica, or at least
-/// not on one that is about to close.
-async fn say_goodbye(State(app): State<Arc<App>>, mut response: Response) -> Response {
-    if app.draining.is_cancelled() {
-        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-    }
-    response
+        .with_state(app.clone());
+    Router::new().fallback_service(Front { app, router })
 }
 
 async fn unknown_path(request: Request) -> Response {

@@ -9,7 +9,9 @@ use bytes::Bytes;
 use serde_json::value::RawValue;
 
 use super::{
-    InferCall, InferReply, NonFinite, Parameters, RequestedOutput, binary, declared, elements,
+    InferCall, InferReply, NonFinite, Parameters, RequestedOutput, binary, declared,
+    direct::{self, Parts},
+    elements,
     envelope::{Envelope, Members, ParameterMap, Place},
     literals, refuse_shared_memory, values,
     values::Spelling,
@@ -45,6 +47,20 @@ pub struct Encoded {
 /// # Errors
 /// `InvalidArgument` naming the place, `Unimplemented` for features that are not here.
 pub fn decode_json(body: &Bytes, header_length: Option<usize>) -> Result<InferCall, Error> {
+    let length = header_length.unwrap_or(body.len());
+    match direct::read(body, length) {
+        Some(Parts { id, parameters, inputs, outputs }) => InferCall::new(
+            id.unwrap_or_default(),
+            parameters.unwrap_or_default(),
+            inputs.unwrap_or_default(),
+            outputs.unwrap_or_default(),
+        ),
+        None => decode_carefully(body, header_length),
+    }
+}
+
+/// As `decode_json`, for whatever may come, and with a word for all that is wrong with it.
+pub(super) fn decode_carefully(body: &Bytes, header_length: Option<usize>) -> Result<InferCall, Error> {
     let length = header_length.unwrap_or(body.len());
     if length > body.len() {
         return Err(Error::invalid(format!(

@@ -8,7 +8,7 @@ use std::{
 
 use axum::{body::Body, response::Response};
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, HeaderValue, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use http_body_util::BodyExt;
 
 use super::RestError;
@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// Where the JSON of a message ends and its binary tensors begin.
-pub(super) const HEADER_LENGTH: &str = "inference-header-content-length";
+pub(super) static HEADER_LENGTH: HeaderName = HeaderName::from_static("inference-header-content-length");
 
 /// Never compressed: an event must not wait for the next one to fill a block.
 const EVENTS: &str = "text/event-stream; charset=utf-8";
@@ -68,12 +68,12 @@ impl From<Encoded> for Reply {
 /// Sends the answer, compressed as the request was, or as Accept-Encoding asks when it is all JSON.
 pub(super) fn respond(reply: Reply, asked: Encoding, headers: &HeaderMap) -> Result<Response, RestError> {
     let Reply { media_type, mut pieces, header_length } = reply;
-    let accepted = headers.get(header::ACCEPT_ENCODING).and_then(|value| value.to_str().ok());
     let encoding = match asked {
         _ if media_type == EVENTS => Encoding::Identity,
         Encoding::Identity
             if header_length.is_none() && pieces.iter().map(Bytes::len).sum::<usize>() >= COMPRESS_FROM =>
         {
+            let accepted = headers.get(header::ACCEPT_ENCODING).and_then(|value| value.to_str().ok());
             accepted.and_then(compression::accepted).unwrap_or(Encoding::Identity)
         }
         asked => asked,
@@ -85,7 +85,7 @@ pub(super) fn respond(reply: Reply, asked: Encoding, headers: &HeaderMap) -> Res
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(media_type));
     if let Some(length) = header_length {
-        headers.insert(HEADER_LENGTH, HeaderValue::from(length));
+        headers.insert(&HEADER_LENGTH, HeaderValue::from(length));
     }
     if encoding != Encoding::Identity {
         headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static(encoding.name()));
@@ -181,7 +181,7 @@ pub(super) fn content_encoding(headers: &HeaderMap) -> Result<Encoding, RestErro
 }
 
 /// The value of a header that holds a number, called `shown` in complaints.
-pub(super) fn number_header(headers: &HeaderMap, key: &str, shown: &str) -> Result<Option<usize>, Error> {
+pub(super) fn number_header(headers: &HeaderMap, key: &HeaderName, shown: &str) -> Result<Option<usize>, Error> {
     let Some(value) = headers.get(key) else { return Ok(None) };
     let text = value.to_str().unwrap_or_default();
     let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());

@@ -7,7 +7,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
-use http::HeaderMap;
+use http::{HeaderMap, HeaderName};
 
 use super::{
     Named, RestError,
@@ -25,8 +25,9 @@ use crate::{
     model::ModelVersion,
 };
 
-const TIMEOUT_MS: &str = "x-request-timeout-ms";
-const REQUEST_ID: &str = "x-request-id";
+// Names made beforehand are found without being parsed for each request.
+static TIMEOUT_MS: HeaderName = HeaderName::from_static("x-request-timeout-ms");
+static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// What a request says, for the function that turns it into tensors.
 pub(super) struct Question<'a> {
@@ -43,7 +44,7 @@ pub(super) struct Question<'a> {
 pub(super) async fn infer(State(app): State<Arc<App>>, named: Result<Named, RestError>, request: Request) -> Response {
     let non_finite = app.json_nonfinite;
     let read = |question: &Question<'_>| {
-        let length = body::number_header(question.headers, HEADER_LENGTH, "Inference-Header-Content-Length")?;
+        let length = body::number_header(question.headers, &HEADER_LENGTH, "Inference-Header-Content-Length")?;
         let call = match length {
             Some(0) => codec::decode_raw(question.body, &question.version.signature),
             length => codec::decode_json(question.body, length),
@@ -95,7 +96,7 @@ async fn try_exchange<A>(
 ) -> Result<Response, RestError> {
     let (parts, body) = request.into_parts();
     let headers = parts.headers;
-    if let Some(id) = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok()) {
+    if let Some(id) = headers.get(&REQUEST_ID).and_then(|id| id.to_str().ok()) {
         id.clone_into(&mut record.request_id);
     }
     let version = named.version.as_deref();
@@ -132,6 +133,6 @@ async fn try_exchange<A>(
 }
 
 fn timeout_header(headers: &HeaderMap) -> Result<Option<Duration>, Error> {
-    let millis = body::number_header(headers, TIMEOUT_MS, TIMEOUT_MS)?;
+    let millis = body::number_header(headers, &TIMEOUT_MS, TIMEOUT_MS.as_str())?;
     Ok(millis.map(|millis| Duration::from_millis(millis as u64)))
 }

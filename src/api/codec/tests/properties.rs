@@ -12,6 +12,33 @@ use crate::{
     tensor::Data,
 };
 
+/// Members of a request, usual ones and others, for requests put together by chance.
+const MEMBERS: [&str; 9] = [
+    r#""inputs":[INPUT]"#,
+    r#""inputs" : [ INPUT, INPUT ]"#,
+    r#""inputs":[]"#,
+    r#""id":"a b""#,
+    r#""id":"\u0041""#,
+    r#""outputs":[{"name":"y"},{"parameters":{"binary_data":true,"classification":2},"name":"z"}]"#,
+    r#""outputs":[]"#,
+    r#""parameters":{"binary_data_output":true,"timeout":5,"x":"é"}"#,
+    r#""parameters":{"priority":-0,"k":"v","f":false}"#,
+];
+const INPUT_MEMBERS: [&str; 10] = [
+    r#""name":"x""#,
+    r#""name":"x""#,
+    r#""datatype":"FP32""#,
+    r#""datatype":"INT16""#,
+    r#""datatype":"BYTES""#,
+    r#""shape":[ROWS]"#,
+    r#""shape":[ROWS,1]"#,
+    r#""data":[DATA]"#,
+    r#""data":[[DATA]]"#,
+    r#""parameters":{"binary_data_size":TAIL}"#,
+];
+const NUMBERS: [&str; 14] =
+    ["0", "-0", "1", "-7", "0.5", "1e3", "32768", "1.5E-3", "16777217", "\"a\"", "NaN", "01", "1.", "true"];
+
 fn shapes() -> impl Strategy<Value = Shape> {
     vec(0usize..4, 0..4).prop_map(Shape::from_vec)
 }
@@ -76,6 +103,11 @@ fn typed_request(tensor: &Tensor) -> Option<ModelInferRequest> {
     Some(sent)
 }
 
+/// The usual request is read as all requests are.
+fn same_both_ways(body: &Bytes, header_length: Option<usize>) {
+    assert_eq!(decode_json(body, header_length), json::decode_carefully(body, header_length), "{body:?}");
+}
+
 proptest! {
     #[test]
     fn json_round_trips(tensor in tensors(true)) {
@@ -83,6 +115,9 @@ proptest! {
         let encoded = encode(tensor.clone(), NonFinite::Error, false).unwrap();
         prop_assert!(serde_json::from_slice::<serde_json::Value>(&encoded.json).is_ok());
         prop_assert_eq!(&echo(&encoded).inputs[0], &tensor);
+        let usual = String::from_utf8(encoded.json.to_vec()).unwrap().replacen("\"outputs\":", "\"inputs\":", 1);
+        let usual = usual.replace(r#""model_name":"m","model_version":"1","#, "");
+        same_both_ways(&Bytes::from(usual), None);
     }
 
     #[test]
@@ -128,7 +163,7 @@ proptest! {
     #[test]
     fn noise_never_panics(noise: Vec<u8>, text in r#"[\[\]{}":,0-9a-zN\\ -]{0,64}"#, length: Option<u8>, shape: Vec<i64>) {
         for body in [Bytes::from(noise), Bytes::from(text)] {
-            let _ = decode_json(&body, length.map(usize::from));
+            same_both_ways(&body, length.map(usize::from));
             literals::mask(&body);
             for dtype in DType::ALL {
                 let spec = TensorSpec { name: "x".into(), dtype, shape: shape.clone() };
@@ -138,6 +173,26 @@ proptest! {
                 let _ = decode_proto(request);
             }
         }
+    }
+
+    #[test]
+    fn usual_requests_are_read_both_ways(
+        members in vec(prop::sample::select(&MEMBERS[..]), 1..7),
+        input in vec(prop::sample::select(&INPUT_MEMBERS[..]), 3..6),
+        data in prop::sample::subsequence(&NUMBERS[..], 0..6).prop_shuffle(),
+        rows in 0usize..7,
+        space in prop::sample::select(vec!["", " ", "\n\t"]),
+        tail in vec(any::<u8>(), 0..9),
+    ) {
+        let comma = format!("{space},{space}");
+        let fill = |text: &str| {
+            text.replace("DATA", &data.join(&comma)).replace("ROWS", &rows.to_string()).replace("TAIL", &tail.len().to_string())
+        };
+        let input = format!("{{{space}{}{space}}}", input.join(&comma));
+        let json = format!("{space}{{{}{space}}}{space}", fill(&members.join(&comma).replace("INPUT", &input)));
+        same_both_ways(&Bytes::from(json.clone()), None);
+        let body = Bytes::from([json.as_bytes(), &tail].concat());
+        same_both_ways(&body, Some(json.len()));
     }
 
     #[test]
@@ -161,9 +216,9 @@ proptest! {
             }
             let length = cut.index(body.len());
             let body = Bytes::from(body);
-            let _ = decode_json(&body, None);
-            let _ = decode_json(&body, Some(length));
-            let _ = decode_json(&body.slice(..length), None);
+            same_both_ways(&body, None);
+            same_both_ways(&body, Some(length));
+            same_both_ways(&body.slice(..length), None);
             if let Ok(request) = ModelInferRequest::decode(body) {
                 let _ = decode_proto(request);
             }
