@@ -17,8 +17,8 @@ pub struct Engine {
 /// The version that a request will run on, and how it was asked for.
 pub struct Target {
     pub version: Arc<ModelVersion>,
-    model: String,
-    pinned: Option<String>,
+    /// Whether the request named the version.
+    pinned: bool,
 }
 
 /// One request, decoded.
@@ -45,7 +45,7 @@ impl Engine {
     pub fn resolve(&self, model: &str, version: Option<&str>) -> Result<Target, Error> {
         let pinned = version.filter(|version| !version.is_empty());
         let version = self.catalog.load().find(model, pinned)?.clone();
-        Ok(Target { version, model: model.to_owned(), pinned: pinned.map(str::to_owned) })
+        Ok(Target { version, pinned: pinned.is_some() })
     }
 
     /// Runs the request on `target`, or on its successor when the target stopped taking requests meanwhile.
@@ -68,9 +68,11 @@ impl Engine {
                 Err(Refused::Error(error)) => return Err(error),
                 Err(Refused::Draining(back)) => inputs = back,
             }
-            target.version = self.catalog.load().find(&target.model, target.pinned.as_deref())?.clone();
+            let pinned = target.pinned.then(|| target.version.version.as_str());
+            let successor = self.catalog.load().find(target.version.name.as_str(), pinned)?.clone();
+            target.version = successor;
         }
-        Err(Error::new(Code::NotReady, format!("model '{}' is being unloaded", target.model)))
+        Err(Error::new(Code::NotReady, format!("model '{}' is being unloaded", target.version.name)))
     }
 }
 
