@@ -2,11 +2,13 @@
 //!
 //! Each loaded version counts into a recorder of its own, and a scrape merges them by family. So the series of a
 //! version disappear with it, which one shared recorder cannot do, and a hot path holds handles instead of
-//! looking names up. This file is the only one that may use the raw macros of the `metrics` crate.
+//! looking names up. Histograms are our own. This file is the only one that may use the raw macros of the `metrics`
+//! crate.
 #![expect(clippy::disallowed_macros, reason = "the vocabulary itself is written with the raw macros")]
 
 use std::{
     collections::{BTreeMap, HashMap},
+    fmt::Write,
     sync::{
         Arc, OnceLock, Weak,
         atomic::{AtomicU64, Ordering},
@@ -14,11 +16,15 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use ::metrics::{Counter, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram, gauge};
-use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+use ::metrics::{Counter, Gauge, counter, describe_counter, describe_gauge, gauge};
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 use parking_lot::Mutex;
 
 use crate::error::Code;
+
+mod histogram;
+
+use histogram::{Histogram, Scale};
 
 const REQUESTS: &str = "tidegate_requests_total";
 const REQUEST_DURATION: &str = "tidegate_request_duration_seconds";
@@ -39,6 +45,12 @@ pub const DURATION_BUCKETS: [f64; 17] =
 
 /// Upper bounds of the batch size histogram, in rows.
 pub const BATCH_BUCKETS: [f64; 11] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0];
+
+/// Durations are recorded in nanoseconds.
+static SECONDS: Scale<{ DURATION_BUCKETS.len() }> = Scale::new(DURATION_BUCKETS, 1e9);
+static ROWS: Scale<{ BATCH_BUCKETS.len() }> = Scale::new(BATCH_BUCKETS, 1.0);
+
+type Durations = Histogram<{ DURATION_BUCKETS.len() }>;
 
 /// Batches up to this many rows are told apart in the statistics.
 const MAX_EXACT_BATCH: u64 = 1024;
@@ -185,36 +197,22 @@ impl Metrics {
         ::metrics::with_local_recorder(&self.server.recorder, || self.process.collect());
         let versions: Vec<_> = self.versions.lock().values().filter_map(Weak::upgrade).collect();
         let texts = std::iter::once(self.server.handle.render())
-            .chain(std::iter::once(self.unknown.scope.handle.render()))
-            .chain(versions.iter().map(|version| version.scope.handle.render()));
+            .chain(std::iter::once(self.unknown.render()))
+            .chain(versions.iter().map(|version| version.render()));
         merge_families(texts)
-    }
-
-    /// Empties the histograms' inboxes; to be called every second, so that they stay small between scrapes.
-    pub fn upkeep(&self) {
-        self.server.handle.run_upkeep();
-        self.unknown.scope.handle.run_upkeep();
-        let versions: Vec<_> = self.versions.lock().values().filter_map(Weak::upgrade).collect();
-        versions.iter().for_each(|version| version.scope.handle.run_upkeep());
     }
 }
 
 impl Scope {
     fn new() -> Self {
-        let builder = PrometheusBuilder::new();
-        // The builder refuses only empty bucket lists; with none set, histograms would render as summaries.
-        let builder = builder
-            .set_buckets(&DURATION_BUCKETS)
-            .and_then(|builder| builder.set_buckets_for_metric(Matcher::Full(BATCH_SIZE.into()), &BATCH_BUCKETS))
-            .unwrap_or_default();
-        let recorder = builder.build_recorder();
+        let recorder = PrometheusBuilder::new().build_recorder();
         let handle = recorder.handle();
         ::metrics::with_local_recorder(&recorder, || {
             for family in &FAMILIES {
                 match family.kind {
                     Kind::Counter => describe_counter!(family.name, family.help),
                     Kind::Gauge => describe_gauge!(family.name, family.help),
-                    Kind::Histogram => describe_histogram!(family.name, family.help),
+                    Kind::Histogram => {}
                 }
             }
         });
@@ -227,7 +225,7 @@ pub struct VersionMetrics {
     scope: Scope,
     labels: [(&'static str, String); 2],
     requests: [[OnceLock<Counter>; Code::ALL.len() + 1]; PROTOCOLS.len()],
-    request_duration: OnceLock<Histogram>,
+    request_duration: Durations,
     execution: OnceLock<ExecutionHandles>,
     dropped: [OnceLock<Counter>; REASONS.len()],
     pub statistics: Statistics,
@@ -235,9 +233,9 @@ pub struct VersionMetrics {
 
 /// What only a version that runs needs.
 struct ExecutionHandles {
-    queue_duration: Histogram,
-    compute_duration: [Histogram; PHASES.len()],
-    batch_size: Histogram,
+    queue_duration: Durations,
+    compute_duration: [Durations; PHASES.len()],
+    batch_size: Histogram<{ BATCH_BUCKETS.len() }>,
     inferences: Counter,
     executions: Counter,
     pending: Gauge,
@@ -249,7 +247,7 @@ impl VersionMetrics {
             scope: Scope::new(),
             labels: [("model", model.to_owned()), ("version", version.to_owned())],
             requests: Default::default(),
-            request_duration: OnceLock::new(),
+            request_duration: Histogram::new(&SECONDS),
             execution: OnceLock::new(),
             dropped: Default::default(),
             statistics: Statistics::default(),
@@ -269,8 +267,28 @@ impl VersionMetrics {
         self.with(|labels| gauge!(name, joined(labels, more)))
     }
 
-    fn histogram(&self, name: &'static str, more: &[(&'static str, &'static str)]) -> Histogram {
-        self.with(|labels| ::metrics::histogram!(name, joined(labels, more)))
+    /// The exposition text of the version's families.
+    fn render(&self) -> String {
+        let mut text = self.scope.handle.render();
+        // Names of models and versions have nothing that would have to be escaped.
+        let [(model, name), (version, number)] = &self.labels;
+        let labels = format!("{model}=\"{name}\",{version}=\"{number}\"");
+        // A version that nobody has asked yet has no durations.
+        if self.statistics.last_inference_ms.load(Ordering::Relaxed) > 0 {
+            head(REQUEST_DURATION, &mut text);
+            self.request_duration.render(REQUEST_DURATION, &labels, &mut text);
+        }
+        if let Some(handles) = self.execution.get() {
+            head(QUEUE_DURATION, &mut text);
+            handles.queue_duration.render(QUEUE_DURATION, &labels, &mut text);
+            head(COMPUTE_DURATION, &mut text);
+            for (phase, histogram) in PHASES.iter().zip(&handles.compute_duration) {
+                histogram.render(COMPUTE_DURATION, &format!("{labels},phase=\"{phase}\""), &mut text);
+            }
+            head(BATCH_SIZE, &mut text);
+            handles.batch_size.render(BATCH_SIZE, &labels, &mut text);
+        }
+        text
     }
 
     /// Counts one answered request; `failure` is `None` for success.
@@ -280,7 +298,7 @@ impl VersionMetrics {
         self.requests[protocol as usize][code]
             .get_or_init(|| self.counter(REQUESTS, &[("protocol", PROTOCOLS[protocol as usize]), ("code", name)]))
             .increment(1);
-        self.request_duration.get_or_init(|| self.histogram(REQUEST_DURATION, &[])).record(duration.as_secs_f64());
+        self.request_duration.record(nanoseconds(duration));
         let tally = if failure.is_none() { &self.statistics.success } else { &self.statistics.fail };
         tally.add(1, duration);
         self.statistics.touch();
@@ -288,9 +306,9 @@ impl VersionMetrics {
 
     fn execution(&self) -> &ExecutionHandles {
         self.execution.get_or_init(|| ExecutionHandles {
-            queue_duration: self.histogram(QUEUE_DURATION, &[]),
-            compute_duration: PHASES.map(|phase| self.histogram(COMPUTE_DURATION, &[("phase", phase)])),
-            batch_size: self.histogram(BATCH_SIZE, &[]),
+            queue_duration: Histogram::new(&SECONDS),
+            compute_duration: PHASES.map(|_| Histogram::new(&SECONDS)),
+            batch_size: Histogram::new(&ROWS),
             inferences: self.counter(INFERENCES, &[]),
             executions: self.counter(EXECUTIONS, &[]),
             pending: self.gauge(PENDING, &[]),
@@ -319,7 +337,7 @@ impl VersionMetrics {
 
     /// Records how long one request waited for an executor.
     pub fn queued(&self, waited: Duration) {
-        self.execution().queue_duration.record(waited.as_secs_f64());
+        self.execution().queue_duration.record(nanoseconds(waited));
         self.statistics.queue.add(1, waited);
     }
 
@@ -328,10 +346,10 @@ impl VersionMetrics {
         let handles = self.execution();
         handles.executions.increment(1);
         handles.inferences.increment(rows as u64);
-        handles.batch_size.record(rows as f64);
+        handles.batch_size.record(rows as u64);
         let durations = [phases.input, phases.infer, phases.output];
         for (histogram, duration) in handles.compute_duration.iter().zip(durations) {
-            histogram.record(duration.as_secs_f64());
+            histogram.record(nanoseconds(duration));
         }
         self.statistics.executed(requests as u64, rows as u64, durations);
     }
@@ -353,6 +371,18 @@ fn joined(mut labels: Vec<::metrics::Label>, more: &[(&'static str, &'static str
     labels
 }
 
+/// The lines in front of a family's samples.
+fn head(name: &str, out: &mut String) {
+    if let Some(family) = FAMILIES.iter().find(|family| family.name == name) {
+        // Writing to a string does not fail.
+        let _ = writeln!(out, "# HELP {name} {}\n# TYPE {name} {}", family.help, family.kind.as_str());
+    }
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
 /// How often something happened and how long it took in all.
 #[derive(Default)]
 pub struct Tally {
@@ -363,8 +393,7 @@ pub struct Tally {
 impl Tally {
     fn add(&self, count: u64, each: Duration) {
         self.count.fetch_add(count, Ordering::Relaxed);
-        let ns = u64::try_from(each.as_nanos()).unwrap_or(u64::MAX).saturating_mul(count);
-        self.ns.fetch_add(ns, Ordering::Relaxed);
+        self.ns.fetch_add(nanoseconds(each).saturating_mul(count), Ordering::Relaxed);
     }
 
     /// Count and nanoseconds.
@@ -404,7 +433,7 @@ impl Statistics {
         for ((tally, total), duration) in self.compute.iter().zip(batch).zip(durations) {
             tally.add(requests, duration);
             total.0 += 1;
-            total.1 += u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
+            total.1 += nanoseconds(duration);
         }
     }
 

@@ -43,7 +43,6 @@ use crate::{
 };
 
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
-const UPKEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// What versions get to end their runs when the drain timeout is used up.
 const LAST_MOMENT: Duration = Duration::from_secs(1);
 
@@ -259,7 +258,6 @@ impl Parts {
         let (stop_reconciling, stopped) = oneshot::channel();
         let reconciler = Reconciler::new(self.settings, self.loader, self.writer, self.orders);
         let reconciling = tokio::spawn(reconciler.run(kicks, stopped));
-        let upkeep = tokio::spawn(upkeep(app.metrics.clone()));
 
         // 1 Not ready any more, and serving on until routers have noticed.
         let delay = self.stops.recv().await.unwrap_or_default();
@@ -294,17 +292,8 @@ impl Parts {
         let left = deadline.saturating_duration_since(Instant::now()).max(LAST_MOMENT);
         let _ = stop_reconciling.send(left);
         cut += reconciling.await.context("the reconciler panicked")?;
-        upkeep.abort();
         tracing::info!(cut_short = cut, "stopped");
         Ok(cut)
-    }
-}
-
-async fn upkeep(metrics: Arc<Metrics>) {
-    let mut tick = tokio::time::interval(UPKEEP_INTERVAL);
-    loop {
-        tick.tick().await;
-        metrics.upkeep();
     }
 }
 

@@ -33,6 +33,7 @@ use super::{
         unary::Payload,
     },
 };
+use crate::model::relay;
 
 const BACKLOG: i32 = 1024;
 /// Room for tensors in flight, per request and per connection.
@@ -149,7 +150,7 @@ impl IoThreads {
         let mut threads = Vec::new();
         for index in 0..count.max(1) {
             let (sender, receiver) = mpsc::channel(HANDOVER);
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let runtime = relay::runtime()?;
             let context = Context {
                 limits: limits.clone(),
                 closing: closing.clone(),
@@ -157,7 +158,7 @@ impl IoThreads {
                 connections: TaskTracker::new(),
             };
             let thread = std::thread::Builder::new().name(format!("io-{index}")).spawn(move || {
-                runtime.block_on(context.serve(receiver));
+                runtime.block_on(relay::relayed(context.serve(receiver)));
             })?;
             senders.push(sender);
             threads.push(thread);

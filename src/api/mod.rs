@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use http::HeaderName;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
@@ -59,6 +60,9 @@ pub const EXTENSIONS: [&str; 9] = [
     "schedule_policy",
     "statistics",
 ];
+
+/// Whose trace a request is a part of. Names made beforehand are found without being parsed for each request.
+static TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
 /// Bounds of what a client may send, and how slowly.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -138,9 +142,10 @@ pub struct Record {
     app: Arc<App>,
     protocol: Protocol,
     start: Instant,
-    /// Where the request counts: with its version as soon as that is known.
-    metrics: Arc<VersionMetrics>,
+    /// Where the request counts, when it is known.
     version: Option<Arc<ModelVersion>>,
+    /// Where it counts when its version does not serve.
+    unready: Option<Arc<VersionMetrics>>,
     pub request_id: String,
     pub traceparent: Option<String>,
     finished: bool,
@@ -148,14 +153,14 @@ pub struct Record {
 
 impl Record {
     pub fn start(app: &Arc<App>, protocol: Protocol, headers: &http::HeaderMap) -> Self {
-        let traceparent = headers.get("traceparent").and_then(|value| value.to_str().ok()).map(str::to_owned);
+        let traceparent = headers.get(&TRACEPARENT).and_then(|value| value.to_str().ok()).map(str::to_owned);
         app.in_flight.fetch_add(1, Ordering::Relaxed);
         Self {
             app: app.clone(),
             protocol,
             start: Instant::now(),
-            metrics: app.metrics.unknown().clone(),
             version: None,
+            unready: None,
             request_id: String::new(),
             traceparent,
             finished: false,
@@ -164,8 +169,9 @@ impl Record {
 
     /// From here on the request counts for `target`.
     pub fn aim(&mut self, target: &Target) {
-        self.metrics = target.version.metrics.clone();
-        self.version = Some(target.version.clone());
+        if !self.version.as_ref().is_some_and(|version| Arc::ptr_eq(version, &target.version)) {
+            self.version = Some(target.version.clone());
+        }
     }
 
     /// The request was for a version that is known and does not serve.
@@ -175,7 +181,7 @@ impl Record {
         let named = version.filter(|version| !version.is_empty());
         let entry = named.map_or(deployment.entries.last(), |version| deployment.entry(version));
         if let Some(entry) = entry {
-            self.metrics = entry.metrics.clone();
+            self.unready = Some(entry.metrics.clone());
         }
     }
 
@@ -192,7 +198,8 @@ impl Record {
         self.finished = true;
         let took = self.start.elapsed();
         let version = self.version.as_deref();
-        self.metrics.request(self.protocol, failure, took);
+        let metrics = version.map(|version| &version.metrics).or(self.unready.as_ref());
+        metrics.unwrap_or(self.app.metrics.unknown()).request(self.protocol, failure, took);
         let code = failure.map_or("ok", Code::as_str);
         macro_rules! log {
             ($level:ident) => {

@@ -427,9 +427,9 @@ impl<T> Batcher<T> {
         self.max_delay = Duration::ZERO;
     }
 
-    /// Whether there is something that may have to be looked at again before anything else happens.
-    pub fn holds_back(&self) -> bool {
-        !self.max_delay.is_zero() && self.len > 0
+    /// Whether as much waits as one run may take, where runs take more than one request.
+    pub fn fills_a_batch(&self) -> bool {
+        self.group > 1 && self.lanes.iter().map(|lane| lane.rows).sum::<usize>() >= self.group
     }
 
     pub fn len(&self) -> usize {

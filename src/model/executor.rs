@@ -9,7 +9,10 @@ use std::{
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::oneshot;
 
-use super::batcher::{Batcher, Cost, Entry};
+use super::{
+    batcher::{Batcher, Cost, Entry},
+    relay::{self, Answer, Outgoing, Relay},
+};
 use crate::{
     backend::Session,
     error::{Code, Error},
@@ -21,7 +24,9 @@ use crate::{
 /// A request on its way through the queue.
 pub(super) struct Job {
     pub inputs: Vec<Tensor>,
-    reply: oneshot::Sender<Result<Vec<Tensor>, Error>>,
+    reply: oneshot::Sender<Answer>,
+    /// The way back, if it came through one.
+    relay: Option<Arc<Relay>>,
 }
 
 /// Why a request did not get into the queue.
@@ -36,7 +41,7 @@ pub enum Refused {
 /// Full means `Overloaded`; see `batcher::Limits`.
 pub(super) struct Queue {
     state: Mutex<State>,
-    work: Condvar,
+    work: Arc<Condvar>,
     model: ModelName,
     metrics: Arc<VersionMetrics>,
 }
@@ -45,6 +50,8 @@ struct State {
     batcher: Batcher<Job>,
     closed: bool,
     purged_at: Instant,
+    /// Executors that wait for work.
+    idle: usize,
 }
 
 /// How often a full queue is searched for requests that nobody waits for: rarely enough to keep refusals cheap.
@@ -52,14 +59,14 @@ const PURGE_INTERVAL: Duration = Duration::from_millis(10);
 
 /// The answer to come.
 pub(super) struct Ticket {
-    pub reply: oneshot::Receiver<Result<Vec<Tensor>, Error>>,
+    pub reply: oneshot::Receiver<Answer>,
 }
 
 impl Queue {
     pub fn new(model: ModelName, batcher: Batcher<Job>, metrics: Arc<VersionMetrics>) -> Self {
         Self {
-            state: Mutex::new(State { batcher, closed: false, purged_at: Instant::now() }),
-            work: Condvar::new(),
+            state: Mutex::new(State { batcher, closed: false, purged_at: Instant::now(), idle: 0 }),
+            work: Arc::default(),
             model,
             metrics,
         }
@@ -72,7 +79,7 @@ impl Queue {
             return Err(Refused::Draining(inputs));
         }
         let now = Instant::now();
-        let mut pushed = state.batcher.push(Job { inputs, reply: sender }, cost.clone(), now);
+        let mut pushed = state.batcher.push(Job { inputs, reply: sender, relay: relay::here() }, cost.clone(), now);
         if let Err((job, error)) = pushed {
             pushed = if now.duration_since(state.purged_at) < PURGE_INTERVAL {
                 Err((job, error))
@@ -84,8 +91,11 @@ impl Queue {
         }
         match pushed {
             Ok(()) => {
+                let (idle, full) = (state.idle > 0, state.batcher.fills_a_batch());
                 drop(state);
-                self.work.notify_one();
+                if idle {
+                    relay::wake(&self.work, full);
+                }
                 Ok(Ticket { reply })
             }
             Err((_, error)) => {
@@ -119,6 +129,7 @@ impl Queue {
         state.closed = true;
         state.batcher.hurry();
         let mut abandoned = 0;
+        let mut answers = Outgoing::default();
         loop {
             let now = Instant::now();
             let next = state.batcher.next(now, |_| false);
@@ -129,7 +140,7 @@ impl Queue {
             }
             for entry in next.batch.into_iter().chain(next.dropped.into_iter().map(|(entry, _)| entry)) {
                 abandoned += 1;
-                answer(entry.item, Err(error.clone()));
+                answers.add(entry.item, Err(error.clone()));
             }
         }
     }
@@ -144,9 +155,12 @@ impl Queue {
         self.drop_dead(dropped);
     }
 
-    /// Blocks until there is a batch; `None` when the queue is closed and empty.
-    fn take(&self) -> Option<(Instant, Vec<Entry<Job>>)> {
+    /// Blocks until there is a batch; `None` when the queue is closed and empty. `done` is the run before.
+    fn take(&self, done: Option<Done>) -> Option<(Instant, Vec<Entry<Job>>)> {
         let mut state = self.state.lock();
+        if let Some(Done { start, rows, took }) = done {
+            state.batcher.finished(start, rows, took);
+        }
         loop {
             let now = Instant::now();
             let next = state.batcher.next(now, |job| job.reply.is_closed());
@@ -155,23 +169,33 @@ impl Queue {
                 self.drop_dead(next.dropped);
             }
             if !next.batch.is_empty() {
-                if state.batcher.holds_back() {
-                    // This thread may have been the only one with a timer for what still waits for company.
+                if state.idle > 0 && !state.batcher.is_empty() {
+                    // One wake stands for many requests, and this thread may have been the only one with a timer for
+                    // what still waits for company.
                     self.work.notify_one();
                 }
                 return Some((now, next.batch));
             }
             match next.wake_at {
-                Some(instant) => drop(self.work.wait_until(&mut state, instant)),
+                Some(instant) => {
+                    state.idle += 1;
+                    self.work.wait_until(&mut state, instant);
+                    state.idle -= 1;
+                }
                 // A request may be given up between two looks at it; then those behind it have not been seen yet.
                 None if dropped => {}
                 None if state.closed => return None,
-                None => self.work.wait(&mut state),
+                None => {
+                    state.idle += 1;
+                    self.work.wait(&mut state);
+                    state.idle -= 1;
+                }
             }
         }
     }
 
     fn drop_dead(&self, dropped: Vec<(Entry<Job>, DropReason)>) {
+        let mut answers = Outgoing::default();
         for (entry, reason) in dropped {
             self.metrics.dropped(reason);
             let error = match reason {
@@ -183,25 +207,29 @@ impl Queue {
                 }
                 _ => Error::new(Code::Cancelled, "the request was cancelled while it was queued"),
             };
-            answer(entry.item, Err(error.of_model(self.model.as_str())));
+            answers.add(entry.item, Err(error.of_model(self.model.as_str())));
         }
     }
+}
 
-    fn finished(&self, start: Instant, rows: usize, took: Option<Duration>) {
-        self.state.lock().batcher.finished(start, rows, took);
-    }
+/// A run that is over, and how long it took when it went well.
+struct Done {
+    start: Instant,
+    rows: usize,
+    took: Option<Duration>,
 }
 
 /// Runs batches until the queue is closed and empty.
 pub(super) fn run(queue: &Queue, session: &mut dyn Session, model: &str) {
-    while let Some((start, batch)) = queue.take() {
+    let mut done = None;
+    while let Some((start, batch)) = queue.take(done) {
         let rows = batch.iter().map(|entry| entry.cost.rows).sum();
         for entry in &batch {
             queue.metrics.queued(start.saturating_duration_since(entry.queued_at));
         }
         let jobs: Vec<Job> = batch.into_iter().map(|entry| entry.item).collect();
         let took = execute(queue, session, model, jobs, rows);
-        queue.finished(start, rows, took);
+        done = Some(Done { start, rows, took });
     }
 }
 
@@ -217,7 +245,8 @@ fn execute(queue: &Queue, session: &mut dyn Session, model: &str, mut jobs: Vec<
             let answers = split(&jobs, &outputs);
             phases.output += scatter.elapsed();
             queue.metrics.executed(jobs.len(), rows, phases);
-            jobs.into_iter().zip(answers).for_each(|(job, outputs)| answer(job, Ok(outputs)));
+            let mut outgoing = Outgoing::default();
+            jobs.into_iter().zip(answers).for_each(|(job, outputs)| outgoing.add(job, Ok(outputs)));
             Some(phases.infer)
         }
         Err(error) => {
@@ -251,11 +280,11 @@ fn run_alone(queue: &Queue, session: &mut dyn Session, model: &str, job: Job, ro
                     .for_each(|output| *output = output.slice(0, 0));
             }
             queue.metrics.executed(1, rows, Phases { infer: took, ..Phases::default() });
-            answer(job, Ok(outputs));
+            Outgoing::default().add(job, Ok(outputs));
             Some(took)
         }
         Err(error) => {
-            answer(job, Err(error.of_model(model)));
+            Outgoing::default().add(job, Err(error.of_model(model)));
             None
         }
     }
@@ -301,9 +330,10 @@ fn guarded(session: &mut dyn Session, inputs: &[Tensor]) -> Result<Vec<Tensor>, 
         .unwrap_or_else(|_| Err(Error::internal("the backend panicked")))
 }
 
-fn answer(job: Job, result: Result<Vec<Tensor>, Error>) {
-    // Whoever asked may have gone; then nobody misses the answer.
-    let _ = job.reply.send(result);
+impl Outgoing {
+    fn add(&mut self, job: Job, answer: Answer) {
+        self.send(job.relay, job.reply, answer);
+    }
 }
 
 #[cfg(test)]
@@ -388,6 +418,31 @@ mod tests {
             self.queue.close();
             self.executors.into_iter().for_each(|executor| executor.join().unwrap());
         }
+    }
+
+    #[test]
+    fn an_io_thread_wakes_an_executor_for_all_it_has_and_not_for_each_request() {
+        let line = Line::new("", 64, 1);
+        let io_thread = relay::runtime().unwrap();
+        let submit = |count| {
+            while line.queue.state.lock().idle == 0 {
+                thread::yield_now();
+            }
+            (0..count).map(|_| line.submit(3)).collect::<Vec<Ticket>>()
+        };
+        io_thread.block_on(relay::relayed(async {
+            for ticket in submit(20) {
+                ticket.reply.await.unwrap().unwrap();
+            }
+            assert_eq!(line.runs.recv_timeout(SOON), Ok(20));
+            // A thread that does not come to rest keeps nobody waiting.
+            let tickets = submit(40);
+            assert!(line.runs.recv_timeout(SOON).is_ok_and(|rows| rows >= 32));
+            for ticket in tickets {
+                ticket.reply.await.unwrap().unwrap();
+            }
+        }));
+        line.end();
     }
 
     #[test]

@@ -20,6 +20,7 @@ pub mod catalog;
 mod executor;
 pub mod labels;
 pub mod load;
+pub mod relay;
 pub mod schedule;
 pub mod service_time;
 pub mod warmup;

@@ -1,0 +1,147 @@
+//! `Relay`: between an I/O thread and the executors, with one wake for many requests and one for many answers.
+//!
+//! Waking a thread costs microseconds, more than a small model takes for a row, and on one core the thread that is
+//! woken runs at once: woken for each request, it finds one request. So an I/O thread wakes executors when it has
+//! nothing else to do, or when enough has come together, and the answers of a batch come back in one piece.
+//! With `iris` and 64 requests at a time on one core, both together took the CPU time of a request over gRPC from 27
+//! to 16 µs, and over REST from 57 to 27.
+
+use std::{
+    cell::RefCell,
+    future::Future,
+    io,
+    mem::{swap, take},
+    sync::Arc,
+};
+
+use parking_lot::{Condvar, Mutex};
+use smallvec::SmallVec;
+use tokio::{
+    runtime::{Builder, Runtime},
+    sync::{Notify, oneshot},
+};
+
+use crate::{error::Error, tensor::Tensor};
+
+/// Requests that an I/O thread may queue before it wakes those they wait for, though it still has things to do.
+const MAX_UNTOLD: usize = 32;
+
+/// What a request gets.
+pub(super) type Answer = Result<Vec<Tensor>, Error>;
+
+thread_local! {
+    static HERE: RefCell<Option<Here>> = const { RefCell::new(None) };
+}
+
+/// What an I/O thread knows of itself.
+struct Here {
+    relay: Arc<Relay>,
+    /// Whose executors are to be woken, and for how many requests.
+    untold: SmallVec<[Arc<Condvar>; 4]>,
+    requests: usize,
+}
+
+/// Answers on their way to an I/O thread.
+#[derive(Default)]
+pub(super) struct Relay {
+    answers: Mutex<Vec<(oneshot::Sender<Answer>, Answer)>>,
+    arrived: Notify,
+}
+
+/// A runtime for one I/O thread. Its requests are relayed inside of [`relayed`].
+///
+/// # Errors
+/// When the system gives no event queue.
+pub fn runtime() -> io::Result<Runtime> {
+    Builder::new_current_thread().enable_all().on_thread_park(tell).build()
+}
+
+/// Runs `work` on the calling thread, whose requests go through a relay of its own from now on; it has to run on a
+/// [`runtime`] and to be what that blocks on, so that nothing else is relayed.
+pub async fn relayed<F: Future>(work: F) -> F::Output {
+    let relay = Arc::new(Relay::default());
+    HERE.set(Some(Here { relay: relay.clone(), untold: SmallVec::new(), requests: 0 }));
+    let handing_out = tokio::spawn(async move { relay.hand_out().await });
+    let output = work.await;
+    HERE.set(None);
+    handing_out.abort();
+    output
+}
+
+/// The calling thread's relay, if it has one.
+pub(super) fn here() -> Option<Arc<Relay>> {
+    HERE.with_borrow(|here| here.as_ref().map(|here| here.relay.clone()))
+}
+
+/// Wakes an executor that waits for `work`, now or when this thread has nothing else to do.
+pub(super) fn wake(work: &Arc<Condvar>, urgent: bool) {
+    let enough = HERE.with_borrow_mut(|here| {
+        let here = here.as_mut().filter(|_| !urgent)?;
+        if !here.untold.iter().any(|untold| Arc::ptr_eq(untold, work)) {
+            here.untold.push(work.clone());
+        }
+        here.requests += 1;
+        Some(here.requests >= MAX_UNTOLD)
+    });
+    match enough {
+        None => {
+            work.notify_one();
+        }
+        Some(true) => tell(),
+        Some(false) => {}
+    }
+}
+
+/// Wakes the executors that are still to be woken.
+fn tell() {
+    let untold = HERE.with_borrow_mut(|here| {
+        here.as_mut().map(|here| {
+            here.requests = 0;
+            take(&mut here.untold)
+        })
+    });
+    for work in untold.into_iter().flatten() {
+        work.notify_one();
+    }
+}
+
+impl Relay {
+    async fn hand_out(&self) {
+        let mut answers = Vec::new();
+        loop {
+            self.arrived.notified().await;
+            swap(&mut answers, &mut *self.answers.lock());
+            for (reply, answer) in answers.drain(..) {
+                // Whoever asked may have gone; then nobody misses the answer.
+                let _ = reply.send(answer);
+            }
+        }
+    }
+}
+
+/// The answers of a batch, which go out together when this is dropped.
+#[derive(Default)]
+pub(super) struct Outgoing {
+    /// Where there is something to be handed out.
+    relays: SmallVec<[Arc<Relay>; 2]>,
+}
+
+impl Outgoing {
+    /// Sends an answer to whoever asked through `relay`.
+    pub fn send(&mut self, relay: Option<Arc<Relay>>, reply: oneshot::Sender<Answer>, answer: Answer) {
+        let Some(relay) = relay else {
+            let _ = reply.send(answer);
+            return;
+        };
+        relay.answers.lock().push((reply, answer));
+        if !self.relays.iter().any(|known| Arc::ptr_eq(known, &relay)) {
+            self.relays.push(relay);
+        }
+    }
+}
+
+impl Drop for Outgoing {
+    fn drop(&mut self) {
+        self.relays.iter().for_each(|relay| relay.arrived.notify_one());
+    }
+}
