@@ -189,3 +189,110 @@ impl http_body::Body for Payload {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use http_body_util::StreamBody;
+    use proptest::{collection::vec, prelude::*};
+    use prost::Message;
+    use tokio_stream::StreamExt;
+
+    use super::*;
+    use crate::api::pb::ModelInferRequest;
+
+    const LIMIT: usize = 1000;
+
+    fn message(contents: &[u8]) -> Vec<u8> {
+        let request =
+            ModelInferRequest { raw_input_contents: vec![Bytes::copy_from_slice(contents)], ..Default::default() };
+        request.encode_to_vec()
+    }
+
+    fn prefixed(compressed: u8, message: &[u8]) -> Vec<u8> {
+        [&[compressed][..], &(message.len() as u32).to_be_bytes(), message].concat()
+    }
+
+    /// Reads a body that comes in pieces of these sizes, over and over.
+    fn read(bytes: &[u8], sizes: &[usize]) -> Gathered {
+        let (mut rest, mut frames) = (bytes, Vec::new());
+        for &size in sizes.iter().cycle() {
+            if rest.is_empty() {
+                break;
+            }
+            let (frame, after) = rest.split_at(size.min(rest.len()));
+            frames.push(Bytes::copy_from_slice(frame));
+            rest = after;
+        }
+        let frames = tokio_stream::iter(frames).map(|data| Ok::<_, std::io::Error>(Frame::data(data)));
+        let body = Paced::new(StreamBody::new(frames), Duration::from_secs(1));
+        run(gather(body, LIMIT)).unwrap_or_else(|broken| panic!("{broken}"))
+    }
+
+    fn run<T>(work: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(work)
+    }
+
+    fn other(gathered: Gathered) -> Vec<u8> {
+        match gathered {
+            Gathered::Message(message) => panic!("{message:?}"),
+            Gathered::Other(body) => run(body.collect()).unwrap().to_bytes().to_vec(),
+        }
+    }
+
+    #[test]
+    fn a_message_in_one_frame_is_not_copied() {
+        let sent = prefixed(0, &message(&[7; 100]));
+        let Gathered::Message(gathered) = read(&sent, &[1000]) else { panic!() };
+        assert_eq!(gathered, sent[PREFIX..]);
+    }
+
+    #[test]
+    fn what_is_no_single_message_is_handed_on_whole() {
+        let one = prefixed(0, &message(b"one"));
+        for (index, sent) in [
+            Vec::new(),
+            vec![0, 0, 0],
+            prefixed(1, b"compressed"),
+            prefixed(2, b"?"),
+            prefixed(0, &[0; LIMIT + 1]),
+            one[..one.len() - 1].to_vec(),
+            [&one[..], &one].concat(),
+            [&one[..], b"x"].concat(),
+        ]
+        .iter()
+        .enumerate()
+        {
+            for sizes in [&[2000][..], &[6], &[7, 1], &[one.len(), 5]] {
+                assert_eq!(other(read(sent, sizes)), *sent, "{index} in {sizes:?}");
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_that_pauses_breaks_off() {
+        let body = StreamBody::new(tokio_stream::pending::<Result<Frame<Bytes>, std::io::Error>>());
+        let broken = gather(Paced::new(body, Duration::from_secs(1)), LIMIT).await.err().unwrap();
+        assert!(matches!(broken, Broken::Paused(_)), "{broken}");
+    }
+
+    proptest! {
+        #[test]
+        fn messages_are_found_however_they_are_cut(
+            contents in vec(any::<u8>(), 1..300),
+            first in 5usize..400,
+            sizes in vec(1usize..200, 1..5),
+        ) {
+            let message = message(&contents);
+            let sent = prefixed(0, &message);
+            let sizes: Vec<usize> = std::iter::once(first).chain(sizes).collect();
+            let Gathered::Message(gathered) = read(&sent, &sizes) else { panic!("{sizes:?}") };
+            prop_assert_eq!(&gathered, &message);
+            let start = message.len() - contents.len();
+            if first < sent.len() && first >= PREFIX + start {
+                prop_assert_eq!(gathered[start..].as_ptr() as usize % ALIGNMENT, 0);
+            }
+        }
+    }
+}
