@@ -245,12 +245,12 @@ impl Parts {
         let (io, io_threads) = IoThreads::start(self.io_threads, &app.limits, &app.closing, &abort)?;
         let io = Arc::new(io);
         let accepting = [
-            (self.rest_port, rest::router(app.clone()), Wire::Http),
-            (self.grpc_port, grpc::router(app.clone())?, Wire::Grpc),
+            (self.rest_port, rest::router(app.clone()).into(), Wire::Http),
+            (self.grpc_port, grpc::routes(app.clone())?, Wire::Grpc),
         ]
-        .map(|(port, router, wire)| {
+        .map(|(port, routes, wire)| {
             let (io, closing) = (io.clone(), app.closing.clone());
-            tokio::spawn(async move { io.accept(port, router, wire, closing).await })
+            tokio::spawn(async move { io.accept(port, routes, wire, closing).await })
         });
 
         let (kick, kicks) = mpsc::channel(1);

@@ -26,9 +26,11 @@ mod envelope;
 mod json;
 mod literals;
 mod proto;
+mod reply;
 #[cfg(test)]
 mod tests;
 mod values;
+mod wire;
 
 pub use binary::decode_raw;
 pub use classification::classify;
@@ -38,8 +40,11 @@ pub(super) use document::Json;
 pub(super) use json::put_json;
 pub use json::{Encoded, JsonOptions, decode_json, encode_json};
 pub use proto::{decode_proto, encode_proto};
+pub use reply::{Pieces, write_reply};
 pub use values::NonFinite;
 pub(super) use values::{Spelling, write_flat, write_nested};
+pub(super) use wire::varint;
+pub use wire::{Draft, contents_start};
 
 /// More dimensions than any graph has; keeps shapes, and the messages that quote them, short.
 const MAX_RANK: usize = 64;

@@ -1,26 +1,31 @@
 //! Open Inference Protocol v2 over gRPC, with Triton's extensions.
 //!
 //! The generated service's router is served by our own listeners: tonic's transport server answers an expired
-//! deadline with CANCELLED. Every call passes `edge`.
+//! deadline with CANCELLED. `ModelInfer` is answered in front of that router (`infer`); every other call passes `edge`.
 
 use std::{sync::Arc, time::Instant};
 
-use axum::Router;
-use tonic::{Request, Response, Status, codec::CompressionEncoding, service::Routes};
+use tonic::{Request, Response, Status, codec::CompressionEncoding, service::Routes as Services};
 
 use super::{
     App, EXTENSIONS, Record, SERVER_NAME, check_size, classify,
-    codec::{self, InferReply},
-    health, log, pb, reflection, repository, triton, urgency,
+    codec::{self, InferCall, InferReply},
+    health,
+    listen::Routes,
+    log, pb, reflection, repository, triton, urgency,
 };
 use crate::{
-    engine,
+    engine::{self, Target},
     error::{Code, Error},
+    model::ModelVersion,
+    tensor::Tensor,
 };
 use pb::grpc_inference_service_server::{GrpcInferenceService, GrpcInferenceServiceServer};
 
 mod edge;
+pub(super) mod infer;
 mod stream;
+pub(super) mod unary;
 
 use edge::Unclaimed;
 use stream::Answers;
@@ -29,7 +34,7 @@ use stream::Answers;
 ///
 /// # Errors
 /// `Internal` when the protocol's own descriptors cannot be read.
-pub fn router(app: Arc<App>) -> Result<Router, Error> {
+pub fn routes(app: Arc<App>) -> Result<Routes, Error> {
     let limit = app.limits.max_message_bytes;
     let inference = GrpcInferenceServiceServer::new(Service { app: app.clone() })
         .max_decoding_message_size(limit)
@@ -38,14 +43,23 @@ pub fn router(app: Arc<App>) -> Result<Router, Error> {
         .accept_compressed(CompressionEncoding::Deflate)
         .send_compressed(CompressionEncoding::Gzip)
         .send_compressed(CompressionEncoding::Deflate);
-    let routes = Routes::new(inference).add_service(health::service(app.clone()));
-    let routes = reflection::add(routes, limit)?;
-    Ok(routes.prepare().into_axum_router().layer(axum::middleware::from_fn_with_state(app, edge::edge)))
+    let services = Services::new(inference).add_service(health::service(app.clone()));
+    let services = reflection::add(services, limit)?;
+    let router = services.prepare().into_axum_router();
+    let router = router.layer(axum::middleware::from_fn_with_state(app.clone(), edge::edge));
+    Ok(Routes::from(router).with_inference(app))
 }
 
 #[derive(Clone)]
 struct Service {
     app: Arc<App>,
+}
+
+/// What a request was answered with.
+struct Answered {
+    version: Arc<ModelVersion>,
+    id: String,
+    outputs: Vec<Tensor>,
 }
 
 impl Service {
@@ -56,29 +70,51 @@ impl Service {
         latest: Option<Instant>,
         record: &mut Record,
     ) -> Result<pb::ModelInferResponse, Error> {
-        record.request_id.clone_from(&message.id);
-        let version = Some(message.model_version.as_str());
-        let found = self.app.engine.resolve(&message.model_name, version);
-        let mut target = found.inspect_err(|_| record.aim_at_unready(&message.model_name, version))?;
-        record.aim(&target);
-        let call = codec::decode_proto(message)
-            .and_then(|call| check_size(call, self.app.limits.max_message_bytes))
-            .map_err(|error| error.of_model(target.version.name.as_str()))?;
-        let names: Vec<Arc<str>> = call.outputs.iter().map(|output| output.name.clone()).collect();
+        let (target, call) = prepare(&self.app, message, record)?;
+        let Answered { version, id, outputs } = self.run(target, call, latest, record).await?;
+        let (model, version) = (version.name.as_str(), version.version.as_str());
+        Ok(codec::encode_proto(&InferReply { model, version, id: &id, outputs: &outputs }))
+    }
+
+    /// Runs a call on `target`, or on its successor.
+    async fn run(
+        &self,
+        mut target: Target,
+        call: InferCall,
+        latest: Option<Instant>,
+        record: &mut Record,
+    ) -> Result<Answered, Error> {
         let urgency = urgency(record.started(), &call, latest);
+        let names: Vec<Arc<str>> = call.outputs.iter().map(|output| output.name.clone()).collect();
         let request = engine::Request { inputs: call.inputs, outputs: &names, urgency };
         let outputs = self.app.engine.infer(&mut target, request).await;
         // It may have run on the successor of the version that was found first.
         record.aim(&target);
-        let version = &target.version;
-        let outputs = classify(version, &call.outputs, outputs?)?;
-        Ok(codec::encode_proto(&InferReply {
-            model: version.name.as_str(),
-            version: version.version.as_str(),
-            id: &call.id,
-            outputs: &outputs,
-        }))
+        let outputs = classify(&target.version, &call.outputs, outputs?)?;
+        Ok(Answered { version: target.version, id: call.id, outputs })
     }
+}
+
+/// Finds the version that a request is for, and counts the request with it.
+fn aim(app: &App, model: &str, version: &str, record: &mut Record) -> Result<Target, Error> {
+    let found = app.engine.resolve(model, Some(version));
+    let target = found.inspect_err(|_| record.aim_at_unready(model, Some(version)))?;
+    record.aim(&target);
+    Ok(target)
+}
+
+/// Finds the version that a request is for, and reads the rest of it.
+fn prepare(app: &App, message: pb::ModelInferRequest, record: &mut Record) -> Result<(Target, InferCall), Error> {
+    record.request_id.clone_from(&message.id);
+    let target = aim(app, &message.model_name, &message.model_version, record)?;
+    let call = check(app, &target, codec::decode_proto(message))?;
+    Ok((target, call))
+}
+
+/// What was read of a request for `target`, if it can be run; what is wrong with it names the model.
+fn check(app: &App, target: &Target, call: Result<InferCall, Error>) -> Result<InferCall, Error> {
+    call.and_then(|call| check_size(call, app.limits.max_message_bytes))
+        .map_err(|error| error.of_model(target.version.name.as_str()))
 }
 
 fn unimplemented<T>(what: &str) -> Result<Response<T>, Status> {

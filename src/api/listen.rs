@@ -4,6 +4,7 @@
 //! instead of quietly taking half of the connections.
 
 use std::{
+    convert::Infallible,
     io,
     net::{SocketAddr, TcpListener},
     sync::{
@@ -14,17 +15,24 @@ use std::{
     time::Duration,
 };
 
-use axum::Router;
+use axum::{Router, body::Body};
+use http::{Request, Response};
+use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto,
-    service::TowerToHyperService,
 };
 use tokio::{net::TcpStream, sync::mpsc};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tower::ServiceExt;
+use tokio_util::{either::Either, sync::CancellationToken, task::TaskTracker};
 
-use super::{LimitsConfig, auth::Peer};
+use super::{
+    App, LimitsConfig,
+    auth::Peer,
+    grpc::{
+        infer::{self, Call},
+        unary::Payload,
+    },
+};
 use crate::model::relay;
 
 const BACKLOG: i32 = 1024;
@@ -78,10 +86,48 @@ impl Port {
     }
 }
 
+/// What answers on a port.
+#[derive(Clone)]
+pub struct Routes {
+    router: Router,
+    /// Whose inferences are answered in front of the router.
+    inference: Option<Arc<App>>,
+}
+
+impl From<Router> for Routes {
+    fn from(router: Router) -> Self {
+        Self { router, inference: None }
+    }
+}
+
+impl Routes {
+    /// With gRPC's `ModelInfer` answered past the router.
+    pub(super) fn with_inference(self, app: Arc<App>) -> Self {
+        Self { inference: Some(app), ..self }
+    }
+
+    fn answer(
+        &self,
+        request: Request<Incoming>,
+        peer: Peer,
+    ) -> impl Future<Output = Result<Response<Payload>, Infallible>> + Send + use<> {
+        let router = self.router.clone();
+        let mut request = match &self.inference {
+            None => request,
+            Some(app) => match Call::take(request) {
+                Ok(call) => return Either::Left(call.answer(app.clone(), router, peer)),
+                Err(request) => request,
+            },
+        };
+        request.extensions_mut().insert(peer);
+        Either::Right(infer::route(router, request.map(Body::new)))
+    }
+}
+
 /// A connection on its way to an I/O runtime.
 struct Accepted {
     stream: std::net::TcpStream,
-    router: Router,
+    routes: Routes,
     wire: Wire,
 }
 
@@ -123,7 +169,8 @@ impl IoThreads {
     }
 
     /// Accepts connections of `port` until `closing`.
-    pub async fn accept(&self, port: Port, router: Router, wire: Wire, closing: CancellationToken) {
+    pub async fn accept(&self, port: Port, routes: impl Into<Routes>, wire: Wire, closing: CancellationToken) {
+        let routes = routes.into();
         let listener = match tokio::net::TcpListener::from_std(port.listener) {
             Ok(listener) => listener,
             Err(error) => return tracing::error!(address = %port.address, %error, "cannot listen"),
@@ -131,7 +178,7 @@ impl IoThreads {
         let mut last = BACKLOG;
         while let Some(stream) = accept_one(&listener, &closing, &mut last).await {
             let turn = self.next.fetch_add(1, Ordering::Relaxed) % self.senders.len();
-            let accepted = Accepted { stream, router: router.clone(), wire };
+            let accepted = Accepted { stream, routes: routes.clone(), wire };
             if self.senders[turn].send(accepted).await.is_err() {
                 return;
             }
@@ -195,14 +242,13 @@ impl Context {
         }
         let io = TokioIo::new(stream);
         let begun = Arc::new(AtomicBool::new(false));
-        let service = TowerToHyperService::new(accepted.router.map_request({
-            let begun = begun.clone();
-            move |mut request: http::Request<hyper::body::Incoming>| {
+        let service = service_fn({
+            let (begun, routes) = (begun.clone(), accepted.routes);
+            move |request| {
                 begun.store(true, Ordering::Relaxed);
-                request.extensions_mut().insert(peer);
-                request
+                routes.answer(request, peer)
             }
-        }));
+        });
         let builder = self.builder(accepted.wire);
         let connection = builder.serve_connection(io, service);
         tokio::pin!(connection);
@@ -280,7 +326,7 @@ pub async fn serve_here(port: Port, router: Router, wire: Wire, limits: LimitsCo
     let context = Context { limits, abort: closing.clone(), closing, connections: TaskTracker::new() };
     let mut last = 0;
     while let Some(stream) = accept_one(&listener, &context.closing, &mut last).await {
-        let accepted = Accepted { stream, router: router.clone(), wire };
+        let accepted = Accepted { stream, routes: router.clone().into(), wire };
         tokio::spawn(context.clone().connection(accepted));
     }
 }

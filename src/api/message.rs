@@ -5,6 +5,7 @@
 
 use std::marker::PhantomData;
 
+use bytes::Buf;
 use prost::Message;
 use tonic::{
     Status,
@@ -12,6 +13,7 @@ use tonic::{
 };
 use tonic_prost::ProstEncoder;
 
+use super::codec::varint;
 use crate::error::Error;
 
 /// Fields at the top level of a message: no model has so many inputs, outputs and parameters.
@@ -52,12 +54,19 @@ impl<U: Message + Default> Decoder for MessageDecoder<U> {
     type Error = Status;
 
     fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<U>, Status> {
-        if fields(bytes::Buf::chunk(buffer)) > MAX_FIELDS {
-            return Err(Error::invalid(format!("the message has more than {MAX_FIELDS} fields")).into());
-        }
-        let message = U::decode(buffer);
-        message.map(Some).map_err(|error| Error::invalid(format!("the message is no valid protobuf: {error}")).into())
+        Ok(decode(buffer).map(Some)?)
     }
+}
+
+/// Decodes a message that lies in one piece.
+///
+/// # Errors
+/// `InvalidArgument` for more fields than any message of ours has, and for what is no protobuf.
+pub(super) fn decode<U: Message + Default>(buffer: impl Buf) -> Result<U, Error> {
+    if fields(buffer.chunk()) > MAX_FIELDS {
+        return Err(Error::invalid(format!("the message has more than {MAX_FIELDS} fields")));
+    }
+    U::decode(buffer).map_err(|error| Error::invalid(format!("the message is no valid protobuf: {error}")))
 }
 
 /// The number of fields at the top level of a message; of a broken one, those before the break.
@@ -76,19 +85,6 @@ fn fields(mut bytes: &[u8]) -> usize {
         count += 1;
     }
     count
-}
-
-fn varint(bytes: &mut &[u8]) -> Option<u64> {
-    let mut value = 0u64;
-    for shift in (0..64).step_by(7) {
-        let (&byte, rest) = bytes.split_first()?;
-        *bytes = rest;
-        value |= u64::from(byte & 0x7f) << shift;
-        if byte & 0x80 == 0 {
-            return Some(value);
-        }
-    }
-    None
 }
 
 #[cfg(test)]

@@ -20,8 +20,8 @@ use crate::error::{Code, Error};
 const PREFIX: usize = 5;
 
 /// A body that ends in an error when nothing arrives for `limit`.
-pub(super) struct Paced {
-    body: Body,
+pub(super) struct Paced<B = Body> {
+    body: B,
     limit: Duration,
     timer: Option<Pin<Box<Sleep>>>,
     messages: Option<Messages>,
@@ -39,15 +39,20 @@ pub(super) enum Broken {
     Lost(axum::Error),
 }
 
-impl Paced {
-    pub(super) fn new(body: Body, limit: Duration) -> Self {
+impl<B> Paced<B> {
+    pub(super) fn new(body: B, limit: Duration) -> Self {
         Self { body, limit, timer: None, messages: None }
+    }
+
+    /// The body without its pace, as far as it is unread.
+    pub(super) fn into_inner(self) -> B {
+        self.body
     }
 
     /// A body of any number of gRPC messages, between which the sender may take any time. Once `closing` is cancelled
     /// it ends between two messages: when, after a moment for what is on the way, nothing more is there; or when it
     /// has given as much as can have been sent by then.
-    pub(super) fn of_messages(body: Body, limit: Duration, closing: CancellationToken) -> Self {
+    pub(super) fn of_messages(body: B, limit: Duration, closing: CancellationToken) -> Self {
         let messages = Messages {
             framing: Framing::default(),
             closing: Box::pin(closing.clone().cancelled_owned()),
@@ -70,7 +75,11 @@ impl Paced {
     }
 }
 
-impl http_body::Body for Paced {
+impl<B> http_body::Body for Paced<B>
+where
+    B: http_body::Body<Data = Bytes> + Unpin,
+    B::Error: Into<axum::BoxError>,
+{
     type Data = Bytes;
     type Error = Broken;
 
@@ -86,7 +95,7 @@ impl http_body::Body for Paced {
             if let Some(timer) = &mut this.timer {
                 timer.as_mut().reset(Instant::now() + this.limit);
             }
-            let frame = frame.map(|frame| frame.map_err(Broken::Lost));
+            let frame = frame.map(|frame| frame.map_err(|error| Broken::Lost(axum::Error::new(error))));
             return Poll::Ready(match &mut this.messages {
                 None => frame,
                 Some(messages) => messages.pass(frame),

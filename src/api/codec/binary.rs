@@ -59,14 +59,32 @@ pub(super) fn read(label: &str, dtype: DType, shape: &Shape, bytes: Bytes) -> Re
 pub(super) fn write(data: &Data) -> Bytes {
     match data {
         Data::Plain(bytes) => bytes.clone(),
+        Data::Strings(_) => {
+            let mut out = BytesMut::with_capacity(length(data));
+            put(data, &mut out);
+            out.freeze()
+        }
+    }
+}
+
+/// How many bytes `put` writes.
+pub(super) fn length(data: &Data) -> usize {
+    match data {
+        Data::Plain(bytes) => bytes.len(),
+        Data::Strings(strings) => strings.iter().map(|string| PREFIX + string.len()).sum(),
+    }
+}
+
+/// Copies the bytes of a tensor to the end of `out`.
+pub(super) fn put(data: &Data, out: &mut BytesMut) {
+    match data {
+        Data::Plain(bytes) => out.put_slice(bytes),
         Data::Strings(strings) => {
-            let mut out = BytesMut::with_capacity(strings.iter().map(|string| PREFIX + string.len()).sum());
             for string in strings {
                 // No element comes near 4 GiB: messages are limited far below.
                 out.put_u32_le(u32::try_from(string.len()).unwrap_or(u32::MAX));
                 out.put_slice(string);
             }
-            out.freeze()
         }
     }
 }

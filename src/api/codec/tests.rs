@@ -16,6 +16,7 @@ use crate::{
 };
 
 mod properties;
+mod wire;
 
 fn decode(json: &str) -> Result<InferCall, Error> {
     decode_json(&Bytes::copy_from_slice(json.as_bytes()), None)

@@ -15,7 +15,7 @@ use axum::{
     middleware::Next,
     response::Response,
 };
-use http::HeaderMap;
+use http::{HeaderMap, HeaderName};
 use http_body_util::BodyExt;
 use parking_lot::Mutex;
 use tonic::{Status, metadata::MetadataMap};
@@ -31,17 +31,18 @@ use crate::{
     metrics::Protocol,
 };
 
-const INFER_PATH: &str = "/inference.GRPCInferenceService/ModelInfer";
+pub(super) const INFER_PATH: &str = "/inference.GRPCInferenceService/ModelInfer";
 /// Calls that only some may make; nothing is read of anyone else's.
 const ADMIN_PATHS: [&str; 2] =
     ["/inference.GRPCInferenceService/RepositoryModelLoad", "/inference.GRPCInferenceService/RepositoryModelUnload"];
 /// Calls whose request bodies hold any number of messages, with pauses between them.
 const STREAM_PATHS: [&str; 3] =
     ["/inference.GRPCInferenceService/ModelStreamInfer", reflection::V1, reflection::V1ALPHA];
-const ENCODING: &str = "grpc-encoding";
-const ACCEPT_ENCODING: &str = "grpc-accept-encoding";
-const GRPC_STATUS: &str = "grpc-status";
-const GRPC_TIMEOUT: &str = "grpc-timeout";
+/// Names made beforehand are found without being parsed for each call.
+pub(super) static ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
+static ACCEPT_ENCODING: HeaderName = HeaderName::from_static("grpc-accept-encoding");
+pub(super) static GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+static GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 
 /// How much later than the handler the edge gives up, so that the handler's more exact answer comes first.
 pub(super) const EDGE_GRACE: Duration = Duration::from_millis(20);
@@ -58,7 +59,9 @@ pub(super) async fn edge(State(app): State<Arc<App>>, mut request: Request, next
     {
         return Status::from(error).into_http();
     }
-    let record = (path == INFER_PATH).then(|| Record::start(&app, Protocol::Grpc, request.headers()));
+    // A call that was begun in front of the router brings its record.
+    let begun = request.extensions_mut().remove::<Unclaimed>().and_then(|begun| begun.lock().take());
+    let record = begun.or_else(|| (path == INFER_PATH).then(|| Record::start(&app, Protocol::Grpc, request.headers())));
     let Ok(timeout) = timeout(request.headers()) else {
         let error = Error::invalid(format!("{GRPC_TIMEOUT} must be up to eight digits and one of H M S m u n"));
         if let Some(record) = record {
@@ -66,14 +69,15 @@ pub(super) async fn edge(State(app): State<Arc<App>>, mut request: Request, next
         }
         return Status::from(error).into_http();
     };
-    let deadline = after(Instant::now(), timeout);
+    let start = record.as_ref().map_or_else(Instant::now, Record::started);
+    let deadline = after(start, timeout);
     let limit = app.limits.body_timeout;
     let streams = STREAM_PATHS.contains(&path.as_str());
     let pace = |body| match streams {
         true => Paced::of_messages(body, limit, app.closing.clone()),
         false => Paced::new(body, limit),
     };
-    let mut request = request.map(|body| Body::new(pace(body).map_err(broken)));
+    let mut request = request.map(|body| Body::new(pace(body).map_err(|error| Status::from(broken(error)))));
     let unclaimed: Unclaimed = Arc::new(Mutex::new(record));
     request.extensions_mut().insert(unclaimed.clone());
     let call = next.run(request);
@@ -83,7 +87,7 @@ pub(super) async fn edge(State(app): State<Arc<App>>, mut request: Request, next
     };
     let record = unclaimed.lock().take();
     let Ok(mut response) = answer else {
-        let error = Error::new(Code::DeadlineExceeded, "the deadline passed before the request was complete");
+        let error = too_late();
         if let Some(record) = record {
             record.finish(Some(error.code));
         }
@@ -98,8 +102,13 @@ pub(super) async fn edge(State(app): State<Arc<App>>, mut request: Request, next
     if let Some(record) = record {
         record.finish(Some(code));
     }
-    response.headers_mut().insert(GRPC_STATUS, i32::from(status::grpc(code)).into());
+    response.headers_mut().insert(&GRPC_STATUS, i32::from(status::grpc(code)).into());
     response
+}
+
+/// What a call is told whose deadline passes before all of it is there.
+pub(super) fn too_late() -> Error {
+    Error::new(Code::DeadlineExceeded, "the deadline passed before the request was complete")
 }
 
 /// What a call ended with before its answer began.
@@ -112,26 +121,26 @@ fn refusal(response: &Response) -> Option<Status> {
 
 /// Answers compressed as the request was and never unasked: Python's clients always claim to accept gzip.
 fn answer_in_kind(headers: &mut HeaderMap) {
-    match headers.get(ENCODING).cloned() {
-        Some(encoding) => headers.insert(ACCEPT_ENCODING, encoding),
-        None => headers.remove(ACCEPT_ENCODING),
+    match headers.get(&ENCODING).cloned() {
+        Some(encoding) => headers.insert(&ACCEPT_ENCODING, encoding),
+        None => headers.remove(&ACCEPT_ENCODING),
     };
 }
 
-/// What tonic shall answer when a body breaks off.
-fn broken(broken: Broken) -> Status {
+/// What a call fails with whose body breaks off.
+pub(super) fn broken(broken: Broken) -> Error {
     match broken {
-        Broken::Paused(error) | Broken::Refused(error) => error.into(),
-        lost @ Broken::Lost(_) => Error::new(Code::Cancelled, lost.to_string()).into(),
+        Broken::Paused(error) | Broken::Refused(error) => error,
+        lost @ Broken::Lost(_) => Error::new(Code::Cancelled, lost.to_string()),
     }
 }
 
 /// A header that is there and cannot be read.
-struct Malformed;
+pub(super) struct Malformed;
 
 /// The `grpc-timeout` header.
-fn timeout(headers: &HeaderMap) -> Result<Option<Duration>, Malformed> {
-    let Some(value) = headers.get(GRPC_TIMEOUT) else { return Ok(None) };
+pub(super) fn timeout(headers: &HeaderMap) -> Result<Option<Duration>, Malformed> {
+    let Some(value) = headers.get(&GRPC_TIMEOUT) else { return Ok(None) };
     value.to_str().ok().and_then(parse_timeout).map(Some).ok_or(Malformed)
 }
 
@@ -177,11 +186,11 @@ mod tests {
     #[test]
     fn replies_are_compressed_as_requests_are() {
         let mut headers = HeaderMap::new();
-        headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity, deflate, gzip"));
+        headers.insert(&ACCEPT_ENCODING, HeaderValue::from_static("identity, deflate, gzip"));
         answer_in_kind(&mut headers);
-        assert!(headers.get(ACCEPT_ENCODING).is_none());
-        headers.insert(ENCODING, HeaderValue::from_static("gzip"));
+        assert!(headers.get(&ACCEPT_ENCODING).is_none());
+        headers.insert(&ENCODING, HeaderValue::from_static("gzip"));
         answer_in_kind(&mut headers);
-        assert_eq!(headers[ACCEPT_ENCODING], "gzip");
+        assert_eq!(headers[&ACCEPT_ENCODING], "gzip");
     }
 }

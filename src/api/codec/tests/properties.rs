@@ -44,7 +44,7 @@ fn shapes() -> impl Strategy<Value = Shape> {
 }
 
 /// A tensor of any type; bits that are no number only where the type has them and `finite` does not forbid it.
-fn tensors(finite: bool) -> impl Strategy<Value = Tensor> {
+pub(super) fn tensors(finite: bool) -> impl Strategy<Value = Tensor> {
     let fill = move |(dtype, shape, seed, strings): (DType, Shape, Vec<u8>, Vec<String>)| {
         let count = crate::tensor::elements(&shape).unwrap();
         let Some(size) = dtype.size() else {

@@ -1,0 +1,135 @@
+//! `ModelInfer`, in front of everything else on the gRPC port.
+//!
+//! This one method is what the server is for, so its message goes past the router, the layers and the generated
+//! service, which cost more than most models: read where it lies (`codec::Draft`), answered with the outputs' own bytes
+//! (`codec::write_reply`). What is unusual about the call itself, compression above all, takes the long way, on which
+//! it is the same method of the same service.
+
+use std::{convert::Infallible, sync::Arc, time::Duration};
+
+use axum::{Router, body::Body};
+use bytes::Bytes;
+use http::{HeaderValue, Method, Request, Response, header, request::Parts};
+use hyper::body::Incoming;
+use parking_lot::Mutex;
+use tonic::Status;
+use tower::ServiceExt;
+
+use super::{
+    Service,
+    edge::{self, EDGE_GRACE, ENCODING, INFER_PATH, Unclaimed},
+    unary::{Gathered, Payload, Resumed, gather},
+};
+use crate::{
+    api::{
+        App, Record, after,
+        auth::Peer,
+        codec::{self, Draft, InferCall, InferReply},
+        message,
+        paced::Paced,
+    },
+    engine::Target,
+    error::Error,
+    metrics::Protocol,
+};
+
+/// A call that can be answered here.
+pub(in crate::api) struct Call {
+    request: Request<Incoming>,
+    /// How long its caller waits.
+    timeout: Option<Duration>,
+}
+
+impl Call {
+    /// Takes a request that is a usual call of `ModelInfer`; gives it back when it is not.
+    pub(in crate::api) fn take(request: Request<Incoming>) -> Result<Self, Request<Incoming>> {
+        if request.uri().path() != INFER_PATH || request.method() != Method::POST {
+            return Err(request);
+        }
+        let encoding = request.headers().get(&ENCODING);
+        match edge::timeout(request.headers()) {
+            Ok(timeout) if encoding.is_none_or(|encoding| encoding == "identity") => Ok(Self { request, timeout }),
+            _ => Err(request),
+        }
+    }
+
+    /// Answers the call; `router` knows the long way.
+    pub(in crate::api) async fn answer(
+        self,
+        app: Arc<App>,
+        router: Router,
+        peer: Peer,
+    ) -> Result<Response<Payload>, Infallible> {
+        let (parts, body) = self.request.into_parts();
+        let mut record = Record::start(&app, Protocol::Grpc, &parts.headers);
+        let latest = after(record.started(), self.timeout);
+        let gathering = gather(Paced::new(body, app.limits.body_timeout), app.limits.max_message_bytes);
+        let gathered = match latest {
+            None => gathering.await.map_err(edge::broken),
+            Some(latest) => match tokio::time::timeout_at((latest + EDGE_GRACE).into(), gathering).await {
+                Ok(gathered) => gathered.map_err(edge::broken),
+                Err(_) => Err(edge::too_late()),
+            },
+        };
+        let prepared = match gathered {
+            Ok(Gathered::Message(message)) => {
+                drop((parts, router));
+                prepare(&app, message, &mut record)
+            }
+            Ok(Gathered::Other(body)) => return Box::pin(reroute(router, parts, body, record, peer)).await,
+            Err(error) => Err(error),
+        };
+        let service = Service { app };
+        let answer = match prepared {
+            Ok((target, call)) => service.run(target, call, latest, &mut record).await.and_then(|answer| {
+                let (model, version) = (answer.version.name.as_str(), answer.version.version.as_str());
+                codec::write_reply(&InferReply { model, version, id: &answer.id, outputs: &answer.outputs })
+            }),
+            Err(error) => Err(error),
+        };
+        record.finish(answer.as_ref().err().map(|error| error.code));
+        Ok(match answer {
+            Ok(pieces) => {
+                let mut response = Response::new(Payload::from(pieces));
+                let headers = response.headers_mut();
+                headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+                response
+            }
+            Err(error) => Status::from(error).into_http(),
+        })
+    }
+}
+
+/// Reads a message and finds the version it is for.
+fn prepare(app: &App, message: Bytes, record: &mut Record) -> Result<(Target, InferCall), Error> {
+    let Some(draft) = Draft::read(&message) else {
+        return super::prepare(app, message::decode(message)?, record);
+    };
+    record.request_id.push_str(draft.id);
+    let target = super::aim(app, draft.model, draft.version, record)?;
+    match draft.call(&message, &target.version.signature) {
+        Some(call) => super::check(app, &target, Ok(call)),
+        None => super::check(app, &target, message::decode(message).and_then(codec::decode_proto)),
+    }
+    .map(|call| (target, call))
+}
+
+/// Hands a call on that has been looked at, with its record.
+async fn reroute(
+    router: Router,
+    parts: Parts,
+    body: Resumed,
+    record: Record,
+    peer: Peer,
+) -> Result<Response<Payload>, Infallible> {
+    let mut request = Request::from_parts(parts, Body::new(body));
+    let unclaimed: Unclaimed = Arc::new(Mutex::new(Some(record)));
+    request.extensions_mut().insert(unclaimed);
+    request.extensions_mut().insert(peer);
+    route(router, request).await
+}
+
+/// Asks the router.
+pub(in crate::api) async fn route(router: Router, request: Request<Body>) -> Result<Response<Payload>, Infallible> {
+    router.oneshot(request).await.map(|response| response.map(Payload::Routed))
+}
