@@ -223,8 +223,12 @@ pub fn open(
 pub fn ask(target: &Target<'_>) -> Result<Vec<u8>> {
     let mut generator = Generator::connect(&Target { connections: 1, streams: 1, ..target.clone() })?;
     generator.replies.keep = usize::MAX;
-    generator.begin_waiting(&mut VecDeque::from([Duration::ZERO]));
-    generator.drain()?;
+    let mut waiting = VecDeque::from([Duration::ZERO]);
+    // A large message has to wait until the server has said how much it takes.
+    while !waiting.is_empty() || generator.is_open() {
+        generator.begin_waiting(&mut waiting);
+        generator.turn(Some(STALL))?;
+    }
     let succeeded = generator.replies.all.iter().all(|reply| reply.succeeded);
     ensure!(succeeded, "the request fails: {}", String::from_utf8_lossy(&generator.replies.body));
     Ok(generator.replies.body)
@@ -303,8 +307,9 @@ impl Generator {
             self.connections[event.token().0].read(&mut self.replies)?;
             self.heard = Instant::now();
         }
-        if self.is_open() && self.heard.elapsed() > STALL {
-            bail!("the server has not answered anything for {STALL:?}");
+        // Nothing is open, and something awaited, when the server's window has no room for a single message.
+        if (self.is_open() || wait == Some(STALL)) && self.heard.elapsed() > STALL {
+            bail!("the server has not answered anything for {STALL:?}, or takes no message of this size");
         }
         Ok(())
     }
@@ -425,6 +430,26 @@ mod tests {
             // 300 expected with a deviation of 17.
             assert!((230..370).contains(&run.latencies.count()), "{protocol:?}: {}", run.latencies.count());
             assert_eq!(run.failed, 0);
+        }
+    }
+
+    #[test]
+    fn large_messages_come_back_whole() {
+        use tidegate::tensor::{DType, Data, Tensor};
+        let [rest, grpc] = echo();
+        let bytes: Vec<u8> = (0..300_000_u32).map(|index| index as u8 & 0x3f).collect();
+        let image = Tensor::new("image".into(), DType::Fp32, [1, 75_000].as_slice().into(), Data::Plain(bytes.into()));
+        let image = image.unwrap();
+        for protocol in [Protocol::Grpc, Protocol::Binary] {
+            let request = protocol.request("identity", &image).unwrap();
+            let address = if protocol == Protocol::Grpc { grpc } else { rest };
+            let target = Target { address, pid: None, request: &request, connections: 2, streams: 2 };
+            let body = ask(&target).unwrap();
+            assert_eq!(protocol.outputs(&body).unwrap(), ["same FP32 [1, 75000]"]);
+            let Data::Plain(sent) = &image.data else { panic!() };
+            assert!(body.ends_with(sent), "{protocol:?}: {} bytes", body.len());
+            let full = closed(&target, Duration::ZERO, Duration::from_millis(100)).unwrap();
+            assert!(full.rate > 10.0, "{protocol:?}: {full:?}");
         }
     }
 

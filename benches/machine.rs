@@ -80,6 +80,8 @@ pub struct Usage {
     pub stolen: f64,
     /// The share of the machine's time that other processes took.
     pub foreign: f64,
+    /// Cores of the machine, as many as had time to give.
+    pub cores: f64,
 }
 
 impl Moment {
@@ -109,8 +111,10 @@ impl Moment {
         let machine = |part: fn(&Machine) -> f64| part(&end.machine) - part(&self.machine);
         let total = machine(|machine| machine.total).max(1.0 / USER_HZ);
         let (server, own) = (end.server - self.server, end.own - self.own);
+        let seconds = (end.at - self.at).as_secs_f64();
         Usage {
-            seconds: (end.at - self.at).as_secs_f64(),
+            seconds,
+            cores: (total / seconds).round().max(1.0),
             server,
             own,
             stolen: machine(|machine| machine.stolen) / total,

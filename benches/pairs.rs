@@ -41,6 +41,7 @@ impl<T> Measured<T> {
             own: self.usage.own + other.usage.own,
             stolen: share(|usage| usage.stolen),
             foreign: share(|usage| usage.foreign),
+            cores: self.usage.cores,
         };
         let spoiled = self.spoiled || other.spoiled;
         Measured { value: (self.value, other.value), usage, spoiled }
@@ -100,7 +101,7 @@ mod tests {
     use super::*;
 
     fn measured(value: f64, stolen: f64, spoiled: bool) -> Measured<f64> {
-        let usage = Usage { seconds: 1.0, server: 1.0, own: 0.1, stolen, foreign: 0.5 };
+        let usage = Usage { seconds: 1.0, server: 1.0, own: 0.1, stolen, foreign: 0.5, cores: 2.0 };
         Measured { value, usage, spoiled }
     }
 

@@ -64,7 +64,7 @@ impl Pace {
         pairs_2core: 3,
         warm: Duration::from_millis(200),
         window: Duration::from_secs(1),
-        bare: Duration::from_millis(500),
+        bare: Duration::from_millis(300),
         latency_pairs: 3,
         latency_window: Duration::from_secs(1),
         starts: 5,
@@ -141,13 +141,13 @@ impl Bench {
     }
 }
 
-/// Calls `measure` and watches the machine meanwhile; what is measured is a process of its own, so others are not told
-/// from it.
+/// Calls `measure` and watches the machine meanwhile. What is measured is a process of its own that ends with it, so
+/// others are told from it only where they take more than the one core it has.
 fn watched<T>(measure: impl FnOnce() -> Result<T>) -> Result<Measured<T>> {
     let start = Moment::now(None)?;
     let value = measure()?;
     let usage = start.until(&Moment::now(None)?);
-    Ok(Measured { value, usage, spoiled: false })
+    Ok(Measured { value, usage, spoiled: usage.foreign > 1.0 / usage.cores + MAX_FOREIGN })
 }
 
 fn is_disturbed(usage: &Usage) -> bool {
