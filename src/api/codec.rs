@@ -153,6 +153,12 @@ impl InferCall {
         let outputs = requested(outputs)?;
         Ok(Self { id, timeout, priority, parameters, inputs, outputs, binary_output })
     }
+
+    /// Whether an output goes back as binary data.
+    pub(super) fn wants_binary(&self, output: &str) -> bool {
+        let requested = self.outputs.iter().find(|requested| *requested.name == *output);
+        requested.and_then(|requested| requested.binary).unwrap_or(self.binary_output)
+    }
 }
 
 /// Names that the protocol keeps for itself must not pass for the caller's own.

@@ -42,6 +42,8 @@ const CONNECTION_WINDOW: u32 = 64 << 20;
 const MAX_FRAME: u32 = 1 << 20;
 /// Connections handed to an I/O runtime that it has not picked up; when full, accepting waits.
 const HANDOVER: usize = 256;
+/// Long messages that are read or written at the same time beside an I/O thread's connections; more of them wait.
+const LONG_MESSAGES: usize = 2;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Bytes that every HTTP/2 connection begins with.
 const HTTP2_PREFACE: usize = 24;
@@ -152,7 +154,8 @@ impl IoThreads {
         let mut threads = Vec::new();
         for index in 0..count.max(1) {
             let (sender, receiver) = mpsc::channel(HANDOVER);
-            let runtime = relay::runtime()?;
+            let runtime =
+                relay::runtime().max_blocking_threads(LONG_MESSAGES).thread_name(format!("io-{index}-long")).build()?;
             let context = Context {
                 limits: limits.clone(),
                 closing: closing.clone(),

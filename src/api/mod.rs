@@ -70,6 +70,9 @@ static TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 pub struct LimitsConfig {
     /// Bytes of one REST body or gRPC message, after decompression.
     pub max_message_bytes: usize,
+    /// Bytes of a REST message's JSON, or of a compressed body, that are read or written where connections are served;
+    /// longer ones get a thread of their own, so that other connections need not wait for them.
+    pub max_inline_bytes: usize,
     /// How long a client may take to send a request's headers; also how long an idle REST connection is kept.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
@@ -92,6 +95,7 @@ impl Default for LimitsConfig {
     fn default() -> Self {
         Self {
             max_message_bytes: 64 << 20,
+            max_inline_bytes: 256 << 10,
             header_timeout: Duration::from_secs(60),
             body_timeout: Duration::from_secs(30),
             keepalive_interval: Duration::from_secs(60),

@@ -493,7 +493,7 @@ mod tests {
     #[test]
     fn an_io_thread_wakes_an_executor_for_all_it_has_and_not_for_each_request() {
         let line = Line::new("", 64, 1);
-        let io_thread = relay::runtime().unwrap();
+        let io_thread = relay::runtime().build().unwrap();
         let submit = |count| {
             while line.queue.state.lock().idle.is_empty() {
                 thread::yield_now();
@@ -522,7 +522,7 @@ mod tests {
             let per_row = micros(per_row);
             let service = ServiceTime::from_sweep(&[(1, per_row), (8, per_row * 8)]);
             let line = Line::expecting(service, steady, "", 8, 1);
-            relay::runtime().unwrap().block_on(relay::relayed(async {
+            relay::runtime().build().unwrap().block_on(relay::relayed(async {
                 // Twelve requests are more than one batch.
                 for count in [1, 4, 12] {
                     while line.queue.state.lock().idle.is_empty() {

@@ -11,7 +11,6 @@
 use std::{
     cell::RefCell,
     future::Future,
-    io,
     mem::{swap, take},
     sync::Arc,
 };
@@ -19,7 +18,7 @@ use std::{
 use parking_lot::Mutex;
 use smallvec::SmallVec;
 use tokio::{
-    runtime::{Builder, Runtime},
+    runtime::Builder,
     sync::{Notify, oneshot},
 };
 
@@ -54,13 +53,12 @@ pub(super) struct Relay {
     arrived: Notify,
 }
 
-/// A runtime for one I/O thread. Its requests are relayed inside of [`relayed`].
-///
-/// # Errors
-/// When the system gives no event queue.
-pub fn runtime() -> io::Result<Runtime> {
+/// The runtime of an I/O thread, to be built. Its requests are relayed inside of [`relayed`].
+pub fn runtime() -> Builder {
     let look_after = || untold().iter().for_each(|queue| queue.look_after());
-    Builder::new_current_thread().enable_all().on_thread_park(look_after).build()
+    let mut builder = Builder::new_current_thread();
+    builder.enable_all().on_thread_park(look_after);
+    builder
 }
 
 /// Does `work` on the calling thread, whose requests go through a relay of its own meanwhile; for what a [`runtime`]

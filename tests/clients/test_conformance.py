@@ -44,14 +44,17 @@ def cases(file):
     return pytest.mark.parametrize("case", found, ids=names)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """With a limit of 1 MiB; whatever it is sent, it is the same process in the end."""
+@pytest.fixture(scope="module", params=[256 << 10, 0], ids=["inline", "aside"])
+def server(request, tmp_path_factory):
+    """With a limit of 1 MiB; whatever it is sent, it is the same process in the end.
+
+    Whether a message is read where connections are served, or is too long for that, shows nowhere.
+    """
     home = tmp_path_factory.mktemp("conformance")
     repository = Repository(home / "models")
     repository.ship("iris", "language")
     add_small_models(repository)
-    config = f"[limits]\nmax_message_bytes = {LIMIT}\n"
+    config = f"[limits]\nmax_message_bytes = {LIMIT}\nmax_inline_bytes = {request.param}\n"
     with Server(repository.path, home, config) as running:
         yield running
         assert running.stop() == 0, running.tail()

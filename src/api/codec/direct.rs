@@ -108,7 +108,7 @@ fn numbers(dtype: DType, elements: &[u8], expected: usize) -> Option<Bytes> {
 
 fn all<N: Number>(elements: &[u8], expected: usize) -> Option<Bytes> {
     // The shape is only a claim; each number but the last takes a digit and a comma.
-    let mut out = Vec::with_capacity(expected.min(elements.len() / 2) * size_of::<N>());
+    let mut out = Vec::with_capacity(expected.min(elements.len() / 2 + 1) * size_of::<N>());
     let mut text = Text { bytes: elements, at: 0 };
     let mut count = 0usize;
     text.each(|text| {

@@ -42,13 +42,13 @@ async fn answer(
     app: &Arc<App>,
     named: Result<Named, RestError>,
     request: Request,
-    reply: impl FnOnce(Vec<u8>) -> Reply,
+    reply: impl FnOnce(Vec<u8>) -> Reply + Send + 'static,
 ) -> Response {
     let non_finite = app.json_nonfinite;
-    let read = |question: &Question<'_>| {
-        let document = Document::parse(question.body)?;
+    let read = |question: &Question| {
+        let document = Document::parse(&question.body)?;
         Ok((generate::read(&document, &question.version.signature, question.limit)?, ()))
     };
-    let write = |outputs: &InferReply<'_>, _: &InferCall, ()| generate::write(outputs, non_finite).map(reply);
+    let write = move |outputs: &InferReply<'_>, _: &InferCall, ()| generate::write(outputs, non_finite).map(reply);
     exchange(app, named, request, read, write).await
 }

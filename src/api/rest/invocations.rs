@@ -76,14 +76,14 @@ fn only_model(catalog: &Catalog) -> Result<Named, Error> {
 
 async fn answer(app: &Arc<App>, named: Result<Named, RestError>, request: Request) -> Response {
     let non_finite = app.json_nonfinite;
-    let read = |question: &Question<'_>| {
+    let read = |question: &Question| {
         let signature = &question.version.signature;
-        match content(question.headers)? {
-            Content::Csv => invocations::read_csv(question.body, signature, question.limit),
-            Content::Json => invocations::read_json(&Document::parse(question.body)?, signature, question.limit),
+        match content(&question.headers)? {
+            Content::Csv => invocations::read_csv(&question.body, signature, question.limit),
+            Content::Json => invocations::read_json(&Document::parse(&question.body)?, signature, question.limit),
         }
     };
-    let write = |outputs: &InferReply<'_>, _: &InferCall, orient: Orient| {
+    let write = move |outputs: &InferReply<'_>, _: &InferCall, orient: Orient| {
         invocations::write(outputs, orient, non_finite).map(Reply::json)
     };
     exchange(app, named, request, read, write).await

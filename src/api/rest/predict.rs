@@ -89,11 +89,11 @@ fn split_verb(named: &Named) -> Option<(Named, &str)> {
 
 async fn predict(app: &Arc<App>, named: Result<Named, RestError>, request: Request) -> Response {
     let non_finite = app.json_nonfinite;
-    let read = |question: &Question<'_>| {
-        let document = Document::parse(question.body)?;
+    let read = |question: &Question| {
+        let document = Document::parse(&question.body)?;
         predict::read(&document, &question.version.signature, question.limit)
     };
-    let write = |outputs: &InferReply<'_>, _: &InferCall, format: Format| {
+    let write = move |outputs: &InferReply<'_>, _: &InferCall, format: Format| {
         predict::write(outputs, format, non_finite).map(Reply::json)
     };
     exchange(app, named, request, read, write).await
