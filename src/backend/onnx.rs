@@ -7,7 +7,7 @@ use std::{
     borrow::Cow,
     fs,
     panic::{AssertUnwindSafe, catch_unwind},
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
     thread,
 };
@@ -17,7 +17,7 @@ use ort::{
     ep::{self, ArbitrarilyConfigurableExecutionProvider, ExecutionProvider},
     session::{
         HasSelectedOutputs, OutputSelector, RunOptions, SessionInputValue, SessionInputs,
-        builder::{AutoDevicePolicy, GraphOptimizationLevel, PrepackedWeights, SessionBuilder},
+        builder::{AutoDevicePolicy, GraphOptimizationLevel, SessionBuilder},
     },
     value::{Outlet, ValueType},
 };
@@ -32,6 +32,7 @@ use crate::{
 mod external;
 mod graph;
 mod library;
+mod shared;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -41,6 +42,7 @@ mod values;
 
 use graph::{Model, Value};
 use library::Library;
+use shared::Scratch;
 
 const FILE_NAME: &str = "model.onnx";
 
@@ -54,6 +56,7 @@ const BORROWING_ENTRIES: [&str; 2] =
 /// ONNX Runtime, loaded from a shared library. The library stays loaded until the process ends.
 pub struct OnnxRuntime {
     library: Arc<Library>,
+    scratch: Scratch,
 }
 
 struct OnnxSession {
@@ -75,7 +78,14 @@ impl OnnxRuntime {
     /// # Errors
     /// `NotReady` when there is none, naming every file that was tried and what to do.
     pub fn open(explicit: Option<&Path>, shared_threads: Option<usize>) -> Result<Self, Error> {
-        Ok(Self { library: Library::open(explicit, shared_threads)? })
+        Ok(Self { library: Library::open(explicit, shared_threads)?, scratch: Scratch::new(None) })
+    }
+
+    /// Has weights that instances share kept below `directory`, which must be on a disk to save memory. Until now they
+    /// are among the system's temporary files. No other process may use it.
+    #[must_use]
+    pub fn with_scratch(self, directory: PathBuf) -> Self {
+        Self { scratch: Scratch::new(Some(directory)), ..self }
     }
 
     /// The version of the loaded library, `1.31.1` for instance.
@@ -88,9 +98,10 @@ impl OnnxRuntime {
         &self.library.path
     }
 
-    fn builder(&self, model: &Model, options: &Options, instances: usize) -> Result<SessionBuilder, Error> {
+    /// A builder for sessions whose messages are logged with `id`.
+    fn builder(&self, model: &Model, options: &Options, instances: usize, id: &str) -> Result<SessionBuilder, Error> {
         check(options)?;
-        let builder = self.configure(model, options, instances).map_err(|error| {
+        let builder = self.configure(model, options, instances, id).map_err(|error| {
             Error::invalid(format!("onnxruntime does not take the session's options: {}", tidy(error.message())))
         })?;
         let Device::Cuda(index) = options.device else { return Ok(builder) };
@@ -104,7 +115,7 @@ impl OnnxRuntime {
             .map_err(|error| unavailable(options.device, &tidy(error.message())))
     }
 
-    fn configure(&self, model: &Model, options: &Options, instances: usize) -> ort::Result<SessionBuilder> {
+    fn configure(&self, model: &Model, options: &Options, instances: usize, id: &str) -> ort::Result<SessionBuilder> {
         let intra = options.intra_op_threads.unwrap_or_else(|| {
             let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
             (cores / instances).max(1)
@@ -112,6 +123,7 @@ impl OnnxRuntime {
         // Asked to run in parallel and not told how many threads to use, ONNX Runtime takes all cores (0).
         let inter = options.inter_op_threads.unwrap_or(if options.parallel == Some(true) { 0 } else { 1 });
         let mut builder = ort::session::Session::builder(&self.library.environment)?
+            .with_log_id(id)?
             // `ort` would otherwise let ONNX Runtime pick an accelerator that nobody asked for.
             .with_auto_device(AutoDevicePolicy::PreferCPU)?
             .with_thread_manager(self.library.pool.clone())?
@@ -129,9 +141,6 @@ impl OnnxRuntime {
         if options.flush_to_zero {
             builder = builder.with_flush_to_zero()?;
         }
-        if options.share_prepacked_weights.unwrap_or(instances > 1) {
-            builder = builder.with_prepacked_weights(&PrepackedWeights::new())?;
-        }
         if let Some(path) = &options.optimized_model {
             builder = builder.with_optimized_model_path(path)?;
         }
@@ -139,6 +148,33 @@ impl OnnxRuntime {
             builder = builder.with_config_entry(key, value)?;
         }
         Ok(builder)
+    }
+}
+
+impl OnnxRuntime {
+    /// Sessions that map one file of weights, which a session of `builder` writes.
+    ///
+    /// # Errors
+    /// What the file system or ONNX Runtime says; the model may load without a file all the same.
+    fn load_shared(
+        &self,
+        model: &Model,
+        bytes: &[u8],
+        builder: &SessionBuilder,
+        options: &Options,
+        instances: usize,
+        id: &str,
+    ) -> Result<Vec<ort::session::Session>, Error> {
+        let refused = |error: ort::Error| Error::internal(tidy(error.message()));
+        let written =
+            self.scratch.folder().map_err(|error| Error::internal(format!("no file can be written: {error}")))?;
+        let mut writer = written.write_with(builder.clone()).map_err(refused)?;
+        drop(commit(options.device, || writer.commit_from_memory(bytes))?);
+        drop(writer);
+        // The graph has been rewritten already.
+        let options = Options { optimization: OptimizationLevel::Disable, ..options.clone() };
+        let mut reader = self.builder(model, &options, instances, id)?;
+        (0..instances).map(|_| commit(options.device, || reader.commit_from_file(written.graph()))).collect()
     }
 }
 
@@ -169,19 +205,29 @@ impl Backend for OnnxRuntime {
         let weights = external::read(&model, files).map_err(named)?;
 
         let instances = instances.max(1);
-        let mut builder = self
-            .builder(&model, options, instances)
-            .map_err(named)?
-            .with_log_id(files.display().to_string())
-            .map_err(|error| named(Error::internal(tidy(error.message()))))?;
+        let external: usize = weights.iter().map(|(_, content)| content.len()).sum();
+        let id = files.display().to_string();
+        let mut builder = self.builder(&model, options, instances, &id).map_err(named)?;
         for (name, content) in weights {
             builder = builder
                 .with_external_initializer_file_in_memory(&name, content)
                 .map_err(|error| named(Error::invalid(format!("external data '{name}': {}", tidy(error.message())))))?;
         }
 
-        let first = commit(&mut builder, &bytes, options.device).map_err(named)?;
-        let mut signature = signature(&first, &model).map_err(named)?;
+        let mut notes = Vec::new();
+        let mut sessions = Vec::new();
+        if shared::pays(options, instances, bytes.len() + external) {
+            match self.load_shared(&model, &bytes, &builder, options, instances, &id) {
+                Ok(shared) => sessions = shared,
+                Err(error) => notes.push(format!("its instances hold weights of their own: {error}")),
+            }
+        }
+        while sessions.len() < instances {
+            let session = commit(options.device, || builder.commit_from_memory(&bytes)).map_err(named)?;
+            sessions.push(session);
+        }
+        let mut signature = signature(&sessions[0], &model).map_err(named)?;
+        signature.notes.append(&mut notes);
         if options.flush_to_zero {
             // ONNX Runtime sets the flag on its own threads, never on the one that calls it.
             signature
@@ -189,12 +235,10 @@ impl Backend for OnnxRuntime {
                 .push("flush_to_zero reaches the operator threads, not the thread that runs the graph".into());
         }
         let signature = Arc::new(signature);
-        let mut sessions = vec![OnnxSession::new(first, &signature, options).map_err(named)?];
-        while sessions.len() < instances {
-            let session = commit(&mut builder, &bytes, options.device).map_err(named)?;
-            sessions.push(OnnxSession::new(session, &signature, options).map_err(named)?);
-        }
-        Ok(sessions.into_iter().map(|session| Box::new(session) as Box<dyn Session>).collect())
+        let wrap = |session| -> Result<Box<dyn Session>, Error> {
+            Ok(Box::new(OnnxSession::new(session, &signature, options).map_err(named)?))
+        };
+        sessions.into_iter().map(wrap).collect()
     }
 }
 
@@ -289,9 +333,13 @@ fn unavailable(device: Device, reason: &str) -> Error {
     Error::new(Code::NotReady, format!("device '{device}' cannot be had: {reason}"))
 }
 
-fn commit(builder: &mut SessionBuilder, bytes: &[u8], device: Device) -> Result<ort::session::Session, Error> {
+/// The session that `commit` makes, or why it does not.
+fn commit(
+    device: Device,
+    commit: impl FnOnce() -> ort::Result<ort::session::Session>,
+) -> Result<ort::session::Session, Error> {
     // `ort` panics on inputs and outputs of types that it does not know.
-    match catch_unwind(AssertUnwindSafe(|| builder.commit_from_memory(bytes))) {
+    match catch_unwind(AssertUnwindSafe(commit)) {
         Ok(Ok(session)) => Ok(session),
         Ok(Err(error)) => {
             let reason = tidy(error.message());
