@@ -33,6 +33,7 @@ use schedule::{Level, Place, TimeoutAction, Urgency};
 use crate::{
     error::{Code, Error},
     metrics::VersionMetrics,
+    priority,
     tensor::Tensor,
 };
 
@@ -161,6 +162,8 @@ impl ModelVersion {
             let alive = alive.clone();
             let spawned = std::thread::Builder::new().name(format!("run-{index}-{name}")).spawn(move || {
                 executor::run(&queue, session.as_mut(), name.as_str());
+                // Giving a large session's memory back takes milliseconds that requests of other models need.
+                priority::step_back();
                 drop((session, alive));
             });
             match spawned {
