@@ -247,7 +247,7 @@ impl Parts {
         let io = Arc::new(io);
         let accepting = [
             (self.rest_port, rest::router(app.clone()), Wire::Http),
-            (self.grpc_port, grpc::router(app.clone())?, Wire::Grpc),
+            (self.grpc_port, grpc::router(app.clone()), Wire::Grpc),
         ]
         .map(|(port, router, wire)| {
             let (io, closing) = (io.clone(), app.closing.clone());

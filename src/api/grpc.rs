@@ -26,10 +26,7 @@ use edge::Unclaimed;
 use stream::Answers;
 
 /// Every gRPC service of the data port.
-///
-/// # Errors
-/// `Internal` when the protocol's own descriptors cannot be read.
-pub fn router(app: Arc<App>) -> Result<Router, Error> {
+pub fn router(app: Arc<App>) -> Router {
     let limit = app.limits.max_message_bytes;
     let inference = GrpcInferenceServiceServer::new(Service { app: app.clone() })
         .max_decoding_message_size(limit)
@@ -39,8 +36,8 @@ pub fn router(app: Arc<App>) -> Result<Router, Error> {
         .send_compressed(CompressionEncoding::Gzip)
         .send_compressed(CompressionEncoding::Deflate);
     let routes = Routes::new(inference).add_service(health::service(app.clone()));
-    let routes = reflection::add(routes, limit)?;
-    Ok(routes.prepare().into_axum_router().layer(axum::middleware::from_fn_with_state(app, edge::edge)))
+    let routes = reflection::add(routes, limit);
+    routes.prepare().into_axum_router().layer(axum::middleware::from_fn_with_state(app, edge::edge))
 }
 
 #[derive(Clone)]
