@@ -47,6 +47,7 @@ image-test:
 # of two cores or more, or some minutes with QUICK=1.
 bench: build .venv/clients.installed
 	cargo build --release --locked --package tidegate-bench
+	$(PYTHON) benches/models/sized.py target/bench/models
 	target/release/tidegate-bench measure --magika .venv/lib/python*/site-packages/magika/models/*/model.onnx
 
 # Trains the models in models/ anew; the files come out the same.

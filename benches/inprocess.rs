@@ -12,7 +12,7 @@ use tidegate::{
     tensor::{Data, Tensor, gather},
 };
 
-use crate::machine::{Moment, Usage, on_core};
+use crate::machine::{Moment, Usage, on_cores};
 
 /// A loaded model and one row for it.
 pub struct Model {
@@ -27,7 +27,7 @@ impl Model {
     /// # Errors
     /// When it cannot be loaded, or takes more than one input of a fixed size.
     pub fn load(library: &Path, files: &Path, core: usize, element: impl Fn(usize) -> [u8; 4]) -> Result<Self> {
-        let session = on_core(core, || load(Some(library), files))?;
+        let session = on_cores(&[core], || load(Some(library), files))?;
         let [spec] = session.signature().inputs.as_slice() else { anyhow::bail!("the model has several inputs") };
         let shape: Vec<usize> = spec.shape.iter().map(|&size| usize::try_from(size).unwrap_or(1)).collect();
         let bytes: Vec<u8> = (0..shape.iter().product()).flat_map(element).collect();
@@ -56,7 +56,7 @@ impl Model {
     pub fn run(&mut self, rows: usize, window: Duration) -> Result<(f64, Usage)> {
         let batch = [gather(&vec![&self.row; rows])];
         let session = &mut self.session;
-        on_core(self.core, || {
+        on_cores(&[self.core], || {
             for _ in 0..3 {
                 session.run(&batch)?;
             }

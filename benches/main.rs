@@ -42,6 +42,9 @@ enum Command {
         /// The folder with `iris`.
         #[arg(long, default_value = "models")]
         models: PathBuf,
+        /// The folder of the models that the scripts in `benches/models` make.
+        #[arg(long, default_value = "target/bench/models")]
+        made: PathBuf,
         /// The model file of `magika`; without it, its figures are left out.
         #[arg(long)]
         magika: Option<PathBuf>,
@@ -72,17 +75,20 @@ fn main() -> Result<()> {
             server.serve()
         }
         Command::Load { files } => Ok(writeln!(std::io::stdout(), "{}", inprocess::load_time(&files)?)?),
-        Command::Measure { server, models, magika, onnxruntime, json, quick } => {
+        Command::Measure { server, models, made, magika, onnxruntime, json, quick } => {
             process::end_children_on_signals()?;
             let cores = machine::Cores::choose()?;
             let programs = Programs {
                 server: server.canonicalize()?,
                 onnxruntime: onnxruntime.canonicalize()?,
                 core: cores.server,
+                generator: cores.generator,
+                both: false,
             };
-            machine::pin(cores.generator)?;
+            machine::pin(&[cores.generator])?;
             let pace = if quick { Pace::QUICK } else { Pace::FULL };
-            let mut bench = Bench::new(programs, pace, models.canonicalize()?, Report::new(quick))?;
+            let mut bench =
+                Bench::new(programs, pace, models.canonicalize()?, made.canonicalize()?, Report::new(quick))?;
             bench.measure(magika.as_deref())?;
             bench.report.write(&json)?;
             Ok(writeln!(std::io::stdout(), "{}", bench.report.markdown())?)

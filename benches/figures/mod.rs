@@ -24,6 +24,7 @@ use crate::{
 };
 
 mod latency;
+mod loading;
 mod magika;
 mod memory;
 mod start;
@@ -54,6 +55,10 @@ pub struct Pace {
     starts: usize,
     steady: Duration,
     sweep: Duration,
+    /// Loads of another model, each beside some time without.
+    loads: usize,
+    /// Loads and unloads after which memory must be what it was.
+    cycles: usize,
 }
 
 impl Pace {
@@ -67,6 +72,8 @@ impl Pace {
         starts: 5,
         steady: Duration::from_secs(5),
         sweep: Duration::from_millis(300),
+        loads: 5,
+        cycles: 100,
     };
     pub const FULL: Self = Self {
         pairs: 10,
@@ -78,6 +85,8 @@ impl Pace {
         starts: 10,
         steady: Duration::from_secs(20),
         sweep: Duration::from_secs(2),
+        loads: 15,
+        cycles: 1000,
     };
 }
 
@@ -85,6 +94,7 @@ impl Pace {
 pub struct Bench {
     programs: Programs,
     pace: Pace,
+    made: PathBuf,
     iris: PathBuf,
     pub report: Report,
     /// The machine's shares that other processes took, a number for each window.
@@ -94,10 +104,10 @@ pub struct Bench {
 impl Bench {
     /// # Errors
     /// When there is no `iris` in `models`.
-    pub fn new(programs: Programs, pace: Pace, models: PathBuf, report: Report) -> Result<Self> {
+    pub fn new(programs: Programs, pace: Pace, models: PathBuf, made: PathBuf, report: Report) -> Result<Self> {
         let iris = models.join("iris/1");
         ensure!(iris.join("model.onnx").is_file(), "{} has no model.onnx", iris.display());
-        Ok(Self { programs, pace, iris, report, foreign: Vec::new() })
+        Ok(Self { programs, pace, made, iris, report, foreign: Vec::new() })
     }
 
     /// Measures everything; `magika` is that model's file.
@@ -114,6 +124,7 @@ impl Bench {
         self.swaps(&iris, rate / 2.0)?;
         self.start()?;
         self.memory(magika.as_deref())?;
+        self.loading(iris.row(), rate * 0.3)?;
         if let Some(files) = magika {
             self.magika(&files)?;
         }

@@ -1,4 +1,6 @@
-"""Makes the models that memory and loading are measured with, the same bytes every time.
+"""Makes the models that memory and loading are measured with; the files come out the same on every machine.
+
+    python benches/models/sized.py FOLDER
 
 `wide`: a chain of matrix products whose weights have 200 MB. `deep`: a chain of some thousand small operators, 10 MB in
 all, which takes ONNX Runtime about 0.4 s to load, as a model of ordinary size does.
@@ -43,7 +45,7 @@ def chain(name, size, layers, bias):
 
 
 def save(folder, name, model):
-    path = folder / name / "model.onnx"
+    path = folder / name / "1" / "model.onnx"
     path.parent.mkdir(parents=True, exist_ok=True)
     # Whoever measures meanwhile sees the old file or the new one.
     staged = path.with_suffix(".staged")
