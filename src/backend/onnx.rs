@@ -29,6 +29,7 @@ use crate::{
     tensor::{DType, Tensor},
 };
 
+mod content;
 mod external;
 mod graph;
 mod library;
@@ -40,6 +41,7 @@ mod tests;
 mod threads;
 mod values;
 
+use content::Content;
 use graph::{Model, Value};
 use library::Library;
 use shared::Scratch;
@@ -199,9 +201,9 @@ impl Backend for OnnxRuntime {
         let named = |error: Error| Error { message: format!("{}: {}", path.display(), error.message), ..error };
         let files = path.parent().unwrap_or(Path::new("."));
 
-        let bytes = fs::read(path).map_err(|error| named(Error::invalid(error.to_string())))?;
-        let model = Model::decode(bytes.as_slice())
-            .map_err(|error| named(Error::invalid(format!("not an ONNX model: {error}"))))?;
+        let bytes = Content::read(path).map_err(|error| named(Error::invalid(error.to_string())))?;
+        let model =
+            Model::decode(&*bytes).map_err(|error| named(Error::invalid(format!("not an ONNX model: {error}"))))?;
         let weights = external::read(&model, files).map_err(named)?;
 
         let instances = instances.max(1);

@@ -72,6 +72,78 @@ fn files_may_change_once_a_model_is_loaded() {
     drop(noise);
 }
 
+/// `y = tanh(x · w)` over rows of `width` floats, often enough to have `layers` matrices.
+fn products(width: usize, layers: usize) -> testing::Graph {
+    let kind = testing::tensor(1, Some(&[-1, width as i64]));
+    let ends = (vec![testing::value("x", kind.clone())], vec![testing::value("y", kind)]);
+    let name = |layer: usize| if layer == layers { "y".to_owned() } else { format!("x{layer}") };
+    let mut graph = testing::graph(vec![testing::node("Tanh", &["x"], &["x0"])], ends.0, ends.1);
+    for layer in 0..layers {
+        let (weights, product) = (format!("w{layer}"), format!("p{layer}"));
+        graph.nodes.push(testing::node("MatMul", &[&name(layer), &weights], &[&product]));
+        graph.nodes.push(testing::node("Tanh", &[&product], &[&name(layer + 1)]));
+        let elements: Vec<f32> = (0..width * width).map(|i| ((i * 7919 + layer) % 1013) as f32 / 5e4 - 1e-2).collect();
+        graph.initializers.push(testing::Initializer {
+            dims: vec![width as i64; 2],
+            element: 1,
+            name: weights,
+            raw: bytemuck::cast_slice(&elements).to_vec(),
+            ..Default::default()
+        });
+    }
+    graph
+}
+
+/// Pages of files below `folder` that this process has mapped.
+fn mappings_below(folder: &Path) -> usize {
+    let maps = fs::read_to_string("/proc/self/maps").unwrap();
+    maps.lines().filter(|line| line.contains(&*folder.to_string_lossy())).count()
+}
+
+#[test]
+fn instances_map_one_file_and_answer_as_one_alone() {
+    let digits = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/digits/1");
+    let made = testing::directory(products(256, 3));
+    let scratch = tempfile::tempdir().unwrap();
+    let left_over = scratch.path().join("weights-of-a-killed-server");
+    fs::create_dir(&left_over).unwrap();
+    let runtime = OnnxRuntime::open(Some(testing::runtime().path()), None).unwrap();
+    let runtime = runtime.with_scratch(scratch.path().to_owned());
+    for (directory, mapped) in [(made.path(), true), (&digits, false)] {
+        let mut alone = load(directory, &Options::default()).unwrap();
+        let spec = alone.signature().inputs[0].clone();
+        let shape: Vec<usize> = spec.shape.iter().map(|&size| usize::try_from(size).unwrap_or(3)).collect();
+        let elements: Vec<f32> = (0..shape.iter().product()).map(|i| (i % 17) as f32 / 4.0).collect();
+        let input = floats(&spec.name, &shape, &elements);
+        let expected = alone.run(std::slice::from_ref(&input)).unwrap();
+
+        let options = Options { share_prepacked_weights: Some(true), ..Options::default() };
+        let mut sessions = runtime.load(&directory.join(FILE_NAME), &options, 3).unwrap();
+        assert_eq!(mappings_below(scratch.path()) >= 3, mapped, "{}", directory.display());
+        assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 0, "the files are left behind");
+        for session in &mut sessions {
+            assert_eq!(session.signature(), alone.signature());
+            assert_eq!(session.run(std::slice::from_ref(&input)).unwrap(), expected);
+        }
+    }
+    assert!(!left_over.exists());
+    assert_eq!(mappings_below(scratch.path()), 0, "sessions are gone, and their mappings are not");
+}
+
+#[test]
+fn without_a_place_to_share_them_instances_hold_weights_of_their_own() {
+    let nowhere = tempfile::tempdir().unwrap().path().join("nowhere");
+    let runtime = OnnxRuntime::open(Some(testing::runtime().path()), None).unwrap().with_scratch(nowhere);
+    let directory = testing::directory(testing::identity(DType::Fp32, &[-1]));
+    let options = Options { share_prepacked_weights: Some(true), ..Options::default() };
+    let mut sessions = runtime.load(&directory.path().join(FILE_NAME), &options, 2).unwrap();
+    let notes = sessions[0].signature().notes.join("; ");
+    assert!(notes.starts_with("its instances hold weights of their own: no file can be written: "), "{notes}");
+    for session in &mut sessions {
+        assert_eq!(session.run(&[floats("x", &[1], &[1.5])]).unwrap(), [floats("y", &[1], &[1.5])]);
+    }
+}
+
 #[test]
 fn external_data_may_lie_in_a_subdirectory() {
     let directory = testing::directory(testing::add_external(2, "sub/w.bin", 0));
@@ -238,13 +310,20 @@ fn the_rewritten_graph_can_be_kept_and_loaded() {
     assert_eq!(*load(folder.path(), &options).unwrap().signature(), signature);
 }
 
+/// The scheduling policy in the text of a thread's `stat`.
+fn policy(stat: &str) -> u32 {
+    stat.rsplit_once(')').unwrap().1.split_whitespace().nth(38).unwrap().parse().unwrap()
+}
+
 #[test]
 fn pool_threads_do_not_inherit_the_loader_s_priority() {
     testing::runtime();
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/iris/1");
     let options = Options { intra_op_threads: Some(2), inter_op_threads: Some(2), ..Options::default() };
+    let ours = policy(&fs::read_to_string("/proc/thread-self/stat").unwrap());
     let loader = thread::spawn(move || {
         rustix::process::nice(10).unwrap();
+        crate::priority::step_back();
         (rustix::process::nice(0).unwrap(), load(&directory, &options).unwrap())
     });
     let (lowered, session) = loader.join().unwrap();
@@ -257,6 +336,7 @@ fn pool_threads_do_not_inherit_the_loader_s_priority() {
         if name.starts_with("ort-") {
             let nice: i32 = fields.split_whitespace().nth(16).unwrap().parse().unwrap();
             assert!(nice < lowered, "{name} has nice {nice}");
+            assert_eq!(policy(&stat), ours, "{name}");
             found += 1;
         }
     }
