@@ -5,9 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from clients import HTTP
+from models import model, value
 from server import eventually
 
 EXPLICIT = ["--model-control", "explicit"]
@@ -70,6 +72,99 @@ def test_instances_share_weights_and_give_them_back(repository, serve):
         eventually(lambda: (pss(server) - idle) / WEIGHTS < 0.25)
     assert one < 1.25, one
     assert four < 1.4, four
+
+
+def kernels():
+    """Graphs whose weights ONNX Runtime rewrites or repacks, each in another way, by name; x → y."""
+    random = np.random.default_rng(1)
+
+    def weights(*shape):
+        return random.standard_normal(shape, dtype=np.float32)
+
+    def graph(nodes, shape, output, initializers):
+        return model(nodes, [value("x", "FP32", shape)], [value("y", "FP32", output)], initializers)
+
+    node = helper.make_node
+    row = ["n", 256]
+    quantized = random.integers(-128, 127, (256, 512), dtype=np.int8)
+    return {
+        "convolution": graph(
+            [
+                node("Conv", ["x", "w"], ["a"], pads=[1, 1, 1, 1]),
+                node("BatchNormalization", ["a", "scale", "bias", "mean", "variance"], ["b"]),
+                node("Conv", ["b", "deep"], ["y"], pads=[1, 1, 1, 1]),
+            ],
+            ["n", 3, 16, 16],
+            ["n", 64, 16, 16],
+            {
+                "w": weights(64, 3, 3, 3),
+                "scale": weights(64),
+                "bias": weights(64),
+                "mean": weights(64),
+                "variance": np.ones(64, dtype=np.float32),
+                "deep": weights(64, 64, 3, 3),
+            },
+        ),
+        "transposed": graph(
+            [
+                node("Transpose", ["w"], ["t"], perm=[1, 0]),
+                node("MatMul", ["x", "t"], ["a"]),
+                node("Gemm", ["a", "v", "b"], ["y"], transB=1),
+            ],
+            row,
+            ["n", 300],
+            {"w": weights(400, 256), "v": weights(300, 400), "b": weights(300)},
+        ),
+        "recurrent": graph(
+            [node("LSTM", ["x", "w", "r"], ["y"], hidden_size=128)],
+            [4, 2, 100],
+            [4, 1, 2, 128],
+            {"w": weights(1, 512, 100), "r": weights(1, 512, 128)},
+        ),
+        "quantized": graph(
+            [
+                node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
+                node("MatMulInteger", ["q", "w", "z"], ["i"]),
+                node("Cast", ["i"], ["f"], to=TensorProto.FLOAT),
+                node("Mul", ["f", "s"], ["y"]),
+            ],
+            row,
+            ["n", 512],
+            {"w": quantized},
+        ),
+        "twice": graph(
+            [node("MatMul", ["x", "w"], ["a"]), node("Add", ["a", "w"], ["y"])],
+            [256, 256],
+            [256, 256],
+            {"w": weights(256, 256)},
+        ),
+    }
+
+
+@pytest.fixture
+def both_ways(repository, serve):
+    """Every graph of `kernels`, alone and as two instances that share weights."""
+    for name, graph in kernels().items():
+        repository.add(f"{name}_alone", graph, settings=f"instances = 1\n{SETTINGS}")
+        shared = f"instances = 2\n{SETTINGS}share_prepacked_weights = true\n"
+        repository.add(f"{name}_shared", graph, settings=shared)
+    return serve(repository.path)
+
+
+def test_shared_weights_change_no_bit_of_any_answer(both_ways):
+    maps = Path(f"/proc/{both_ways.process.pid}/maps").read_text()
+    # One mapping of each file for each instance, at least.
+    assert len(re.findall(r"/weights-\S+/weights \(deleted\)", maps)) >= 2 * len(kernels())
+    random = np.random.default_rng(2)
+    with HTTP.connect(both_ways) as client:
+        for name, graph in kernels().items():
+            dims = graph.graph.input[0].type.tensor_type.shape.dim
+            x = random.standard_normal([dim.dim_value or 3 for dim in dims], dtype=np.float32)
+            alone, *shared = [
+                client.infer(f"{name}_{kind}", {"x": x}).as_numpy("y")
+                for kind in ["alone", *["shared"] * 4]
+            ]
+            assert all(np.array_equal(answer, alone) for answer in shared), name
 
 
 def test_a_load_beside_traffic_is_idle_work(repository, serve):
