@@ -48,6 +48,7 @@ image-test:
 bench: build .venv/clients.installed
 	cargo build --release --locked --package tidegate-bench
 	$(PYTHON) benches/models/make.py target/bench/models
+	$(PYTHON) benches/models/sized.py target/bench/models
 	target/release/tidegate-bench measure --magika .venv/lib/python*/site-packages/magika/models/*/model.onnx
 
 # Instructions, allocations and copies of tensors for each request: fails when one has grown by more than 5 % over

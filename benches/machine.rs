@@ -1,6 +1,9 @@
 //! The machine below: which core does what, and what the kernel says processes and hypervisor have used.
 
-use std::{fs, time::Instant};
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, bail};
 use rustix::{
@@ -145,13 +148,23 @@ fn machine_cpu(stat: &str) -> Option<Machine> {
     Some(Machine { busy, stolen, total: busy + idle + wait + stolen })
 }
 
-/// Resident memory of a process in bytes.
-pub fn resident(pid: u32) -> Result<f64> {
-    let path = format!("/proc/{pid}/status");
-    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
-    let kilobytes =
-        text.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.parse::<f64>().ok());
-    kilobytes.map(|kilobytes| kilobytes * 1024.0).with_context(|| format!("{path} has no VmRSS"))
+/// Memory of a process in bytes, pages that others use too by its share (PSS): the least that is found in a second, for
+/// what is freed is given back a moment later.
+pub fn memory(pid: u32) -> Result<f64> {
+    let path = format!("/proc/{pid}/smaps_rollup");
+    let mut least = f64::INFINITY;
+    for _ in 0..10 {
+        std::thread::sleep(Duration::from_millis(100));
+        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+        least = least.min(proportional(&text).with_context(|| format!("{path} has no Pss"))?);
+    }
+    Ok(least)
+}
+
+/// The proportional set size in the text of `/proc/PID/smaps_rollup`, in bytes.
+fn proportional(rollup: &str) -> Option<f64> {
+    let kilobytes = rollup.lines().find_map(|line| line.strip_prefix("Pss:")?.trim().strip_suffix(" kB"))?;
+    Some(kilobytes.parse::<f64>().ok()? * 1024.0)
 }
 
 /// The processor's name and the number of cores.
@@ -192,5 +205,15 @@ mod tests {
         let end = moment("cpu  150 0 110 830 0 0 0 10 0 0\n");
         let usage = start.until(&end);
         assert!((usage.stolen - 0.1).abs() < 1e-9 && (usage.foreign - 0.6).abs() < 1e-9, "{usage:?}");
+    }
+
+    #[test]
+    fn memory_is_read_from_the_sum_of_all_mappings() {
+        let text = "0-f ---p 0 0:0 0 [rollup]\nRss: 9 kB\nPss:      40 kB\nPss_Dirty: 8 kB\n";
+        assert_eq!(proportional(text), Some(40_960.0));
+        let before = memory(std::process::id()).unwrap();
+        let block = vec![1u8; 32 << 20];
+        assert!(memory(std::process::id()).unwrap() > before + 16e6);
+        drop(block);
     }
 }

@@ -54,7 +54,7 @@ enum Command {
         /// The folder of the models that are shipped.
         #[arg(long, default_value = "models")]
         models: PathBuf,
-        /// The folder of the models that `benches/models/make.py` makes.
+        /// The folder of the models that the scripts in `benches/models` make.
         #[arg(long, default_value = "target/bench/models")]
         made: PathBuf,
         /// The model file of `magika`; without it, its figures are left out.

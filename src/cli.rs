@@ -175,6 +175,7 @@ fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     }
     let dylib = std::env::var_os("ORT_DYLIB_PATH").filter(|path| !path.is_empty()).map(PathBuf::from);
     let onnx = OnnxRuntime::open(config.onnxruntime.clone().or(dylib).as_deref(), config.shared_threads)?;
+    let onnx = onnx.with_scratch(config.data_directory());
     let version = onnx.version().to_owned();
     let backends = Backends::new([std::sync::Arc::new(onnx) as std::sync::Arc<dyn crate::backend::Backend>]);
     let server = Server::start(&config, backends, &version, logging)?;

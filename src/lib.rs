@@ -15,7 +15,7 @@
 //! | 4 | [`model`] | a model in memory: load, warm-up, catalog, batcher, executors |
 //! | 3 | [`backend`] · [`source`] | running a graph · finding its files |
 //! | 2 | [`metrics`] · [`logging`] | every metric there is · what is logged |
-//! | 1 | [`tensor`] · [`id`] | bricks |
+//! | 1 | [`tensor`] · [`id`] · [`priority`] | bricks |
 //! | 0 | [`error`] | the closed list of ways to fail |
 //!
 //! # A request's way
@@ -58,6 +58,7 @@ pub mod id;
 pub mod logging;
 pub mod metrics;
 pub mod model;
+pub mod priority;
 pub mod server;
 pub mod source;
 pub mod tensor;

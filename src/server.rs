@@ -246,7 +246,7 @@ impl Parts {
         let io = Arc::new(io);
         let accepting = [
             (self.rest_port, rest::router(app.clone()).into(), Wire::Http),
-            (self.grpc_port, grpc::routes(app.clone())?, Wire::Grpc),
+            (self.grpc_port, grpc::routes(app.clone()), Wire::Grpc),
         ]
         .map(|(port, routes, wire)| {
             let (io, closing) = (io.clone(), app.closing.clone());

@@ -8,7 +8,7 @@ use std::{
 /// Top-level modules by layer; a module may import only from layers below its own.
 const LAYERS: [(u8, &[&str]); 11] = [
     (0, &["error"]),
-    (1, &["tensor", "id"]),
+    (1, &["tensor", "id", "priority"]),
     (2, &["metrics", "logging"]),
     (3, &["backend", "source"]),
     (4, &["model"]),
@@ -21,8 +21,9 @@ const LAYERS: [(u8, &[&str]); 11] = [
 ];
 
 /// The only places (files, or folders and the file of the same name) that may name a foreign crate.
-const HOMES: [(&str, &[&str]); 20] = [
+const HOMES: [(&str, &[&str]); 21] = [
     ("ort", &["backend/onnx"]),
+    ("libc", &["priority", "main"]),
     ("half", &["backend/onnx", "model/warmup", "api/codec"]),
     ("prost", &["backend/onnx", "api"]),
     ("tonic", &["api"]),
@@ -31,7 +32,7 @@ const HOMES: [(&str, &[&str]); 20] = [
     ("prost_reflect", &["control/pbtxt", "api/reflection"]),
     ("miette", &["control/pbtxt"]),
     ("base64", &["api"]),
-    ("tempfile", &["control/upload", "backend/onnx/testing"]),
+    ("tempfile", &["control/upload", "backend/onnx/shared", "backend/onnx/testing"]),
     ("axum", &["api", "server"]),
     ("hyper_util", &["api/listen", "cli"]),
     ("socket2", &["api/listen"]),

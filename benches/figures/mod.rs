@@ -23,6 +23,7 @@ use crate::{
 };
 
 mod latency;
+mod loading;
 mod memory;
 mod peer;
 mod start;
@@ -56,6 +57,10 @@ pub struct Pace {
     /// Before each swap.
     steady: Duration,
     sweep: Duration,
+    /// Loads of another model, each beside some time without.
+    loads: usize,
+    /// Loads and unloads after which memory must be what it was.
+    cycles: usize,
 }
 
 impl Pace {
@@ -70,6 +75,8 @@ impl Pace {
         starts: 5,
         steady: Duration::from_millis(300),
         sweep: Duration::from_millis(150),
+        loads: 5,
+        cycles: 100,
     };
     pub const FULL: Self = Self {
         pairs: 10,
@@ -82,6 +89,8 @@ impl Pace {
         starts: 10,
         steady: Duration::from_secs(1),
         sweep: Duration::from_secs(2),
+        loads: 15,
+        cycles: 1000,
     };
 }
 
@@ -134,6 +143,7 @@ impl Bench {
         self.swaps(&iris, rate / 2.0)?;
         self.start()?;
         self.memory(self.magika.clone().as_deref())?;
+        self.loading(iris.model.row(), rate * 0.3)?;
         self.on_both_cores()?;
         let foreign = 100.0 * median(&self.foreign);
         self.report.single("foreign", "other processes' share of the machine meanwhile", "%", Lower, foreign, None);

@@ -31,10 +31,7 @@ use edge::Unclaimed;
 use stream::Answers;
 
 /// Every gRPC service of the data port.
-///
-/// # Errors
-/// `Internal` when the protocol's own descriptors cannot be read.
-pub fn routes(app: Arc<App>) -> Result<Routes, Error> {
+pub fn routes(app: Arc<App>) -> Routes {
     let limit = app.limits.max_message_bytes;
     let inference = GrpcInferenceServiceServer::new(Service { app: app.clone() })
         .max_decoding_message_size(limit)
@@ -44,10 +41,10 @@ pub fn routes(app: Arc<App>) -> Result<Routes, Error> {
         .send_compressed(CompressionEncoding::Gzip)
         .send_compressed(CompressionEncoding::Deflate);
     let services = Services::new(inference).add_service(health::service(app.clone()));
-    let services = reflection::add(services, limit)?;
+    let services = reflection::add(services, limit);
     let router = services.prepare().into_axum_router();
     let router = router.layer(axum::middleware::from_fn_with_state(app.clone(), edge::edge));
-    Ok(Routes::from(router).with_inference(app))
+    Routes::from(router).with_inference(app)
 }
 
 #[derive(Clone)]

@@ -4,7 +4,7 @@
 //! descriptor pool stumbles. Ours says so in the answer's place, as the protocol has it, and goes on. It answers one
 //! question after the other, each when the connection has room for the answer.
 
-use std::{pin::Pin, sync::Arc};
+use std::{pin::Pin, sync::LazyLock};
 
 use axum::extract::Request as HttpRequest;
 use http::Uri;
@@ -41,13 +41,12 @@ const DESCRIPTORS: [&[u8]; 4] = [
     v1alpha::FILE_DESCRIPTOR_SET,
 ];
 
+/// Read with the first question: most servers are never asked, and the index of all symbols takes 2 MB.
+static FILES: LazyLock<Result<Files, Error>> = LazyLock::new(|| Files::read(&DESCRIPTORS));
+
 /// Adds both services; a question may have up to `limit` bytes.
-///
-/// # Errors
-/// `Internal` when a descriptor is broken.
-pub fn add(routes: Routes, limit: usize) -> Result<Routes, Error> {
-    let files = Arc::new(Files::read(&DESCRIPTORS)?);
-    let service = ServerReflectionServer::new(Reflection { files }).max_decoding_message_size(limit);
+pub fn add(routes: Routes, limit: usize) -> Routes {
+    let service = ServerReflectionServer::new(Reflection).max_decoding_message_size(limit);
     // The messages of both versions are the same, byte for byte: the older one is the newer one by another name.
     let older = service.clone().map_request(|mut request: HttpRequest| {
         *request.uri_mut() = Uri::from_static(V1);
@@ -56,12 +55,10 @@ pub fn add(routes: Routes, limit: usize) -> Result<Routes, Error> {
     let mut routes = routes.add_service(service);
     let router = routes.axum_router_mut();
     *router = std::mem::take(router).route_service(V1ALPHA, older);
-    Ok(routes)
+    routes
 }
 
-struct Reflection {
-    files: Arc<Files>,
-}
+struct Reflection;
 
 #[tonic::async_trait]
 impl ServerReflection for Reflection {
@@ -71,17 +68,17 @@ impl ServerReflection for Reflection {
         &self,
         request: Request<Streaming<ServerReflectionRequest>>,
     ) -> Result<Response<Self::ServerReflectionInfoStream>, Status> {
-        let files = self.files.clone();
-        let answers = request.into_inner().map(move |question| match question {
-            Ok(question) => Ok(answer(&files, question)),
+        let answers = request.into_inner().map(|question| match question {
+            Ok(question) => Ok(answer(&FILES, question)),
             Err(refused) => Err(status::failure(&refused).into()),
         });
         Ok(Response::new(Box::pin(answers)))
     }
 }
 
-fn answer(files: &Files, question: ServerReflectionRequest) -> ServerReflectionResponse {
-    let found = find(files, question.message_request.as_ref()).unwrap_or_else(|error| {
+fn answer(files: &Result<Files, Error>, question: ServerReflectionRequest) -> ServerReflectionResponse {
+    let files = files.as_ref().map_err(Error::clone);
+    let found = files.and_then(|files| find(files, question.message_request.as_ref())).unwrap_or_else(|error| {
         let error_code = status::grpc(error.code).into();
         MessageResponse::ErrorResponse(ErrorResponse { error_code, error_message: error.message })
     });
@@ -144,9 +141,8 @@ mod tests {
 
     #[test]
     fn a_question_without_content_is_answered() {
-        let files = Files::read(&DESCRIPTORS).unwrap();
         let question = ServerReflectionRequest { host: "here".to_owned(), message_request: None };
-        let answer = answer(&files, question.clone());
+        let answer = answer(&FILES, question.clone());
         assert_eq!((answer.valid_host.as_str(), answer.original_request), ("here", Some(question)));
         let Some(MessageResponse::ErrorResponse(error)) = answer.message_response else { panic!("no error") };
         assert_eq!(error.error_code, i32::from(tonic::Code::InvalidArgument));

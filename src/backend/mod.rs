@@ -137,7 +137,8 @@ pub struct Options {
     pub arena_shrinkage: Option<String>,
     /// Whether subnormal floats count as zero (faster, less exact).
     pub flush_to_zero: bool,
-    /// Whether the sessions of one version share a container for repacked weights. Default: with several instances.
+    /// Whether instances on CPU share weights in a file below the data directory, which takes twice the model's size.
+    /// Default: with models of 16 MiB or more.
     pub share_prepacked_weights: Option<bool>,
     /// Where the rewritten graph is written, outside the model's folder, to be served later with
     /// optimization = "disable", which loads faster.

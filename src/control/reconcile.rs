@@ -31,12 +31,14 @@ use crate::{
         catalog::{Catalog, CatalogWriter},
         load::{self, DecodeSample, Loaded, Plan},
     },
+    priority,
     source::local::{self, Fingerprint, FoundModel, FoundVersion, Scan},
 };
 
 mod orders;
 
-/// How nice the threads are that load models: they take what the serving threads leave.
+/// How nice the threads are that load models before the server is ready: they leave most of the processor to what is
+/// served already, and yet other programs of the machine cannot keep it from starting.
 const LOADER_NICENESS: i32 = 10;
 
 /// What loading needs beside the plan.
@@ -273,6 +275,8 @@ impl Reconciler {
         let config = ordered.map(|ordered| ordered.config.clone());
         // Uploaded files stay as long as they are read.
         let upload = ordered.and_then(|ordered| ordered.upload.clone());
+        // Requests come once the server is ready.
+        let quiet = self.complete;
         tracing::info!(model = %name, %version, "loading");
         self.loading.spawn(async move {
             // Closed when the server stops: what has not begun to load need not.
@@ -282,7 +286,9 @@ impl Reconciler {
             }
             let result = match plan {
                 Err(error) => Err(error),
-                Ok(plan) => on_loader_thread(move || load::load(plan, &loader.backends, loader.decode_sample)).await,
+                Ok(plan) => {
+                    on_loader_thread(quiet, move || load::load(plan, &loader.backends, loader.decode_sample)).await
+                }
             };
             let result = result.map(Box::new);
             let after = local::fingerprint(&files, &directory);
@@ -457,14 +463,20 @@ fn log_ready(version: &ModelVersion) {
     );
 }
 
-/// Runs `work` on a thread of its own that takes only what others leave of the processor.
+/// Runs `work` on a thread of its own: with others of this process serving, one that takes only what they leave of the
+/// processor. Threads that operators run on are started elsewhere and keep their priority.
 async fn on_loader_thread<T: Send + 'static>(
+    quiet: bool,
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {
     let (sender, receiver) = tokio::sync::oneshot::channel();
     let spawned = std::thread::Builder::new().name("load".to_owned()).spawn(move || {
-        // On Linux niceness belongs to the thread. Where it is refused, loading is merely not as quiet.
-        let _ = rustix::process::nice(LOADER_NICENESS);
+        if quiet {
+            priority::step_back();
+        } else {
+            // On Linux niceness belongs to the thread. Where it is refused, loading is merely not as quiet.
+            let _ = rustix::process::nice(LOADER_NICENESS);
+        }
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
         let _ = sender.send(result.unwrap_or_else(|_| Err(Error::internal("loading panicked"))));
     });

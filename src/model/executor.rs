@@ -201,9 +201,9 @@ impl Queue {
         self.drop_dead(dropped);
     }
 
-    /// Blocks until there is a batch; `None` when the queue is closed and empty. `done` is the run before. The session
-    /// is there for others meanwhile, and it may be another one that comes back.
-    fn take(&self, session: Box<dyn Session>, done: Option<Done>) -> Option<Taken> {
+    /// Blocks until there is a batch, or gives the session back when the queue is closed and empty. `done` is the run
+    /// before. The session is there for others meanwhile, and it may be another one that comes back.
+    fn take(&self, session: Box<dyn Session>, done: Option<Done>) -> Result<Taken, Box<dyn Session>> {
         let mut state = self.state.lock();
         if let Some(Done { start, rows, took }) = done {
             state.batcher.finished(start, rows, took);
@@ -226,12 +226,11 @@ impl Queue {
                     // what still waits for company.
                     self.work.notify_one();
                 }
-                return Some(Taken { session, start: now, batch: next.batch });
+                return Ok(Taken { session, start: now, batch: next.batch });
             }
             let over = next.wake_at.is_none() && !dropped && state.closed;
             if over {
-                drop(state);
-                return None;
+                return Err(session);
             }
             state.idle.push(session);
             match next.wake_at {
@@ -275,12 +274,17 @@ struct Done {
     took: Option<Duration>,
 }
 
-/// Runs batches until the queue is closed and empty.
-pub(super) fn run(queue: &Queue, mut session: Box<dyn Session>) {
+/// Runs batches until the queue is closed and empty; then the session, or another of the version's, comes back.
+pub(super) fn run(queue: &Queue, mut session: Box<dyn Session>) -> Box<dyn Session> {
     let mut done = None;
-    while let Some(taken) = queue.take(session, done) {
-        session = taken.session;
-        done = Some(execute(queue, session.as_mut(), taken.start, taken.batch));
+    loop {
+        match queue.take(session, done) {
+            Ok(taken) => {
+                session = taken.session;
+                done = Some(execute(queue, session.as_mut(), taken.start, taken.batch));
+            }
+            Err(session) => return session,
+        }
     }
 }
 
@@ -469,7 +473,7 @@ mod tests {
                 let (runs, gate, thread) = (sender.clone(), gate.clone(), Arc::clone(&thread));
                 let echo = Echo { signature: Signature::default(), runs, gate, thread };
                 let queue = queue.clone();
-                thread::spawn(move || run(&queue, Box::new(echo)))
+                thread::spawn(move || drop(run(&queue, Box::new(echo))))
             };
             let executors = (0..executors).map(executor).collect();
             Self { queue, gate, runs, thread, executors }

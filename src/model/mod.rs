@@ -34,6 +34,7 @@ use schedule::{Level, Place, TimeoutAction, Urgency};
 use crate::{
     error::{Code, Error},
     metrics::VersionMetrics,
+    priority,
     tensor::Tensor,
 };
 
@@ -161,8 +162,10 @@ impl ModelVersion {
             let name = version.name.clone();
             let alive = alive.clone();
             let spawned = std::thread::Builder::new().name(format!("run-{index}-{name}")).spawn(move || {
-                executor::run(&queue, session);
-                drop(alive);
+                let session = executor::run(&queue, session);
+                // Giving a large session's memory back takes milliseconds that requests of other models need.
+                priority::step_back();
+                drop((session, alive));
             });
             match spawned {
                 Ok(thread) => version.executors.lock().threads.push(thread),
