@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::error::Code;
+use crate::{error::Code, model::schedule::TimeoutAction};
 
 const LIMITS: Limits = Limits { max_rows: 100, max_requests: 100, max_bytes: 1000, max_wait: Duration::from_secs(30) };
 
