@@ -65,7 +65,7 @@ impl Service {
             .and_then(|call| check_size(call, self.app.limits.max_message_bytes))
             .map_err(|error| error.of_model(target.version.name.as_str()))?;
         let names: Vec<Arc<str>> = call.outputs.iter().map(|output| output.name.clone()).collect();
-        let urgency = urgency(record.started(), &call, latest);
+        let urgency = urgency(record, &call, latest);
         let request = engine::Request { inputs: call.inputs, outputs: &names, urgency };
         let outputs = self.app.engine.infer(&mut target, request).await;
         // It may have run on the successor of the version that was found first.

@@ -18,11 +18,12 @@ use crate::{
     error::{Code, Error},
     logging::Logging,
     metrics::{Metrics, Protocol, VersionMetrics},
-    model::{ModelVersion, schedule::Urgency},
+    model::{ModelVersion, batcher::Client, schedule::Urgency},
     tensor::{DType, Tensor},
 };
 
 pub mod auth;
+pub mod client;
 pub mod codec;
 pub mod compression;
 pub mod grpc;
@@ -42,6 +43,7 @@ mod triton;
 mod v1;
 
 use auth::Token;
+use client::Clients;
 use codec::NonFinite;
 
 /// The server's name in metadata.
@@ -104,6 +106,8 @@ pub struct App {
     pub metrics: Arc<Metrics>,
     pub logging: Logging,
     pub limits: LimitsConfig,
+    /// Tells apart who shares the queues.
+    pub clients: Clients,
     /// What changes by request need from everyone; without it, they must come from this machine.
     pub token: Option<Token>,
     pub json_nonfinite: NonFinite,
@@ -143,11 +147,13 @@ pub struct Record {
     version: Option<Arc<ModelVersion>>,
     pub request_id: String,
     pub traceparent: Option<String>,
+    /// Whose request it is.
+    client: Client,
     finished: bool,
 }
 
 impl Record {
-    pub fn start(app: &Arc<App>, protocol: Protocol, headers: &http::HeaderMap) -> Self {
+    pub fn start(app: &Arc<App>, protocol: Protocol, headers: &http::HeaderMap, client: Client) -> Self {
         let traceparent = headers.get("traceparent").and_then(|value| value.to_str().ok()).map(str::to_owned);
         app.in_flight.fetch_add(1, Ordering::Relaxed);
         Self {
@@ -158,6 +164,7 @@ impl Record {
             version: None,
             request_id: String::new(),
             traceparent,
+            client,
             finished: false,
         }
     }
@@ -221,9 +228,9 @@ impl Drop for Record {
     }
 }
 
-/// What a call that arrived at `start` says of its hurry; its transport gives it up at `deadline`.
-pub fn urgency(start: Instant, call: &codec::InferCall, deadline: Option<Instant>) -> Urgency {
-    Urgency { priority: call.priority, deadline, timeout: after(start, call.timeout) }
+/// What a call says of its hurry; its transport gives it up at `deadline`.
+pub fn urgency(record: &Record, call: &codec::InferCall, deadline: Option<Instant>) -> Urgency {
+    Urgency { priority: call.priority, deadline, timeout: after(record.start, call.timeout), client: record.client }
 }
 
 /// The end of a timeout; none when it lies beyond all time.

@@ -1,15 +1,13 @@
 //! `Batcher`: which queued requests run together, and when; pure, so that the policy can be proved.
 //!
 //! Batch-while-busy: an executor that falls idle takes what is queued at once, unless the model's [`Schedule`] says
-//! how long it shall wait for company. A batch takes the shape of the oldest request of the highest level that waits;
-//! others of that shape may join it from behind, and from lower levels after all that can of the higher ones. No
-//! request is passed over by more than [`MAX_PASSED_OVER`] batches of its own level; those of lower levels wait as
-//! long as higher ones have requests. A request is never split.
+//! how long it shall wait for company. Within a level, clients take turns by what their requests are predicted to
+//! cost, and each client's own run in the order of their arrival. A batch takes the shape of the request whose turn it
+//! is in the highest level that waits; others of that shape may join it from behind, and from lower levels after all
+//! that can of the higher ones. No request is passed over by more than [`MAX_PASSED_OVER`] batches that come after it
+//! in its own level; those of lower levels wait as long as higher ones have requests. A request is never split.
 
-use std::{
-    collections::VecDeque,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use super::{
     schedule::{Level, Place, Schedule},
@@ -18,10 +16,15 @@ use super::{
 use crate::metrics::DropReason;
 
 mod admission;
+mod fairness;
 mod forming;
+mod lane;
 mod leaving;
 
+pub use admission::Displaced;
+pub use fairness::Client;
 use forming::Lead;
+use lane::Lane;
 
 #[cfg(test)]
 mod tests;
@@ -53,6 +56,8 @@ pub struct Cost {
     /// Runs by itself, whatever its shape.
     pub alone: bool,
     pub place: Place,
+    /// Whose it is.
+    pub client: Client,
 }
 
 /// A queued request.
@@ -61,6 +66,8 @@ pub struct Entry<T> {
     pub item: T,
     pub cost: Cost,
     pub queued_at: Instant,
+    /// What it is predicted to cost, in rows of a full batch.
+    price: u32,
     passed_over: u8,
 }
 
@@ -90,15 +97,6 @@ pub struct Batcher<T> {
     service: ServiceTime,
     /// Start and rows of each run in progress.
     running: Vec<(Instant, usize)>,
-}
-
-/// Requests that wait in the order of their arrival.
-struct Lane<T> {
-    queue: VecDeque<Entry<T>>,
-    rows: usize,
-    level: Level,
-    /// Requests of this level that wait here or in the lane of the late.
-    waiting: usize,
 }
 
 impl<T> Batcher<T> {
@@ -134,7 +132,12 @@ impl<T> Batcher<T> {
             Lead::Later(instant) => next.wake_at = Some(instant),
             Lead::Now(lane, index) => {
                 let limit = self.limit(lane, index, now, &gone);
-                let rows = self.form(lane, index, limit, now, &gone, &mut next);
+                // Those who will be too late even if they run now give way to those who will not.
+                let mut rows = self.form(lane, index, limit, now + self.run_time(0), now, &gone, &mut next);
+                if next.batch.is_empty() {
+                    // The estimate may be wrong, and an idle executor has nothing to lose.
+                    rows = self.form(lane, index, limit, now, now, &gone, &mut next);
+                }
                 if !next.batch.is_empty() {
                     self.running.push((now, rows));
                 }
@@ -163,6 +166,12 @@ impl<T> Batcher<T> {
         !self.max_delay.is_zero() && self.len > 0
     }
 
+    /// The time of the run that a request of `rows` rows, queued now, will most likely share.
+    fn run_time(&self, rows: usize) -> Duration {
+        let queued: usize = self.lanes.iter().map(|lane| lane.rows).sum();
+        self.service.estimate(rows.max(self.group.min(queued.saturating_add(rows))))
+    }
+
     pub fn len(&self) -> usize {
         self.len
     }
@@ -174,11 +183,5 @@ impl<T> Batcher<T> {
     /// The index of the lane of those that are late.
     fn late(&self) -> usize {
         self.lanes.len() - 1
-    }
-}
-
-impl<T> Lane<T> {
-    fn new(level: Level) -> Self {
-        Self { queue: VecDeque::new(), rows: 0, level, waiting: 0 }
     }
 }

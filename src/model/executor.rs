@@ -83,9 +83,13 @@ impl Queue {
             };
         }
         match pushed {
-            Ok(()) => {
+            Ok(displaced) => {
                 drop(state);
                 self.work.notify_one();
+                for (entry, error) in displaced {
+                    self.metrics.dropped(DropReason::Displaced);
+                    answer(entry.item, Err(error.of_model(self.model.as_str())));
+                }
                 Ok(Ticket { reply })
             }
             Err((_, error)) => {
@@ -176,7 +180,7 @@ impl Queue {
             self.metrics.dropped(reason);
             let error = match reason {
                 DropReason::Deadline => {
-                    Error::new(Code::DeadlineExceeded, "the deadline passed while the request was queued")
+                    Error::new(Code::DeadlineExceeded, "the deadline could not be met: the request was still queued")
                 }
                 DropReason::Timeout => {
                     Error::new(Code::DeadlineExceeded, "the request waited too long (queue.default_timeout)")
@@ -315,7 +319,7 @@ mod tests {
         backend::Signature,
         metrics::Metrics,
         model::{
-            batcher::{Limits, ShapeKey},
+            batcher::{Client, Limits, ShapeKey},
             schedule::{Place, Schedule},
             service_time::ServiceTime,
         },
@@ -379,7 +383,8 @@ mod tests {
             let data = Data::Plain(vec![0; 4 * columns].into());
             let input = Tensor::new("x".into(), DType::Fp32, [1, columns].as_slice().into(), data).unwrap();
             let shape = ShapeKey::from_slice(&[columns]);
-            let cost = Cost { rows: 1, bytes: 4, shape, alone: false, place: Place::default() };
+            let cost =
+                Cost { rows: 1, bytes: 4, shape, alone: false, place: Place::default(), client: Client::default() };
             self.queue.submit(vec![input], cost).ok().unwrap()
         }
 

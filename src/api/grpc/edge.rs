@@ -58,7 +58,10 @@ pub(super) async fn edge(State(app): State<Arc<App>>, mut request: Request, next
     {
         return Status::from(error).into_http();
     }
-    let record = (path == INFER_PATH).then(|| Record::start(&app, Protocol::Grpc, request.headers()));
+    let record = (path == INFER_PATH).then(|| {
+        let client = app.clients.of(request.headers(), request.extensions());
+        Record::start(&app, Protocol::Grpc, request.headers(), client)
+    });
     let Ok(timeout) = timeout(request.headers()) else {
         let error = Error::invalid(format!("{GRPC_TIMEOUT} must be up to eight digits and one of H M S m u n"));
         if let Some(record) = record {

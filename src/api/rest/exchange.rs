@@ -68,7 +68,8 @@ pub(super) async fn exchange<A>(
     read: impl FnOnce(&Question<'_>) -> Result<(InferCall, A), Error>,
     write: impl FnOnce(&InferReply<'_>, &InferCall, A) -> Result<Reply, Error>,
 ) -> Response {
-    let mut record = Record::start(app, Protocol::Rest, request.headers());
+    let client = app.clients.of(request.headers(), request.extensions());
+    let mut record = Record::start(app, Protocol::Rest, request.headers(), client);
     let answer = match named {
         Ok(named) => try_exchange(app, &named, request, &mut record, read, write).await,
         Err(error) => Err(error),
@@ -116,7 +117,7 @@ async fn try_exchange<A>(
     }
 
     let names: Vec<Arc<str>> = call.outputs.iter().map(|output| output.name.clone()).collect();
-    let urgency = urgency(record.started(), &call, after(record.started(), waits));
+    let urgency = urgency(record, &call, after(record.started(), waits));
     let inputs = std::mem::take(&mut call.inputs);
     let request = engine::Request { inputs, outputs: &names, urgency };
     let outputs = app.engine.infer(&mut target, request).await;

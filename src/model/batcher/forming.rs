@@ -2,8 +2,8 @@
 
 use std::{collections::HashMap, time::Instant};
 
-use super::{Batcher, Cost, Entry, MAX_PASSED_OVER, Next, ShapeKey, leaving::Standing};
-use crate::model::schedule::earlier;
+use super::{Batcher, Cost, Entry, MAX_PASSED_OVER, Next, ShapeKey, lane::Turn, leaving::Standing};
+use crate::{metrics::DropReason, model::schedule::earlier};
 
 /// Who leads the next batch.
 pub(super) enum Lead {
@@ -29,10 +29,12 @@ enum Fit {
     Waits,
     /// Nobody behind it may join.
     Ends,
+    /// It will be too late, and makes room for those that will not.
+    Yields,
 }
 
 impl<T> Batcher<T> {
-    /// The oldest request of the highest level, when batches do not wait for company.
+    /// The first request of the highest level, when batches do not wait for company.
     pub(super) fn lead(&mut self, now: Instant, gone: &impl Fn(&T) -> bool, next: &mut Next<T>) -> Lead {
         let late = self.late();
         if self.max_delay.is_zero() {
@@ -59,16 +61,16 @@ impl<T> Batcher<T> {
     fn lead_in_company(&self, top: usize, now: Instant, gone: &impl Fn(&T) -> bool) -> Lead {
         let levels = &self.lanes[top..self.late()];
         let is_due = |entry: &Entry<T>| self.held_until(entry) <= now;
-        if levels.iter().any(|lane| lane.queue.front().is_some_and(is_due)) {
+        if levels.iter().any(|lane| lane.oldest().is_some_and(is_due)) {
             return Lead::Now(top, 0);
         }
         // Nothing here is older than `max_delay`: there are only as many as arrive in that time and fill no batch.
         let complete = self.preferred.first().copied().unwrap_or(self.group);
         let mut groups: HashMap<&ShapeKey, Group> = HashMap::new();
         let mut wake_at = None;
-        for (lane, queue) in levels.iter().enumerate().map(|(place, lane)| (top + place, &lane.queue)) {
+        for (lane, queue) in levels.iter().enumerate().map(|(place, lane)| (top + place, lane)) {
             for (index, entry) in queue.iter().enumerate() {
-                if !matches!(self.standing(lane, entry, now, gone), Standing::Stays) {
+                if !matches!(self.standing_of(lane, entry, now, gone), Standing::Stays) {
                     continue;
                 }
                 if lane == top && entry.passed_over >= MAX_PASSED_OVER {
@@ -99,17 +101,18 @@ impl<T> Batcher<T> {
 
     /// How many rows the batch may have that the entry at `index` of `lane` leads.
     pub(super) fn limit(&self, lane: usize, index: usize, now: Instant, gone: &impl Fn(&T) -> bool) -> usize {
-        let Some(first) = self.lanes[lane].queue.get(index).filter(|_| !self.preferred.is_empty()) else {
+        if self.preferred.is_empty() {
             return self.group;
-        };
+        }
+        let mut behind = self.lanes[lane].from(index);
+        let Some(first) = behind.next() else { return self.group };
         let mut rows = first.cost.rows;
-        let behind = self.lanes[lane].queue.range(index + 1..);
-        let below = self.lanes[lane + 1..self.late().max(lane + 1)].iter().flat_map(|lane| &lane.queue);
+        let below = self.lanes[lane + 1..self.late().max(lane + 1)].iter().flat_map(|lane| lane.iter());
         for entry in behind.chain(below) {
-            if matches!(self.standing(lane, entry, now, gone), Standing::Stays) {
+            if matches!(self.standing_of(lane, entry, now, gone), Standing::Stays) {
                 match fit(&first.cost, rows, self.group, entry) {
                     Fit::Joins => rows += entry.cost.rows,
-                    Fit::Waits => {}
+                    Fit::Waits | Fit::Yields => {}
                     Fit::Ends => break,
                 }
             }
@@ -121,12 +124,14 @@ impl<T> Batcher<T> {
     }
 
     /// Takes the entry at `index` of `lane`, and those that may join it up to `limit` rows, out of the queue; returns
-    /// their rows.
+    /// their rows. Those with a deadline before `horizon` yield to others, and leave when there are others.
+    #[expect(clippy::too_many_arguments, reason = "what a look at the queue needs, once")]
     pub(super) fn form(
         &mut self,
         lane: usize,
         mut index: usize,
         limit: usize,
+        horizon: Instant,
         now: Instant,
         gone: &impl Fn(&T) -> bool,
         next: &mut Next<T>,
@@ -135,36 +140,49 @@ impl<T> Batcher<T> {
         let mut rows = 0;
         let mut full = false;
         for lane in lane..=last {
-            let mut passed: Vec<Entry<T>> = Vec::new();
+            // Turns that do not run now, and whether they yield.
+            let mut passed: Vec<(Turn, bool)> = Vec::new();
             // Entries before this index of `passed` have been overtaken by a member of this batch.
             let mut overtaken = 0;
-            while !full && let Some(entry) = self.lanes[lane].queue.pop_front() {
+            while !full && let Some(turn) = self.lanes[lane].pop_turn() {
                 let leads = index == 0;
                 index = index.saturating_sub(1);
-                let Some(entry) = self.keep(lane, entry, now, gone, next) else { continue };
+                if !self.keep(lane, turn, now, gone, next) {
+                    continue;
+                }
+                let Some(entry) = self.lanes[lane].entry(turn) else { continue };
                 let fit = match next.batch.first() {
+                    _ if entry.cost.place.deadline.is_some_and(|deadline| deadline < horizon) => Fit::Yields,
                     None if leads => Fit::Joins,
                     None => Fit::Waits,
-                    Some(first) => fit(&first.cost, rows, limit, &entry),
+                    Some(first) => fit(&first.cost, rows, limit, entry),
                 };
                 match fit {
                     Fit::Joins => {
+                        let Some(entry) = self.remove(lane, turn, true) else { continue };
                         rows += entry.cost.rows;
                         full = entry.cost.alone || rows >= limit;
-                        self.forget(lane, &entry.cost);
                         next.batch.push(entry);
                         overtaken = passed.len();
                     }
-                    Fit::Waits => passed.push(entry),
+                    Fit::Waits => passed.push((turn, false)),
+                    Fit::Yields => passed.push((turn, true)),
                     Fit::Ends => {
-                        passed.push(entry);
+                        passed.push((turn, false));
                         full = true;
                     }
                 }
             }
-            passed[..overtaken].iter_mut().for_each(|entry| entry.passed_over += 1);
-            let queue = &mut self.lanes[lane].queue;
-            passed.into_iter().rev().for_each(|entry| queue.push_front(entry));
+            for (place, (turn, yields)) in passed.into_iter().enumerate().rev() {
+                if yields && !next.batch.is_empty() {
+                    next.dropped.extend(self.remove(lane, turn, false).map(|entry| (entry, DropReason::Deadline)));
+                    continue;
+                }
+                if place < overtaken {
+                    self.lanes[lane].pass_over(turn);
+                }
+                self.lanes[lane].put_back(turn);
+            }
             if full {
                 break;
             }
@@ -174,14 +192,10 @@ impl<T> Batcher<T> {
 
     /// Whether `lane` has a request; the first one may run then.
     fn has_head(&mut self, lane: usize, now: Instant, gone: &impl Fn(&T) -> bool, next: &mut Next<T>) -> bool {
-        while let Some(entry) = self.lanes[lane].queue.front() {
-            if matches!(self.standing(lane, entry, now, gone), Standing::Stays) {
+        while let Some(turn) = self.lanes[lane].pop_turn() {
+            if self.keep(lane, turn, now, gone, next) {
+                self.lanes[lane].put_back(turn);
                 return true;
-            }
-            if let Some(entry) = self.lanes[lane].queue.pop_front()
-                && let Some(entry) = self.keep(lane, entry, now, gone, next)
-            {
-                self.lanes[lane].queue.push_front(entry);
             }
         }
         false

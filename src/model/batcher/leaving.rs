@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{Batcher, Cost, Entry, Next};
+use super::{Batcher, Entry, Next, lane::Turn};
 use crate::{
     metrics::DropReason,
     model::schedule::{Place, TimeoutAction},
@@ -21,60 +21,71 @@ impl<T> Batcher<T> {
     pub fn purge(&mut self, now: Instant, gone: impl Fn(&T) -> bool) -> Vec<(Entry<T>, DropReason)> {
         let mut dropped = Vec::new();
         for lane in 0..self.lanes.len() {
-            for _ in 0..self.lanes[lane].queue.len() {
-                let Some(entry) = self.lanes[lane].queue.pop_front() else { break };
-                match self.standing(lane, &entry, now, &gone) {
+            for _ in 0..self.lanes[lane].len() {
+                let Some(turn) = self.lanes[lane].pop_turn() else { break };
+                match self.standing(lane, turn, now, &gone) {
                     Standing::Dead(reason) => {
-                        self.forget(lane, &entry.cost);
-                        dropped.push((entry, reason));
+                        dropped.extend(self.remove(lane, turn, false).map(|entry| (entry, reason)))
                     }
-                    Standing::Stays | Standing::Late => self.lanes[lane].queue.push_back(entry),
+                    Standing::Stays | Standing::Late => self.lanes[lane].put_behind(turn),
                 }
             }
         }
         dropped
     }
 
-    /// Takes what is `gone` or has waited too long from the front of each level, where the queue timeout ends first.
+    /// Takes what is `gone` or has waited too long, oldest first and as far as they follow each other, out of each
+    /// level, where the queue timeout of the oldest ends first.
     pub fn expire(&mut self, now: Instant, gone: impl Fn(&T) -> bool) -> Vec<(Entry<T>, DropReason)> {
         let mut dropped = Vec::new();
         for lane in 0..self.lanes.len() {
-            while let Some(front) = self.lanes[lane].queue.front() {
-                let Standing::Dead(reason) = self.standing(lane, front, now, &gone) else { break };
-                let Some(entry) = self.lanes[lane].queue.pop_front() else { break };
-                self.forget(lane, &entry.cost);
-                dropped.push((entry, reason));
+            while let Some(oldest) = self.lanes[lane].oldest() {
+                let Standing::Dead(reason) = self.standing_of(lane, oldest, now, &gone) else { break };
+                let Some(turn) = self.lanes[lane].pop_oldest_turn() else { break };
+                dropped.extend(self.remove(lane, turn, false).map(|entry| (entry, reason)));
             }
         }
         dropped
     }
 
-    /// The entry that was in `lane`, unless it has to leave: for the lane of the late, or for good.
+    /// Whether the request whose turn was taken from `lane` may run now; if not, it has left for the lane of the late
+    /// or for good.
     pub(super) fn keep(
         &mut self,
         lane: usize,
-        entry: Entry<T>,
+        turn: Turn,
         now: Instant,
         gone: &impl Fn(&T) -> bool,
         next: &mut Next<T>,
-    ) -> Option<Entry<T>> {
-        match self.standing(lane, &entry, now, gone) {
-            Standing::Stays => return Some(entry),
+    ) -> bool {
+        match self.standing(lane, turn, now, gone) {
+            Standing::Stays => return true,
             Standing::Late => {
                 let late = self.late();
-                self.lanes[lane].rows -= entry.cost.rows;
-                self.lanes[late].rows += entry.cost.rows;
-                self.lanes[late].queue.push_back(Entry { passed_over: 0, ..entry });
+                if let Some(entry) = self.lanes[lane].take(turn, false) {
+                    self.lanes[late].push(Entry { passed_over: 0, ..entry });
+                }
             }
             Standing::Dead(reason) => {
-                self.forget(lane, &entry.cost);
-                next.dropped.push((entry, reason));
+                next.dropped.extend(self.remove(lane, turn, false).map(|entry| (entry, reason)));
             }
         }
-        None
+        false
     }
 
-    pub(super) fn standing(&self, lane: usize, entry: &Entry<T>, now: Instant, gone: &impl Fn(&T) -> bool) -> Standing {
+    fn standing(&self, lane: usize, turn: Turn, now: Instant, gone: &impl Fn(&T) -> bool) -> Standing {
+        // A turn without a request is nobody's.
+        let cancelled = Standing::Dead(DropReason::Cancelled);
+        self.lanes[lane].entry(turn).map_or(cancelled, |entry| self.standing_of(lane, entry, now, gone))
+    }
+
+    pub(super) fn standing_of(
+        &self,
+        lane: usize,
+        entry: &Entry<T>,
+        now: Instant,
+        gone: &impl Fn(&T) -> bool,
+    ) -> Standing {
         let Place { level, deadline, expires } = entry.cost.place;
         if deadline.is_some_and(|deadline| deadline <= now) {
             return Standing::Dead(DropReason::Deadline);
@@ -90,11 +101,12 @@ impl<T> Batcher<T> {
         }
     }
 
-    /// Counts an entry as gone that was in `lane`.
-    pub(super) fn forget(&mut self, lane: usize, cost: &Cost) {
-        self.lanes[lane].rows -= cost.rows;
-        self.lanes[cost.place.level].waiting -= 1;
-        self.bytes -= cost.bytes;
+    /// Takes the request whose turn was taken from `lane` out of the queue, to run or for good.
+    pub(super) fn remove(&mut self, lane: usize, turn: Turn, runs: bool) -> Option<Entry<T>> {
+        let entry = self.lanes[lane].take(turn, runs)?;
+        self.lanes[entry.cost.place.level].waiting -= 1;
+        self.bytes -= entry.cost.bytes;
         self.len -= 1;
+        Some(entry)
     }
 }
