@@ -133,7 +133,8 @@ impl<T> Batcher<T> {
             Lead::Now(lane, index) => {
                 let limit = self.limit(lane, index, now, &gone);
                 // Those who will be too late even if they run now give way to those who will not.
-                let mut rows = self.form(lane, index, limit, now + self.run_time(0), now, &gone, &mut next);
+                let horizon = now.checked_add(self.run_time(0)).unwrap_or(now);
+                let mut rows = self.form(lane, index, limit, horizon, now, &gone, &mut next);
                 if next.batch.is_empty() {
                     // The estimate may be wrong, and an idle executor has nothing to lose.
                     rows = self.form(lane, index, limit, now, now, &gone, &mut next);

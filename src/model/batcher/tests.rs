@@ -101,6 +101,23 @@ fn dead_requests_cost_no_run() {
 }
 
 #[test]
+fn who_cannot_be_in_time_any_more_yields_to_those_who_can() {
+    let now = Instant::now();
+    let service = ServiceTime::from_sweep(&[(1, ms(20)), (2, ms(40))]);
+    let mut batcher = Batcher::new(LIMITS, &Schedule::default(), 1, 1, service);
+    batcher.push(0, until(Some(now + ms(100))), now).unwrap();
+    batcher.push(1, cost(1, 1), now).unwrap();
+    let next = batcher.next(now + ms(90), |_| false);
+    assert_eq!(items(&next), [1]);
+    let dropped: Vec<_> = next.dropped.iter().map(|(entry, reason)| (entry.item, *reason)).collect();
+    assert_eq!(dropped, [(0, DropReason::Deadline)]);
+    batcher.finished(now + ms(90), 1, None);
+    batcher.push(2, until(Some(now + ms(100))), now + ms(90)).unwrap();
+    assert_eq!(items(&batcher.next(now + ms(90), |_| false)), [2], "with nobody else there, the estimate is tried");
+    assert_eq!(counts(&batcher), (0, 0, 0, 0));
+}
+
+#[test]
 fn the_dead_leave_room_for_the_living() {
     let now = Instant::now();
     let mut batcher =
