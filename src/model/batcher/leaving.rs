@@ -25,7 +25,7 @@ impl<T> Batcher<T> {
                 let Some(turn) = self.lanes[lane].pop_turn() else { break };
                 match self.standing(lane, turn, now, &gone) {
                     Standing::Dead(reason) => {
-                        dropped.extend(self.remove(lane, turn, false).map(|entry| (entry, reason)))
+                        dropped.extend(self.remove(lane, turn, false).map(|entry| (entry, reason)));
                     }
                     Standing::Stays | Standing::Late => self.lanes[lane].put_behind(turn),
                 }
