@@ -13,7 +13,7 @@ use serde_json::Value as Json;
 use toml::{Table, Value};
 
 use crate::{
-    api::{LimitsConfig, auth::Token, codec::NonFinite},
+    api::{LimitsConfig, auth::Token, client::Clients, codec::NonFinite},
     control::{ModelControl, spec::Profile},
     logging::LogConfig,
     model::QueueConfig,
@@ -184,6 +184,7 @@ impl Config {
         if let Some((key, _)) = times.into_iter().find(|(_, value)| value.is_zero()) {
             bail!("{key} must be longer than 0s");
         }
+        Clients::new(self.queue.client_header.as_deref())?;
         if self.model_control != ModelControl::Explicit && !self.load_model.is_empty() {
             bail!("load_model needs model_control = \"explicit\"");
         }

@@ -24,8 +24,9 @@
 //!    decodes the body through `api::codec`, other servers' shapes of it through `api::shapes`; raw tensor bytes are
 //!    not copied.
 //! 3. `engine` checks the inputs against the `Signature` and submits them.
-//! 4. `model::batcher` queues or refuses; an idle thread of `model::executor`, woken through `model::relay`, takes
-//!    what may run together, gathers it, runs it, and hands each request its rows.
+//! 4. `model::batcher` queues, with turns for clients (`api::client` tells them apart), or refuses; an idle thread of
+//!    `model::executor`, woken through `model::relay`, takes what may run together, gathers it, runs it, and hands
+//!    each request its rows.
 //! 5. `api` encodes the answer, counts it, and only then sends it.
 //!
 //! # A version's way

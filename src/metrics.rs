@@ -110,7 +110,8 @@ pub const FAMILIES: [Family; 12] = [
         name: DROPPED,
         kind: Kind::Counter,
         labels: "reason",
-        help: "Requests given up before they cost a run: cancelled, deadline, timeout (of the queue) or overloaded",
+        help: "Requests given up before they cost a run: cancelled, deadline, timeout (of the queue), overloaded, or \
+               displaced (from a full queue, by a client with less waiting)",
     },
     Family { name: STATE, kind: Kind::Gauge, labels: "state", help: "1 for the state a version is in, else 0" },
     Family { name: LOAD_DURATION, kind: Kind::Gauge, labels: "", help: "Seconds the version took to load and warm" },
@@ -132,10 +133,12 @@ pub enum DropReason {
     /// The queue timeout of the model's own schedule.
     Timeout,
     Overloaded,
+    /// Put out of a full queue by a client with less waiting.
+    Displaced,
 }
 
 const PROTOCOLS: [&str; 2] = ["rest", "grpc"];
-const REASONS: [&str; 4] = ["cancelled", "deadline", "timeout", "overloaded"];
+const REASONS: [&str; 5] = ["cancelled", "deadline", "timeout", "overloaded", "displaced"];
 const PHASES: [&str; 3] = ["input", "infer", "output"];
 
 /// What one execution cost, phase by phase.

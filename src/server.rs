@@ -22,7 +22,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     api::{
-        self, App, grpc,
+        self, App,
+        client::Clients,
+        grpc,
         listen::{IoThreads, Port, Wire},
         ops, rest,
     },
@@ -111,6 +113,7 @@ impl Server {
             metrics: metrics.clone(),
             logging,
             limits: config.limits.clone(),
+            clients: Clients::new(config.queue.client_header.as_deref())?,
             token: config.token.clone(),
             json_nonfinite: config.json_nonfinite,
             strict_readiness: config.strict_readiness,

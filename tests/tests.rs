@@ -6,6 +6,7 @@ mod architecture;
 mod codes;
 mod commands;
 mod documentation;
+mod fairness;
 mod lifecycle;
 mod overload;
 mod schedule;

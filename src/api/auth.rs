@@ -56,9 +56,13 @@ impl<'de> Deserialize<'de> for Token {
     }
 }
 
-/// The address at the other end of the connection; an extension of every request.
+/// The other end of a connection; an extension of every request.
 #[derive(Clone, Copy, Debug)]
-pub struct Peer(pub IpAddr);
+pub struct Peer {
+    pub address: IpAddr,
+    /// The connection's number, which no other has on the ports for requests.
+    pub connection: u64,
+}
 
 /// Checks that a request may change the server.
 ///
@@ -80,7 +84,7 @@ pub fn check_admin(token: Option<&Token>, headers: &HeaderMap, extensions: &Exte
 /// Checks that a request comes from a program on this machine, on its own behalf.
 fn check_is_here(headers: &HeaderMap, extensions: &Extensions) -> Result<(), Error> {
     // On a socket of both families, IPv4's loopback comes mapped into IPv6.
-    let here = extensions.get::<Peer>().is_some_and(|Peer(address)| address.to_canonical().is_loopback());
+    let here = extensions.get::<Peer>().is_some_and(|peer| peer.address.to_canonical().is_loopback());
     let seen = RELAYED.iter().find(|name| headers.contains_key(**name));
     let got = match seen {
         None if here => return Ok(()),
@@ -113,7 +117,7 @@ mod tests {
             headers.insert(header::AUTHORIZATION, value.parse().unwrap());
         }
         if let Some(peer) = peer {
-            extensions.insert(Peer(peer.parse().unwrap()));
+            extensions.insert(Peer { address: peer.parse().unwrap(), connection: 1 });
         }
         check_admin(token.as_ref(), &headers, &extensions).map_err(|error| error.code)
     }
@@ -142,7 +146,7 @@ mod tests {
             let mut headers = HeaderMap::new();
             headers.insert(http::HeaderName::from_bytes(name.as_bytes()).unwrap(), value.parse().unwrap());
             let mut extensions = Extensions::new();
-            extensions.insert(Peer("127.0.0.1".parse().unwrap()));
+            extensions.insert(Peer { address: "127.0.0.1".parse().unwrap(), connection: 1 });
             let error = check_admin(None, &headers, &extensions).unwrap_err();
             assert_eq!(error.code, Code::Forbidden, "{name}");
             let named = format!("'{}'", name.to_lowercase());

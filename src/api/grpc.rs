@@ -81,7 +81,7 @@ impl Service {
         latest: Option<Instant>,
         record: &mut Record,
     ) -> Result<Answered, Error> {
-        let urgency = urgency(record.started(), &call, latest);
+        let urgency = urgency(record, &call, latest);
         let names: Vec<Arc<str>> = call.outputs.iter().map(|output| output.name.clone()).collect();
         let request = engine::Request { inputs: call.inputs, outputs: &names, urgency };
         let outputs = self.app.engine.infer(&mut target, request).await;

@@ -9,7 +9,7 @@ use std::{
     net::{SocketAddr, TcpListener},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::JoinHandle,
     time::Duration,
@@ -131,12 +131,15 @@ struct Accepted {
     stream: std::net::TcpStream,
     routes: Routes,
     wire: Wire,
+    /// From 1 on, in the order of acceptance.
+    number: u64,
 }
 
 /// Threads that serve connections, each with a runtime of its own.
 pub struct IoThreads {
     senders: Vec<mpsc::Sender<Accepted>>,
-    next: AtomicUsize,
+    /// Connections accepted so far.
+    accepted: AtomicU64,
 }
 
 impl IoThreads {
@@ -168,7 +171,7 @@ impl IoThreads {
             senders.push(sender);
             threads.push(thread);
         }
-        Ok((Self { senders, next: AtomicUsize::new(0) }, threads))
+        Ok((Self { senders, accepted: AtomicU64::new(0) }, threads))
     }
 
     /// Accepts connections of `port` until `closing`.
@@ -180,9 +183,10 @@ impl IoThreads {
         };
         let mut last = BACKLOG;
         while let Some(stream) = accept_one(&listener, &closing, &mut last).await {
-            let turn = self.next.fetch_add(1, Ordering::Relaxed) % self.senders.len();
-            let accepted = Accepted { stream, routes: routes.clone(), wire };
-            if self.senders[turn].send(accepted).await.is_err() {
+            let number = self.accepted.fetch_add(1, Ordering::Relaxed) + 1;
+            let turn = number % self.senders.len() as u64;
+            let accepted = Accepted { stream, routes: routes.clone(), wire, number };
+            if self.senders[turn as usize].send(accepted).await.is_err() {
                 return;
             }
         }
@@ -230,7 +234,8 @@ impl Context {
     async fn connection(self, accepted: Accepted) {
         let Ok(stream) = TcpStream::from_std(accepted.stream) else { return };
         // Without an address, the peer is gone already.
-        let Ok(peer) = stream.peer_addr().map(|address| Peer(address.ip())) else { return };
+        let Ok(address) = stream.peer_addr() else { return };
+        let peer = Peer { address: address.ip(), connection: accepted.number };
         // The timers of HTTP/1 start with the first byte, those of HTTP/2 after the preface; a connection that does
         // not get so far ends here.
         let needed = if accepted.wire == Wire::Grpc { HTTP2_PREFACE } else { 1 };
@@ -329,7 +334,7 @@ pub async fn serve_here(port: Port, router: Router, wire: Wire, limits: LimitsCo
     let context = Context { limits, abort: closing.clone(), closing, connections: TaskTracker::new() };
     let mut last = 0;
     while let Some(stream) = accept_one(&listener, &context.closing, &mut last).await {
-        let accepted = Accepted { stream, routes: router.clone().into(), wire };
+        let accepted = Accepted { stream, routes: router.clone().into(), wire, number: 0 };
         tokio::spawn(context.clone().connection(accepted));
     }
 }

@@ -19,11 +19,12 @@ use crate::{
     error::{Code, Error},
     logging::Logging,
     metrics::{Metrics, Protocol, VersionMetrics},
-    model::{ModelVersion, schedule::Urgency},
+    model::{ModelVersion, batcher::Client, schedule::Urgency},
     tensor::{DType, Tensor},
 };
 
 pub mod auth;
+pub mod client;
 pub mod codec;
 pub mod compression;
 pub mod grpc;
@@ -43,6 +44,7 @@ mod triton;
 mod v1;
 
 use auth::Token;
+use client::Clients;
 use codec::NonFinite;
 
 /// The server's name in metadata.
@@ -112,6 +114,8 @@ pub struct App {
     pub metrics: Arc<Metrics>,
     pub logging: Logging,
     pub limits: LimitsConfig,
+    /// Tells apart who shares the queues.
+    pub clients: Clients,
     /// What changes by request need from everyone; without it, they must come from this machine.
     pub token: Option<Token>,
     pub json_nonfinite: NonFinite,
@@ -152,11 +156,13 @@ pub struct Record {
     unready: Option<Arc<VersionMetrics>>,
     pub request_id: String,
     pub traceparent: Option<String>,
+    /// Whose request it is.
+    client: Client,
     finished: bool,
 }
 
 impl Record {
-    pub fn start(app: &Arc<App>, protocol: Protocol, headers: &http::HeaderMap) -> Self {
+    pub fn start(app: &Arc<App>, protocol: Protocol, headers: &http::HeaderMap, client: Client) -> Self {
         let traceparent = headers.get(&TRACEPARENT).and_then(|value| value.to_str().ok()).map(str::to_owned);
         app.in_flight.fetch_add(1, Ordering::Relaxed);
         Self {
@@ -167,6 +173,7 @@ impl Record {
             unready: None,
             request_id: String::new(),
             traceparent,
+            client,
             finished: false,
         }
     }
@@ -232,9 +239,9 @@ impl Drop for Record {
     }
 }
 
-/// What a call that arrived at `start` says of its hurry; its transport gives it up at `deadline`.
-pub fn urgency(start: Instant, call: &codec::InferCall, deadline: Option<Instant>) -> Urgency {
-    Urgency { priority: call.priority, deadline, timeout: after(start, call.timeout) }
+/// What a call says of its hurry; its transport gives it up at `deadline`.
+pub fn urgency(record: &Record, call: &codec::InferCall, deadline: Option<Instant>) -> Urgency {
+    Urgency { priority: call.priority, deadline, timeout: after(record.start, call.timeout), client: record.client }
 }
 
 /// The end of a timeout; none when it lies beyond all time.

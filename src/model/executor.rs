@@ -97,12 +97,17 @@ impl Queue {
             };
         }
         match pushed {
-            Ok(()) => {
+            Ok(displaced) => {
                 let idle = !state.idle.is_empty();
                 let urgent = state.batcher.fills_a_batch() && !self.is_quick(&state);
                 drop(state);
                 if idle {
                     relay::wake(self, urgent);
+                }
+                let mut answers = Outgoing::default();
+                for (entry, error) in displaced {
+                    self.metrics.dropped(DropReason::Displaced);
+                    answers.add(entry.item, Err(error.of_model(self.model.as_str())));
                 }
                 Ok(Ticket { reply })
             }
@@ -248,7 +253,7 @@ impl Queue {
             self.metrics.dropped(reason);
             let error = match reason {
                 DropReason::Deadline => {
-                    Error::new(Code::DeadlineExceeded, "the deadline passed while the request was queued")
+                    Error::new(Code::DeadlineExceeded, "the deadline could not be met: the request was still queued")
                 }
                 DropReason::Timeout => {
                     Error::new(Code::DeadlineExceeded, "the request waited too long (queue.default_timeout)")
@@ -409,7 +414,7 @@ mod tests {
         backend::Signature,
         metrics::Metrics,
         model::{
-            batcher::{Limits, ShapeKey},
+            batcher::{Client, Limits, ShapeKey},
             schedule::{Place, Schedule},
             service_time::ServiceTime,
         },
@@ -483,7 +488,8 @@ mod tests {
             let data = Data::Plain(vec![0; 4 * columns].into());
             let input = Tensor::new("x".into(), DType::Fp32, [1, columns].as_slice().into(), data).unwrap();
             let shape = ShapeKey::from_slice(&[columns]);
-            let cost = Cost { rows: 1, bytes: 4, shape, alone: false, place: Place::default() };
+            let cost =
+                Cost { rows: 1, bytes: 4, shape, alone: false, place: Place::default(), client: Client::default() };
             self.queue.submit(vec![input], cost).ok().unwrap()
         }
 

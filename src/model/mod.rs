@@ -38,7 +38,8 @@ use crate::{
     tensor::Tensor,
 };
 
-/// Bounds of each version's queue; a request for which it has no room is answered at once with "overloaded".
+/// Bounds of each version's queue, and who shares it. A request for which it has no room is answered at once with
+/// "overloaded"; those of clients with more waiting make room for those of others.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct QueueConfig {
@@ -52,17 +53,27 @@ pub struct QueueConfig {
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub max_wait: Duration,
+    /// Header (gRPC: metadata key) whose value names the client, for a server behind a proxy that sets it. Waiting
+    /// requests of clients run in turns, so that none waits for another's whole backlog. Default, and for requests
+    /// without it: each connection is a client.
+    pub client_header: Option<String>,
 }
 
 impl Default for QueueConfig {
     fn default() -> Self {
-        Self { max_rows: 65_536, max_requests: 8192, max_bytes: 1 << 30, max_wait: Duration::from_secs(30) }
+        Self {
+            max_rows: 65_536,
+            max_requests: 8192,
+            max_bytes: 1 << 30,
+            max_wait: Duration::from_secs(30),
+            client_header: None,
+        }
     }
 }
 
 impl From<&QueueConfig> for Limits {
     fn from(config: &QueueConfig) -> Self {
-        let QueueConfig { max_rows, max_requests, max_bytes, max_wait } = *config;
+        let QueueConfig { max_rows, max_requests, max_bytes, max_wait, .. } = *config;
         Limits { max_rows, max_requests, max_bytes, max_wait }
     }
 }
@@ -238,6 +249,7 @@ impl ModelVersion {
             shape,
             alone: !self.batching.enabled || uneven || empty,
             place: self.levels[level].place(level, urgency, Instant::now()),
+            client: urgency.client,
         })
     }
 

@@ -8,6 +8,8 @@ use std::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::batcher::Client;
+
 /// More levels than anyone tells apart; every request looks at those above its own.
 pub const MAX_PRIORITY_LEVELS: u32 = 256;
 
@@ -100,7 +102,7 @@ impl From<Level> for LevelSettings {
     }
 }
 
-/// How urgent a request is, and until when anybody waits for it.
+/// How urgent a request is, for whom, and until when anybody waits for it.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Urgency {
     /// 1 is the highest level, 0 the model's default.
@@ -109,6 +111,8 @@ pub struct Urgency {
     pub deadline: Option<Instant>,
     /// When the time is over that the request's own parameter `timeout` allows.
     pub timeout: Option<Instant>,
+    /// Whose it is: clients take turns.
+    pub client: Client,
 }
 
 /// Where a request stands in the queue of a model, and for how long.
@@ -258,7 +262,7 @@ mod tests {
     fn a_request_s_timeout_is_a_deadline_unless_it_may_replace_the_queue_s() {
         let now = Instant::now();
         let at = |millis| Some(now + Duration::from_millis(millis));
-        let urgency = |timeout| Urgency { priority: 0, deadline: at(90), timeout };
+        let urgency = |timeout| Urgency { deadline: at(90), timeout, ..Urgency::default() };
         for (timeout_action, allow_timeout_override) in
             [(TimeoutAction::Reject, false), (TimeoutAction::Reject, true), (TimeoutAction::Delay, false)]
         {

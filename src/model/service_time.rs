@@ -64,6 +64,12 @@ impl ServiceTime {
         duration(self.factor * (self.fixed + self.per_row * rows as f64))
     }
 
+    /// The expected time of a run of `rows` rows in runs of `full` rows; none before anything was seen.
+    pub fn relative(&self, rows: usize, full: usize) -> Option<f64> {
+        let run = |rows: usize| self.fixed + self.per_row * rows as f64;
+        (run(full) > 0.0).then(|| run(rows) / run(full))
+    }
+
     /// The expected time to run `requests` requests of together `rows` rows in groups of at most `group` rows.
     pub fn estimate_queue(&self, rows: usize, requests: usize, group: usize) -> Duration {
         let runs = if group <= 1 { requests } else { rows.div_ceil(group).min(requests) };

@@ -157,13 +157,20 @@ pub struct Running {
     pub stopper: Stopper,
     pub rest: String,
     pub ops: String,
-    pub grpc: GrpcInferenceServiceClient<HttpClient<tonic::body::Body>>,
+    pub grpc: GrpcClient,
     pub grpc_address: std::net::SocketAddr,
     pub rest_address: std::net::SocketAddr,
     client: HttpClient<Full<Bytes>>,
 }
 
 pub type HttpClient<B> = Client<HttpConnector, B>;
+pub type GrpcClient = GrpcInferenceServiceClient<HttpClient<tonic::body::Body>>;
+
+/// A client with a connection of its own, which its clones share.
+pub fn grpc_client(address: std::net::SocketAddr) -> GrpcClient {
+    let http2 = Client::builder(TokioExecutor::new()).http2_only(true).build_http();
+    GrpcInferenceServiceClient::with_origin(http2, format!("http://{address}").parse().unwrap())
+}
 
 /// The defaults on ports of their own choosing.
 pub fn config(repository: &Repository) -> Config {
@@ -184,13 +191,11 @@ pub async fn start(config: &Config) -> Running {
 
 pub fn start_unready(config: &Config) -> Running {
     let server = try_start(config).unwrap();
-    let http2 = Client::builder(TokioExecutor::new()).http2_only(true).build_http();
-    let origin = format!("http://{}", server.grpc).parse().unwrap();
     Running {
         stopper: server.stopper(),
         rest: format!("http://{}", server.rest),
         ops: format!("http://{}", server.ops),
-        grpc: GrpcInferenceServiceClient::with_origin(http2, origin),
+        grpc: grpc_client(server.grpc),
         grpc_address: server.grpc,
         rest_address: server.rest,
         client: Client::builder(TokioExecutor::new()).build_http(),

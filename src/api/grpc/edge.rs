@@ -61,7 +61,12 @@ pub(super) async fn edge(State(app): State<Arc<App>>, mut request: Request, next
     }
     // A call that was begun in front of the router brings its record.
     let begun = request.extensions_mut().remove::<Unclaimed>().and_then(|begun| begun.lock().take());
-    let record = begun.or_else(|| (path == INFER_PATH).then(|| Record::start(&app, Protocol::Grpc, request.headers())));
+    let record = begun.or_else(|| {
+        (path == INFER_PATH).then(|| {
+            let client = app.clients.of(request.headers(), request.extensions().get());
+            Record::start(&app, Protocol::Grpc, request.headers(), client)
+        })
+    });
     let Ok(timeout) = timeout(request.headers()) else {
         let error = Error::invalid(format!("{GRPC_TIMEOUT} must be up to eight digits and one of H M S m u n"));
         if let Some(record) = record {

@@ -61,7 +61,8 @@ impl Call {
         peer: Peer,
     ) -> Result<Response<Payload>, Infallible> {
         let (parts, body) = self.request.into_parts();
-        let mut record = Record::start(&app, Protocol::Grpc, &parts.headers);
+        let client = app.clients.of(&parts.headers, Some(&peer));
+        let mut record = Record::start(&app, Protocol::Grpc, &parts.headers, client);
         let latest = after(record.started(), self.timeout);
         let gathering = gather(Paced::new(body, app.limits.body_timeout), app.limits.max_message_bytes);
         let gathered = match latest {

@@ -42,6 +42,7 @@ use crate::{
     },
     error::{Code, Error},
     metrics::Protocol,
+    model::batcher::Client,
 };
 
 /// The metadata key that asks for failures as the status of the call.
@@ -55,6 +56,7 @@ pub(super) struct Answers {
     service: Service,
     /// What the call began with, for the records of its requests.
     headers: HeaderMap,
+    client: Client,
     /// `None` when there are no more.
     requests: Option<Streaming<ModelInferRequest>>,
     /// Oldest first. Dropping one gives it up.
@@ -78,11 +80,13 @@ struct Running {
 
 impl Answers {
     pub(super) fn new(service: Service, request: Request<Streaming<ModelInferRequest>>) -> Self {
-        let (metadata, _, requests) = request.into_parts();
+        let (metadata, extensions, requests) = request.into_parts();
+        let client = service.app.clients.of(metadata.as_ref(), extensions.get());
         let latest = latest(Instant::now(), &metadata);
         let asked = metadata.get(ERRORS_END_THE_STREAM);
         Self {
             service,
+            client,
             requests: Some(requests),
             running: VecDeque::new(),
             held: Arc::default(),
@@ -119,7 +123,7 @@ impl Answers {
     }
 
     fn start(&mut self, message: ModelInferRequest) {
-        let mut record = Record::start(&self.service.app, Protocol::Grpc, &self.headers);
+        let mut record = Record::start(&self.service.app, Protocol::Grpc, &self.headers, self.client);
         let id = message.id.clone();
         let mut held = Held::new(&self.held, message.encoded_len());
         let (service, latest) = (self.service.clone(), self.latest);
@@ -138,7 +142,7 @@ impl Answers {
         let failure = status::failure(refused);
         // That the server stops is no request that failed.
         if failure.code != Code::NotReady {
-            Record::start(&self.service.app, Protocol::Grpc, &self.headers).finish(Some(failure.code));
+            Record::start(&self.service.app, Protocol::Grpc, &self.headers, self.client).finish(Some(failure.code));
         }
         self.end = Some(failure.into());
     }

@@ -74,7 +74,8 @@ pub(super) async fn exchange<A: Send + 'static>(
     read: impl FnOnce(&Question) -> Result<(InferCall, A), Error> + Send + 'static,
     write: impl FnOnce(&InferReply<'_>, &InferCall, A) -> Result<Reply, Error> + Send + 'static,
 ) -> Response {
-    let mut record = Record::start(app, Protocol::Rest, request.headers());
+    let client = app.clients.of(request.headers(), request.extensions().get());
+    let mut record = Record::start(app, Protocol::Rest, request.headers(), client);
     let answer = match named {
         Ok(named) => try_exchange(app, &named, request, &mut record, read, write).await,
         Err(error) => Err(error),
@@ -131,7 +132,7 @@ async fn try_exchange<A: Send + 'static>(
     }
 
     let names: Vec<Arc<str>> = call.outputs.iter().map(|output| output.name.clone()).collect();
-    let urgency = urgency(record.started(), &call, after(record.started(), waits));
+    let urgency = urgency(record, &call, after(record.started(), waits));
     let inputs = std::mem::take(&mut call.inputs);
     let request = engine::Request { inputs, outputs: &names, urgency };
     let outputs = app.engine.infer(&mut target, request).await;

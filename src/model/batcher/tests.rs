@@ -3,12 +3,25 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::error::Code;
+use crate::{
+    error::{Code, Error},
+    model::schedule::TimeoutAction,
+};
+
+mod fair;
+mod simulated;
 
 const LIMITS: Limits = Limits { max_rows: 100, max_requests: 100, max_bytes: 1000, max_wait: Duration::from_secs(30) };
 
 fn cost(rows: usize, shape: usize) -> Cost {
-    Cost { rows, bytes: rows, shape: ShapeKey::from_slice(&[shape]), alone: false, place: Place::default() }
+    Cost {
+        rows,
+        bytes: rows,
+        shape: ShapeKey::from_slice(&[shape]),
+        alone: false,
+        place: Place::default(),
+        client: Client::default(),
+    }
 }
 
 fn batcher(group: usize) -> Batcher<usize> {
@@ -85,6 +98,23 @@ fn dead_requests_cost_no_run() {
     assert_eq!(items(&next), [2]);
     let dropped: Vec<_> = next.dropped.iter().map(|(entry, reason)| (entry.item, *reason)).collect();
     assert_eq!(dropped, [(0, DropReason::Deadline), (1, DropReason::Cancelled)]);
+}
+
+#[test]
+fn who_cannot_be_in_time_any_more_yields_to_those_who_can() {
+    let now = Instant::now();
+    let service = ServiceTime::from_sweep(&[(1, ms(20)), (2, ms(40))]);
+    let mut batcher = Batcher::new(LIMITS, &Schedule::default(), 1, 1, service);
+    batcher.push(0, until(Some(now + ms(100))), now).unwrap();
+    batcher.push(1, cost(1, 1), now).unwrap();
+    let next = batcher.next(now + ms(90), |_| false);
+    assert_eq!(items(&next), [1]);
+    let dropped: Vec<_> = next.dropped.iter().map(|(entry, reason)| (entry.item, *reason)).collect();
+    assert_eq!(dropped, [(0, DropReason::Deadline)]);
+    batcher.finished(now + ms(90), 1, None);
+    batcher.push(2, until(Some(now + ms(100))), now + ms(90)).unwrap();
+    assert_eq!(items(&batcher.next(now + ms(90), |_| false)), [2], "with nobody else there, the estimate is tried");
+    assert_eq!(counts(&batcher), (0, 0, 0, 0));
 }
 
 #[test]
@@ -203,10 +233,12 @@ fn only_what_is_ahead_counts_for_the_wait() {
     for item in 0..5 {
         batcher.push(item, in_level(1, 1, None), now).unwrap();
     }
-    let seconds = [0, 1, 2].map(|level| batcher.estimated_wait(level, now).as_secs_f64().round());
+    let seconds = [0, 1, 2]
+        .map(|level| batcher.estimated_wait(level, batcher.lanes[level].ahead(u64::MAX), now).as_secs_f64().round());
     assert_eq!(seconds, [0.0, 5.0, 5.0]);
     batcher.next(now, |_| false);
-    let seconds = [0, 1, 2].map(|level| batcher.estimated_wait(level, now).as_secs_f64().round());
+    let seconds = [0, 1, 2]
+        .map(|level| batcher.estimated_wait(level, batcher.lanes[level].ahead(u64::MAX), now).as_secs_f64().round());
     assert_eq!(seconds, [1.0, 5.0, 5.0], "the run in progress is ahead of everyone");
 }
 
@@ -248,12 +280,12 @@ fn who_cannot_be_joined_does_not_wait() {
 fn batches_are_cut_to_a_preferred_size() {
     let now = Instant::now();
     let mut batcher = scheduled("preferred_batch_sizes = [8, 2, 4]", 8, 1);
-    (0..15).for_each(|item| batcher.push(item, cost(1, 1), now).unwrap());
+    (0..15).for_each(|item| drop(batcher.push(item, cost(1, 1), now).unwrap()));
     let sizes: Vec<usize> = (0..5).map(|_| items(&batcher.next(now, |_| false)).len()).collect();
     assert_eq!(sizes, [8, 4, 2, 1, 0], "what reaches none goes as it is when nothing makes it wait");
 
     let mut batcher = scheduled("preferred_batch_sizes = [4]\nmax_delay = '10ms'", 4, 1);
-    (0..7).for_each(|item| batcher.push(item, cost(1, 1), now).unwrap());
+    (0..7).for_each(|item| drop(batcher.push(item, cost(1, 1), now).unwrap()));
     assert_eq!(items(&batcher.next(now, |_| false)), [0, 1, 2, 3]);
     let next = batcher.next(now, |_| false);
     assert_eq!((items(&next), next.wake_at), (vec![], Some(now + ms(10))));
@@ -283,7 +315,7 @@ fn a_complete_batch_passes_a_waiting_request_over_only_so_often() {
     batcher.push(0, cost(1, 1), now).unwrap();
     for round in 0..=usize::from(MAX_PASSED_OVER) {
         let pair = [2 * round + 1, 2 * round + 2];
-        pair.iter().for_each(|&item| batcher.push(item, cost(1, 2), now).unwrap());
+        pair.iter().for_each(|&item| drop(batcher.push(item, cost(1, 2), now).unwrap()));
         let expected = if round < usize::from(MAX_PASSED_OVER) { pair.to_vec() } else { vec![0] };
         assert_eq!(items(&batcher.next(now, |_| false)), expected);
     }
@@ -301,7 +333,7 @@ fn company_costs_nobody_the_deadline() {
     batcher.push(1, until(Some(now + ms(25))), now).unwrap();
     assert_eq!(items(&batcher.next(wake_at, |_| false)), [0], "the second one's time is over");
     batcher.finished(wake_at, 1, None);
-    (2..6).for_each(|item| batcher.push(item, until(Some(wake_at + ms(30))), wake_at).unwrap());
+    (2..6).for_each(|item| drop(batcher.push(item, until(Some(wake_at + ms(30))), wake_at).unwrap()));
     assert_eq!(items(&batcher.next(wake_at, |_| false)), [2, 3, 4, 5], "those held back do not make others wait");
 }
 

@@ -1,0 +1,214 @@
+//! `Lane`: the waiting requests of one level, in the order in which they shall run and in that of their arrival.
+
+use std::collections::VecDeque;
+
+use super::{Client, Entry, fairness::Shares};
+use crate::model::schedule::Level;
+
+/// No request.
+const NONE: u32 = u32::MAX;
+
+/// Requests stay where they are while they wait, for they are large; what is sorted are their turns.
+///
+/// A request of the only client, or of the one with the most waiting, goes to the end, and one of a client with
+/// nothing waiting to the front. Between two clients that both have thousands waiting, a new turn moves up to half of
+/// those there are, 16 bytes each: 64 KB when 8192 wait.
+pub(super) struct Lane<T> {
+    /// By round, and by arrival within a round.
+    turns: VecDeque<Turn>,
+    slots: Vec<Option<Slot<T>>>,
+    free: Vec<u32>,
+    oldest: u32,
+    newest: u32,
+    shares: Shares,
+    pub rows: usize,
+    pub level: Level,
+    /// Requests of this level that wait here or in the lane of the late.
+    pub waiting: usize,
+}
+
+/// When a request shall run.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Turn {
+    pub round: u64,
+    rows: u32,
+    slot: u32,
+}
+
+struct Slot<T> {
+    entry: Entry<T>,
+    round: u64,
+    older: u32,
+    newer: u32,
+}
+
+impl<T> Lane<T> {
+    pub fn new(level: Level) -> Self {
+        Self {
+            turns: VecDeque::new(),
+            slots: Vec::new(),
+            free: Vec::new(),
+            oldest: NONE,
+            newest: NONE,
+            shares: Shares::new(),
+            rows: 0,
+            level,
+            waiting: 0,
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.turns.len()
+    }
+
+    /// The round that a request would get.
+    pub fn round(&self, client: Client, price: u32) -> u64 {
+        self.shares.round(client, price)
+    }
+
+    /// Requests and rows that run before a new request of `round`.
+    pub fn ahead(&self, round: u64) -> (usize, usize) {
+        if self.turns.back().is_none_or(|last| last.round <= round) {
+            return (self.turns.len(), self.rows);
+        }
+        let requests = self.turns.partition_point(|turn| turn.round <= round);
+        let rows = |turns: std::collections::vec_deque::Iter<'_, Turn>| turns.map(|turn| turn.rows as usize).sum();
+        if requests <= self.turns.len() / 2 {
+            (requests, rows(self.turns.range(..requests)))
+        } else {
+            let behind: usize = rows(self.turns.range(requests..));
+            (requests, self.rows.saturating_sub(behind))
+        }
+    }
+
+    /// The same, if every client that waits takes all of its turns until then.
+    pub fn expected_ahead(&self, client: Client, round: u64) -> (usize, usize) {
+        let (requests, rows) = self.ahead(round);
+        let expected = self.shares.before(client, round);
+        if expected <= rows {
+            return (requests, rows);
+        }
+        (requests.max(expected.saturating_mul(self.len()) / self.rows.max(1)), expected)
+    }
+
+    pub fn push(&mut self, entry: Entry<T>) {
+        let round = self.shares.enter(entry.cost.client, entry.price);
+        let rows = u32::try_from(entry.cost.rows).unwrap_or(u32::MAX);
+        self.rows += entry.cost.rows;
+        let slot = Some(Slot { entry, round, older: self.newest, newer: NONE });
+        let index = match self.free.pop() {
+            Some(index) => {
+                self.slots[index as usize] = slot;
+                index
+            }
+            None => {
+                self.slots.push(slot);
+                // Memory ends long before the numbers do.
+                u32::try_from(self.slots.len() - 1).unwrap_or(NONE)
+            }
+        };
+        let before = self.newest;
+        match self.slot(before) {
+            Some(older) => older.newer = index,
+            None => self.oldest = index,
+        }
+        self.newest = index;
+        let turn = Turn { round, rows, slot: index };
+        if self.turns.back().is_none_or(|last| last.round <= round) {
+            self.turns.push_back(turn);
+        } else {
+            let place = self.turns.partition_point(|turn| turn.round <= round);
+            self.turns.insert(place, turn);
+        }
+    }
+
+    fn slot(&mut self, index: u32) -> Option<&mut Slot<T>> {
+        self.slots.get_mut(index as usize).and_then(Option::as_mut)
+    }
+
+    /// The request whose turn it is.
+    pub fn entry(&self, turn: Turn) -> Option<&Entry<T>> {
+        self.slots.get(turn.slot as usize).and_then(Option::as_ref).map(|slot| &slot.entry)
+    }
+
+    /// The requests in the order of their turns.
+    pub fn iter(&self) -> impl DoubleEndedIterator<Item = &Entry<T>> {
+        self.turns.iter().filter_map(|&turn| self.entry(turn))
+    }
+
+    /// The requests whose turns come after the one at `index`, which comes first.
+    pub fn from(&self, index: usize) -> impl Iterator<Item = &Entry<T>> {
+        self.turns.range(index.min(self.turns.len())..).filter_map(|&turn| self.entry(turn))
+    }
+
+    /// The turns from the last to the first.
+    pub fn backwards(&self) -> impl Iterator<Item = (Turn, &Entry<T>)> {
+        self.turns.iter().rev().filter_map(|&turn| Some((turn, self.entry(turn)?)))
+    }
+
+    /// Takes the first turn away; its request is to be [taken](Self::take) or its turn to be put back.
+    pub fn pop_turn(&mut self) -> Option<Turn> {
+        self.turns.pop_front()
+    }
+
+    /// Puts the first turn back.
+    pub fn put_back(&mut self, turn: Turn) {
+        self.turns.push_front(turn);
+    }
+
+    /// Puts a turn behind all others, when all are looked at in order.
+    pub fn put_behind(&mut self, turn: Turn) {
+        self.turns.push_back(turn);
+    }
+
+    /// Takes the last turn away.
+    pub fn pop_last_turn(&mut self) -> Option<Turn> {
+        self.turns.pop_back()
+    }
+
+    /// Notes that a request has been overtaken by a batch of its level.
+    pub fn pass_over(&mut self, turn: Turn) {
+        if let Some(slot) = self.slot(turn.slot) {
+            slot.entry.passed_over += 1;
+        }
+    }
+
+    /// Takes the request out whose turn was taken away: it `runs`, or leaves without.
+    pub fn take(&mut self, turn: Turn, runs: bool) -> Option<Entry<T>> {
+        let Slot { entry, older, newer, round } = self.slots.get_mut(turn.slot as usize)?.take()?;
+        self.free.push(turn.slot);
+        match self.slot(older) {
+            Some(slot) => slot.newer = newer,
+            None => self.oldest = newer,
+        }
+        match self.slot(newer) {
+            Some(slot) => slot.older = older,
+            None => self.newest = older,
+        }
+        self.rows -= entry.cost.rows;
+        if runs {
+            self.shares.run(entry.cost.client, round, self.turns.len());
+        } else {
+            self.shares.refund(entry.cost.client, entry.price);
+        }
+        Some(entry)
+    }
+
+    /// The request that has waited longest.
+    pub fn oldest(&self) -> Option<&Entry<T>> {
+        self.slots.get(self.oldest as usize).and_then(Option::as_ref).map(|slot| &slot.entry)
+    }
+
+    /// Takes away the turn of the request that has waited longest.
+    pub fn pop_oldest_turn(&mut self) -> Option<Turn> {
+        let (oldest, round) = (self.oldest, self.slot(self.oldest)?.round);
+        let first = self.turns.partition_point(|turn| turn.round < round);
+        let behind = self.turns.range(first..).position(|turn| turn.slot == oldest)?;
+        self.turns.remove(first + behind)
+    }
+
+    #[cfg(test)]
+    pub fn clients(&self) -> usize {
+        self.shares.known()
+    }
+}
