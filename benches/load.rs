@@ -434,6 +434,27 @@ mod tests {
     }
 
     #[test]
+    fn phases_tell_latencies_apart() {
+        let [_, grpc] = echo();
+        let request = Protocol::Grpc.request("iris", &flower()).unwrap();
+        let target = Target { address: grpc, pid: None, request: &request, connections: 2, streams: 64 };
+        let run = open(&target, 400.0, 7, |now, reply| {
+            assert!(reply.is_empty() || Protocol::version(reply).is_ok_and(|version| version == 1));
+            Ok(match now.as_millis() {
+                0..100 => Phase::Pass,
+                100..1100 => Phase::Steady,
+                1100..1600 => Phase::Count,
+                _ => Phase::End,
+            })
+        });
+        let run = run.unwrap();
+        // 400 and 200 expected, with deviations of 20 and 14.
+        assert!((320..480).contains(&run.steady.count()), "{}", run.steady.count());
+        assert!((140..260).contains(&run.latencies.count()), "{}", run.latencies.count());
+        assert_eq!(run.failed, 0);
+    }
+
+    #[test]
     fn large_messages_come_back_whole() {
         use tidegate::tensor::{DType, Data, Tensor};
         let [rest, grpc] = echo();
