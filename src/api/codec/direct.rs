@@ -1,10 +1,9 @@
 //! The usual REST request, read in one pass from its bytes into its tensors.
 //!
-//! What clients send most is plain: known members, names without escapes, numbers in one flat array. Read as such, a
-//! request of four numbers takes a third of the instructions that finding the texts of its members first takes (3,000
-//! of 9,400 by callgrind), and a large one no second look at each number. Everything else, and everything wrong, is
-//! left to `json::decode_carefully`, which knows all that is allowed and says what is not; both read the same from
-//! what both read.
+//! What clients send most is plain: known members, names without escapes, numbers in one flat array. A request of four
+//! numbers read as such takes 5,800 instructions by callgrind, where finding the texts of its members first took 9,400,
+//! and in a large one no number is looked at twice. Everything else, and everything wrong, is left to
+//! `json::decode_carefully`, which knows all that is allowed and says what is not; what both read, they read the same.
 
 use bytes::Bytes;
 
