@@ -1,8 +1,7 @@
 //! `Histogram`: counts per bucket, which cost a few instructions to raise, and the lines Prometheus reads of them.
 //!
-//! The exporter's own keeps every value, with the time it came, until a scrape or a sweep sorts it into its bucket;
-//! with the two that every request records, its clock reads and its sweeping cost more than everything else that is
-//! counted.
+//! The exporter's own keeps every value, with the time it came, until a scrape or a sweep sorts it into its bucket: a
+//! clock read and a place in memory for each of the two values of a request, and a task that wakes to sweep them up.
 
 use std::{
     fmt::Write,

@@ -17,7 +17,7 @@ const POWERS: [f64; 23] = [
 
 /// A number as it is written.
 pub(super) struct Decimal<'a> {
-    pub(super) text: &'a str,
+    bytes: &'a [u8],
     negative: bool,
     /// All digits in a row, when there are not too many.
     digits: Option<u64>,
@@ -66,8 +66,17 @@ impl<'a> Decimal<'a> {
             }
             at += exponent;
         }
-        let text = std::str::from_utf8(&bytes[..at]).ok()?;
-        Some(Self { text, negative, digits, places, whole: places == 0 && !scaled, scaled })
+        Some(Self { bytes: &bytes[..at], negative, digits, places, whole: places == 0 && !scaled, scaled })
+    }
+
+    /// Bytes of its text.
+    pub(super) fn length(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// The number as the library reads it.
+    fn parse<E: Element>(&self) -> Option<E> {
+        E::parse(std::str::from_utf8(self.bytes).ok()?)
     }
 
     /// The number, when it is written as an integer; never minus nothing, which is not one everywhere.
@@ -100,7 +109,7 @@ macro_rules! integers {
             fn of(decimal: &Decimal<'_>) -> Option<Self> {
                 match decimal.integer() {
                     Some(value) => value.try_into().ok(),
-                    None => Self::parse(decimal.text),
+                    None => decimal.parse(),
                 }
             }
         }
@@ -111,7 +120,7 @@ integers!(u8, u16, u32, u64, i8, i16, i32, i64);
 
 impl Number for f64 {
     fn of(decimal: &Decimal<'_>) -> Option<Self> {
-        decimal.double().or_else(|| Self::parse(decimal.text))
+        decimal.double().or_else(|| decimal.parse())
     }
 }
 
@@ -126,7 +135,7 @@ impl Number for f32 {
             let is_halfway = value.to_bits() & BEYOND == HALF;
             !is_halfway && (*value == 0.0 || (1e-30..1e30).contains(&value.abs()))
         };
-        decimal.double().filter(is_safe).map(|value| value as f32).or_else(|| Self::parse(decimal.text))
+        decimal.double().filter(is_safe).map(|value| value as f32).or_else(|| decimal.parse())
     }
 }
 
@@ -149,7 +158,7 @@ mod tests {
             (".5", 0),
             ("+1", 0),
         ] {
-            assert_eq!(Decimal::read(text.as_bytes()).map_or(0, |number| number.text.len()), length, "{text}");
+            assert_eq!(Decimal::read(text.as_bytes()).map_or(0, |number| number.length()), length, "{text}");
         }
         for text in ["", "-", "-a", "1e", "1e+", "1.e5", "inf", "NaN", "00", "-01"] {
             assert!(Decimal::read(text.as_bytes()).is_none(), "{text}");
@@ -158,7 +167,7 @@ mod tests {
 
     fn same(text: &str) {
         let number = Decimal::read(text.as_bytes()).unwrap();
-        assert_eq!(number.text, text);
+        assert_eq!(number.bytes, text.as_bytes());
         assert_eq!(f32::of(&number).map(f32::to_bits), f32::parse(text).map(f32::to_bits), "{text}");
         assert_eq!(f64::of(&number).map(f64::to_bits), f64::parse(text).map(f64::to_bits), "{text}");
         assert_eq!(i64::of(&number), i64::parse(text), "{text}");

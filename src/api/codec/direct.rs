@@ -1,10 +1,9 @@
 //! The usual REST request, read in one pass from its bytes into its tensors.
 //!
-//! What clients send most is plain: known members, names without escapes, numbers in one flat array. Read as such, a
-//! request of four numbers takes a third of the instructions that finding the texts of its members first takes (3,000
-//! of 9,400 by callgrind), and a large one no second look at each number. Everything else, and everything wrong, is
-//! left to `json::decode_carefully`, which knows all that is allowed and says what is not; both read the same from
-//! what both read.
+//! What clients send most is plain: known members, names without escapes, numbers in one flat array. A request of four
+//! numbers read as such takes 5,800 instructions by callgrind, where finding the texts of its members first took 9,400,
+//! and in a large one no number is looked at twice. Everything else, and everything wrong, is left to
+//! `json::decode_carefully`, which knows all that is allowed and says what is not; what both read, they read the same.
 
 use bytes::Bytes;
 
@@ -32,13 +31,13 @@ pub(super) fn read(body: &Bytes, length: usize) -> Option<Parts> {
     let mut parts = Parts::default();
     let mut binary_start = length;
     text.members(|text, name| match name {
-        "id" => set(&mut parts.id, text.string()?.to_owned()),
-        "parameters" => set(&mut parts.parameters, text.parameters()?),
-        "inputs" => {
+        b"id" => set(&mut parts.id, text.string()?.to_owned()),
+        b"parameters" => set(&mut parts.parameters, text.parameters()?),
+        b"inputs" => {
             let inputs = text.array(|text| input(text, body, &mut binary_start))?;
             set(&mut parts.inputs, inputs)
         }
-        "outputs" => set(&mut parts.outputs, text.array(output)?),
+        b"outputs" => set(&mut parts.outputs, text.array(output)?),
         _ => None,
     })?;
     let is_whole = text.peek().is_none() && binary_start == body.len() && parts.inputs.is_some();
@@ -54,13 +53,13 @@ fn set<T>(place: &mut Option<T>, value: T) -> Option<()> {
 fn input(text: &mut Text<'_>, body: &Bytes, binary_start: &mut usize) -> Option<Tensor> {
     let (mut name, mut dtype, mut shape, mut data, mut size) = (None, None, None, None, None);
     text.members(|text, member| match member {
-        "name" => set(&mut name, text.string()?),
-        "datatype" => set(&mut dtype, DType::parse(text.string()?)?),
-        "shape" => set(&mut shape, text.shape()?),
+        b"name" => set(&mut name, text.string()?),
+        b"datatype" => set(&mut dtype, DType::parse(text.string()?)?),
+        b"shape" => set(&mut shape, text.shape()?),
         // Its type may come later.
-        "data" => set(&mut data, text.flat_array()?),
-        "parameters" => text.members(|text, parameter| match parameter {
-            "binary_data_size" => set(&mut size, text.size()?),
+        b"data" => set(&mut data, text.flat_array()?),
+        b"parameters" => text.members(|text, parameter| match parameter {
+            b"binary_data_size" => set(&mut size, text.size()?),
             _ => None,
         }),
         _ => None,
@@ -82,8 +81,8 @@ fn input(text: &mut Text<'_>, body: &Bytes, binary_start: &mut usize) -> Option<
 fn output(text: &mut Text<'_>) -> Option<(std::sync::Arc<str>, Parameters)> {
     let (mut name, mut parameters) = (None, None);
     text.members(|text, member| match member {
-        "name" => set(&mut name, text.string()?),
-        "parameters" => set(&mut parameters, text.parameters()?),
+        b"name" => set(&mut name, text.string()?),
+        b"parameters" => set(&mut parameters, text.parameters()?),
         _ => None,
     })?;
     Some((name?.into(), parameters.unwrap_or_default()))
@@ -144,20 +143,24 @@ impl<'a> Text<'a> {
         self.accept(byte).then_some(())
     }
 
-    /// What stands between two quotation marks, when it stands for itself.
     fn string(&mut self) -> Option<&'a str> {
+        std::str::from_utf8(self.quoted()?).ok()
+    }
+
+    /// What stands between two quotation marks, when it is ASCII and stands for itself.
+    fn quoted(&mut self) -> Option<&'a [u8]> {
         self.take(b'"')?;
         let rest = &self.bytes[self.at..];
         let length = rest.iter().position(|&byte| matches!(byte, b'"' | b'\\' | ..b' ' | 0x80..))?;
         self.at += length;
         self.take(b'"')?;
-        std::str::from_utf8(&rest[..length]).ok()
+        Some(&rest[..length])
     }
 
     fn number(&mut self) -> Option<Decimal<'a>> {
         self.peek()?;
         let number = Decimal::read(&self.bytes[self.at..])?;
-        self.at += number.text.len();
+        self.at += number.length();
         Some(number)
     }
 
@@ -193,6 +196,7 @@ impl<'a> Text<'a> {
                 b'f' => text.word(b"false").map(|()| Parameter::Bool(false))?,
                 _ => Parameter::Int(text.number()?.integer()?),
             };
+            let name = std::str::from_utf8(name).ok()?;
             parameters.insert(name.to_owned(), value).is_none().then_some(())
         })?;
         Some(parameters)
@@ -202,10 +206,10 @@ impl<'a> Text<'a> {
         self.bytes[self.at..].starts_with(word).then(|| self.at += word.len())
     }
 
-    fn members(&mut self, mut member: impl FnMut(&mut Self, &'a str) -> Option<()>) -> Option<()> {
+    fn members(&mut self, mut member: impl FnMut(&mut Self, &'a [u8]) -> Option<()>) -> Option<()> {
         self.take(b'{')?;
         self.items(b'}', |text| {
-            let name = text.string()?;
+            let name = text.quoted()?;
             text.take(b':')?;
             member(text, name)
         })

@@ -113,12 +113,12 @@ pub fn encode_json(reply: &InferReply<'_>, options: &JsonOptions<'_>) -> Result<
     let mut json = Vec::with_capacity(256);
     let mut tensors = Vec::new();
     json.extend_from_slice(br#"{"model_name":"#);
-    put_json(&mut json, reply.model)?;
+    put_text(&mut json, reply.model)?;
     json.extend_from_slice(br#","model_version":"#);
-    put_json(&mut json, reply.version)?;
+    put_text(&mut json, reply.version)?;
     if !reply.id.is_empty() {
         json.extend_from_slice(br#","id":"#);
-        put_json(&mut json, reply.id)?;
+        put_text(&mut json, reply.id)?;
     }
     json.extend_from_slice(br#","outputs":["#);
     for (index, tensor) in reply.outputs.iter().enumerate() {
@@ -126,9 +126,9 @@ pub fn encode_json(reply: &InferReply<'_>, options: &JsonOptions<'_>) -> Result<
             json.push(b',');
         }
         json.extend_from_slice(br#"{"name":"#);
-        put_json(&mut json, &*tensor.name)?;
+        put_text(&mut json, &tensor.name)?;
         json.extend_from_slice(br#","datatype":"#);
-        put_json(&mut json, tensor.dtype.name())?;
+        put_text(&mut json, tensor.dtype.name())?;
         json.extend_from_slice(br#","shape":"#);
         put_json(&mut json, &tensor.shape[..])?;
         let requested = options.requested.iter().find(|requested| requested.name == tensor.name);
@@ -151,6 +151,17 @@ pub fn encode_json(reply: &InferReply<'_>, options: &JsonOptions<'_>) -> Result<
 
 pub(in crate::api) fn put_json<T: serde::Serialize + ?Sized>(json: &mut Vec<u8>, value: &T) -> Result<(), Error> {
     serde_json::to_writer(json, value).map_err(|error| values::unwritable(error.into()))
+}
+
+/// As `put_json`; most texts stand for themselves, and need not be taken apart to be found so.
+fn put_text(json: &mut Vec<u8>, text: &str) -> Result<(), Error> {
+    if text.bytes().any(|byte| matches!(byte, b'"' | b'\\' | ..b' ')) {
+        return put_json(json, text);
+    }
+    json.push(b'"');
+    json.extend_from_slice(text.as_bytes());
+    json.push(b'"');
+    Ok(())
 }
 
 /// The binary tensors that no input has taken yet.

@@ -1,7 +1,7 @@
 //! Where every REST request comes in: inferences go straight to their model, all else goes on to the router.
 //!
-//! To find a route among fifty, hand the parts of its path over, and pass a layer takes the router 5,000 instructions
-//! a request by callgrind, a ninth of all that an inference then took; looking at the path here takes two hundred.
+//! To find a route among fifty, hand over the parts of its path, and pass a layer took 5,500 instructions of each
+//! inference by callgrind, of 41,000 on its I/O thread.
 
 use std::{
     convert::Infallible,
