@@ -68,13 +68,13 @@ impl Bench {
                 (self.programs.serve(repository.path())?, Some(repository))
             }
         };
-        let request = Protocol::Grpc.request(workload.model, model.row())?.with_deadline(DEADLINE);
-        let full = target(&server, Protocol::Grpc, &request, (workload.concurrency)(Protocol::Grpc));
+        let patient = Protocol::Grpc.request(workload.model, model.row())?;
+        let full = target(&server, Protocol::Grpc, &patient, (workload.concurrency)(Protocol::Grpc));
         say(format_args!("{} under full load", workload.name));
         let saturation = load::closed(&full, self.pace.warm, self.pace.window)?.rate;
         let served = Served {
             name: workload.name,
-            request: &request,
+            request: &patient.clone().with_deadline(DEADLINE),
             saturation,
             curve: Curve::new(times),
             _repository: repository,
@@ -83,7 +83,7 @@ impl Bench {
         for (name, share) in LOADS {
             self.beside_ideal(&served, name, share)?;
         }
-        self.overload(&served, (workload.concurrency)(Protocol::Grpc))?;
+        self.overload(&served, &full)?;
         self.fairness(&served)
     }
 
@@ -98,8 +98,7 @@ impl Bench {
             let seed = pair as u64;
             let arrivals: Vec<Duration> = load::poisson(rate, seed)?.take_while(|&arrival| arrival < end).collect();
             let ours = || {
-                let run = load::open(&served.client(), rate, seed, between(warm, end))?;
-                ensure!(run.failed == 0, "{} requests failed at {load} % load", run.failed);
+                let run = with_refusals(load::open(&served.client(), rate, seed, between(warm, end))?);
                 Ok(measured(&run, QUANTILES.map(|(_, share)| run.latencies.quantile(share))))
             };
             let theirs = || {
@@ -128,8 +127,7 @@ impl Bench {
     }
 
     /// Twice the load that it can bear.
-    fn overload(&mut self, served: &Served<'_>, concurrency: (usize, usize)) -> Result<()> {
-        let full = target(&served.server, Protocol::Grpc, served.request, concurrency);
+    fn overload(&mut self, served: &Served<'_>, full: &Target<'_>) -> Result<()> {
         let (warm, window) = (self.pace.warm, self.pace.queue_window);
         let mut pairs = Pairs::new();
         for pair in 1..=self.pace.queue_pairs {
@@ -144,7 +142,7 @@ impl Bench {
                 Ok(measured(&run, [good, run.refusals.quantile(0.99), refused]))
             };
             let theirs = || {
-                let run = load::closed(&full, warm, window)?;
+                let run = load::closed(full, warm, window)?;
                 Ok(Measured { value: run.rate, usage: run.usage, spoiled: is_disturbed(&run.usage) })
             };
             pairs.take(ours, theirs)?;
@@ -175,9 +173,8 @@ impl Bench {
     fn fairness(&mut self, served: &Served<'_>) -> Result<()> {
         let rate = LIGHT * served.saturation;
         let (warm, end) = (self.pace.warm, self.pace.warm + self.pace.queue_window);
-        // Where a refusal is no answer, it counts as one that came with the deadline.
-        let p99 = |mut run: Arrivals| {
-            (0..run.refusals.count()).for_each(|_| run.latencies.record(DEADLINE));
+        let p99 = |run| {
+            let run = with_refusals(run);
             measured(&run, run.latencies.quantile(0.99))
         };
         let mut pairs = Pairs::new();
@@ -215,6 +212,12 @@ impl Served<'_> {
     fn client_of(&self, process: &Process) -> Target<'_> {
         target(process, Protocol::Grpc, self.request, (CONNECTIONS, OPEN_STREAMS))
     }
+}
+
+/// Where a refusal is no answer, it counts as one that came with the deadline.
+fn with_refusals(mut run: Arrivals) -> Arrivals {
+    (0..run.refusals.count()).for_each(|_| run.latencies.record(DEADLINE));
+    run
 }
 
 fn measured<T>(run: &Arrivals, value: T) -> Measured<T> {
