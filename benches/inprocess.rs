@@ -12,7 +12,10 @@ use tidegate::{
     tensor::{Data, Tensor, gather},
 };
 
-use crate::machine::{Moment, Usage, on_cores};
+use crate::{
+    machine::{Moment, Usage, on_cores},
+    stub::Stub,
+};
 
 /// A loaded model and one row for it.
 pub struct Model {
@@ -33,6 +36,15 @@ impl Model {
         let bytes: Vec<u8> = (0..shape.iter().product()).flat_map(element).collect();
         let row = Tensor::new(spec.name.clone(), spec.dtype, shape.as_slice().into(), Data::Plain(Bytes::from(bytes)))?;
         Ok(Self { session, row, core })
+    }
+
+    /// The stub without a server.
+    ///
+    /// # Errors
+    /// Never.
+    pub fn stub(stub: &Stub, core: usize) -> Result<Self> {
+        let session = stub.load(Path::new(""), &Options::default(), 1)?.pop().context("no session was loaded")?;
+        Ok(Self { session, row: stub.row()?, core })
     }
 
     pub fn row(&self) -> &Tensor {

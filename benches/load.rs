@@ -58,6 +58,8 @@ pub struct Arrivals {
     /// Of requests that were sent in phases of comparison.
     pub steady: Latencies,
     pub failed: usize,
+    /// How long failures took among those that counted.
+    pub refusals: Latencies,
     /// The share of requests that the generator sent late.
     pub late: f64,
     pub usage: Usage,
@@ -156,6 +158,20 @@ pub fn between(warm: Duration, end: Duration) -> impl FnMut(Duration, &[u8]) -> 
     }
 }
 
+/// When requests come at `rate` per second from many strangers, as follows from `seed`.
+///
+/// # Errors
+/// When the rate is not positive.
+pub fn poisson(rate: f64, seed: u64) -> Result<impl Iterator<Item = Duration>> {
+    let mut random = StdRng::seed_from_u64(seed);
+    let gaps = Exp::new(rate).ok().filter(|_| rate > 0.0).context("the rate of an open loop must be positive")?;
+    let mut next = Duration::ZERO;
+    Ok(std::iter::repeat_with(move || {
+        next += Duration::from_secs_f64(gaps.sample(&mut random));
+        next
+    }))
+}
+
 /// Sends `rate` requests per second at random moments that follow from `seed`, as `phase` says, which is told the time
 /// and shown the body of the latest reply.
 ///
@@ -168,52 +184,110 @@ pub fn open(
     seed: u64,
     mut phase: impl FnMut(Duration, &[u8]) -> Result<Phase>,
 ) -> Result<Arrivals> {
-    let mut generator = Generator::connect(target)?;
-    let mut random = StdRng::seed_from_u64(seed);
-    let gaps = Exp::new(rate).context("the rate of an open loop must be positive")?;
-    let mut gap = || Duration::from_secs_f64(gaps.sample(&mut random));
-    let mut arrivals = Arrivals::default();
-    // When phases began.
-    let mut phases: Vec<(Duration, Phase)> = Vec::new();
-    let (mut sent, mut late) = (0u32, 0u32);
-    let mut begun: Option<Moment> = None;
-    let mut waiting = VecDeque::new();
-    let mut next = gap();
+    let mut strangers = Strangers::new(target, poisson(rate, seed)?)?;
     loop {
-        let now = generator.now();
-        let current = phase(now, &generator.replies.body)?;
+        let current = phase(strangers.generator.now(), &strangers.generator.replies.body)?;
         if current == Phase::End {
-            break;
+            return strangers.finish();
         }
+        strangers.turn(current)?;
+    }
+}
+
+/// Two open loops at a time, each with its own connections: those of `target` at `rate`, and `others` beside it, of
+/// which nothing is told.
+///
+/// # Errors
+/// As `open`.
+pub fn beside(
+    (target, rate): (&Target<'_>, f64),
+    (others, flood): (&Target<'_>, f64),
+    seed: u64,
+    mut phase: impl FnMut(Duration, &[u8]) -> Result<Phase>,
+) -> Result<Arrivals> {
+    let mut strangers = Strangers::new(target, poisson(rate, seed)?)?;
+    let mut others = Strangers::new(others, poisson(flood, !seed)?)?;
+    loop {
+        let current = phase(strangers.generator.now(), &strangers.generator.replies.body)?;
+        if current == Phase::End {
+            let arrivals = strangers.finish()?;
+            others.finish()?;
+            return Ok(arrivals);
+        }
+        strangers.turn(current)?;
+        others.turn(current)?;
+    }
+}
+
+/// An open loop.
+struct Strangers<I> {
+    generator: Generator,
+    pid: Option<u32>,
+    moments: I,
+    next: Duration,
+    /// Requests whose time has come and for which no connection has room.
+    waiting: VecDeque<Duration>,
+    /// When phases began.
+    phases: Vec<(Duration, Phase)>,
+    sent: u32,
+    late: u32,
+    begun: Option<Moment>,
+    arrivals: Arrivals,
+}
+
+impl<I: Iterator<Item = Duration>> Strangers<I> {
+    fn new(target: &Target<'_>, mut moments: I) -> Result<Self> {
+        let next = moments.next().unwrap_or(Duration::MAX);
+        Ok(Self {
+            generator: Generator::connect(target)?,
+            pid: target.pid,
+            moments,
+            next,
+            waiting: VecDeque::new(),
+            phases: Vec::new(),
+            sent: 0,
+            late: 0,
+            begun: None,
+            arrivals: Arrivals::default(),
+        })
+    }
+
+    /// Sends what is to be sent by now, and takes what has come.
+    fn turn(&mut self, current: Phase) -> Result<()> {
+        let now = self.generator.now();
         let counts = current != Phase::Pass;
-        if phases.last().is_none_or(|last| last.1 != current) {
-            phases.push((now, current));
+        if self.phases.last().is_none_or(|last| last.1 != current) {
+            self.phases.push((now, current));
         }
-        if begun.is_none() && counts {
-            begun = Some(Moment::now(target.pid)?);
+        if self.begun.is_none() && counts {
+            self.begun = Some(Moment::now(self.pid)?);
         }
-        while next <= now {
-            sent += u32::from(counts);
-            late += u32::from(counts && now - next > LATE);
-            waiting.push_back(next);
-            next += gap();
+        while self.next <= now {
+            self.sent += u32::from(counts);
+            self.late += u32::from(counts && now - self.next > LATE);
+            self.waiting.push_back(self.next);
+            self.next = self.moments.next().unwrap_or(Duration::MAX);
         }
-        generator.begin_waiting(&mut waiting);
-        generator.turn(Some(Duration::ZERO))?;
-        generator.record(&phases, &mut arrivals);
+        self.generator.begin_waiting(&mut self.waiting);
+        self.generator.turn(Some(Duration::ZERO))?;
+        self.generator.record(&self.phases, &mut self.arrivals);
+        Ok(())
     }
-    let begun = begun.context("the run ended before anything counted")?;
-    arrivals.usage = begun.until(&Moment::now(target.pid)?);
-    arrivals.late = f64::from(late) / f64::from(sent.max(1));
-    // What was begun is waited for: the slowest requests must not be the ones that are left out.
-    let deadline = generator.now() + STALL;
-    while !waiting.is_empty() || generator.is_open() {
-        ensure!(generator.now() < deadline, "requests are not answered within {STALL:?}");
-        generator.begin_waiting(&mut waiting);
-        generator.turn(Some(Duration::from_millis(1)))?;
-        generator.record(&phases, &mut arrivals);
+
+    /// Sends no more, and waits for what was begun: the slowest requests must not be the ones that are left out.
+    fn finish(mut self) -> Result<Arrivals> {
+        let begun = self.begun.context("the run ended before anything counted")?;
+        self.arrivals.usage = begun.until(&Moment::now(self.pid)?);
+        self.arrivals.late = f64::from(self.late) / f64::from(self.sent.max(1));
+        let deadline = self.generator.now() + STALL;
+        while !self.waiting.is_empty() || self.generator.is_open() {
+            ensure!(self.generator.now() < deadline, "requests are not answered within {STALL:?}");
+            self.generator.begin_waiting(&mut self.waiting);
+            self.generator.turn(Some(Duration::from_millis(1)))?;
+            self.generator.record(&self.phases, &mut self.arrivals);
+        }
+        Ok(self.arrivals)
     }
-    Ok(arrivals)
 }
 
 /// Asks once; the body of the reply.
@@ -328,7 +402,12 @@ impl Generator {
         for reply in self.replies.all.drain(..) {
             let phase = phases[..phases.partition_point(|(begun, _)| *begun <= reply.intended)].last();
             match (reply.succeeded, phase.map(|(_, phase)| phase)) {
-                (false, _) => arrivals.failed += 1,
+                (false, phase) => {
+                    arrivals.failed += 1;
+                    if phase == Some(&Phase::Count) {
+                        arrivals.refusals.record(now - reply.intended);
+                    }
+                }
                 (true, Some(Phase::Count)) => arrivals.latencies.record(now - reply.intended),
                 (true, Some(Phase::Steady)) => arrivals.steady.record(now - reply.intended),
                 (true, _) => {}
@@ -476,10 +555,11 @@ mod tests {
 
     #[test]
     fn failures_are_noticed() {
+        const SERVER_LIVE: &str = "/inference.GRPCInferenceService/ServerLive";
         let [rest, grpc] = echo();
         let broken = [
             (rest, Request::Http1("POST /nowhere HTTP/1.1\r\nhost: h\r\ncontent-length: 0\r\n\r\n".into())),
-            (grpc, Request::Grpc { path: "/inference.GRPCInferenceService/ServerLive", message: Bytes::new() }),
+            (grpc, Request::Grpc { path: SERVER_LIVE, message: Bytes::new(), deadline: None }),
         ];
         for (address, request) in &broken {
             let target =

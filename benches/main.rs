@@ -13,6 +13,7 @@ mod counters;
 mod counting;
 mod echo;
 mod figures;
+mod ideal;
 mod inprocess;
 mod load;
 mod machine;

@@ -79,7 +79,7 @@ impl Protocol {
                 raw_input_contents: raw.into_iter().cloned().collect(),
                 ..Default::default()
             };
-            return Ok(Request::Grpc { path: INFER, message: message.encode_to_vec().into() });
+            return Ok(Request::Grpc { path: INFER, message: message.encode_to_vec().into(), deadline: None });
         }
         let binary = self == Protocol::Binary;
         let mut described = Vec::new();

@@ -97,6 +97,11 @@ impl Latencies {
         self.0.len() as usize
     }
 
+    /// Those that do not exceed `limit`, to a thousandth of it.
+    pub fn within(&self, limit: Duration) -> usize {
+        self.0.count_between(0, u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX)) as usize
+    }
+
     /// The smallest latency that at least `share` of all do not exceed, in seconds; not a number when there are none.
     pub fn quantile(&self, share: f64) -> f64 {
         if self.0.is_empty() { f64::NAN } else { self.0.value_at_quantile(share) as f64 / 1e9 }
@@ -106,6 +111,13 @@ impl Latencies {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn latencies_within_a_limit_are_counted() {
+        let mut latencies = Latencies::default();
+        [1, 50, 99, 102, 400].into_iter().for_each(|millis| latencies.record(Duration::from_millis(millis)));
+        assert_eq!(latencies.within(Duration::from_millis(100)), 3);
+    }
 
     #[test]
     fn medians_stand_in_the_middle() {

@@ -15,7 +15,7 @@ use tidegate::{
     config::Config,
     control::ModelControl,
     error::Error,
-    logging::Logging,
+    logging::{LogConfig, Logging},
     server::Server,
     tensor::{DType, Data, Tensor},
 };
@@ -25,6 +25,8 @@ pub const MODEL: &str = "stub";
 pub const INPUT: &str = "x";
 pub const OUTPUT: &str = "y";
 const FILE: &str = "model.stub";
+/// Rows of 4 KB, and runs of a millisecond whatever their size.
+pub const W4: Stub = Stub { inputs: 1024, outputs: 1024, largest_batch: 8, spin: 1000 };
 
 /// The model: `x`, FP32 `[-1, inputs]`, in and `y`, FP32 `[-1, outputs]`, out.
 #[derive(Args, Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,13 +64,23 @@ impl Stub {
         Ok(Tensor::new(INPUT.into(), DType::Fp32, shape, Data::Plain(Bytes::from(data)))?)
     }
 
-    /// Serves the model as `tidegate serve` does on one core, says where, and serves on until standard input ends.
+    /// Serves the model, says where, and serves on until `wait` is over.
     ///
     /// # Errors
     /// When the server does not start, or the model does not load.
     pub fn serve(self, wait: impl FnOnce() -> Result<()>) -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let version = folder.path().join(MODEL).join("1");
+        let server = self.start(folder.path(), Logging::start(&LogConfig::default())?)?;
+        writeln!(std::io::stdout(), "  REST  http://{}\n  gRPC  {}\n  try   asking", server.rest, server.grpc)?;
+        wait()?;
+        server.stopper().stop(Duration::ZERO);
+        server.wait()?;
+        Ok(())
+    }
+
+    /// Starts a server as `tidegate serve` does on one core, and waits until the model is ready.
+    fn start(self, models: &Path, logging: Logging) -> Result<Server> {
+        let version = models.join(MODEL).join("1");
         std::fs::create_dir_all(&version)?;
         std::fs::write(version.join(FILE), "")?;
         // Of one size and not what a sweep finds, so that what is counted is the same every time.
@@ -76,10 +88,10 @@ impl Stub {
             "max_batch_size = {0}\nbatching = true\n[queue]\npreferred_batch_sizes = [{0}]\n",
             self.largest_batch
         );
-        std::fs::write(folder.path().join(MODEL).join("model.toml"), settings)?;
+        std::fs::write(models.join(MODEL).join("model.toml"), settings)?;
         let any = "127.0.0.1:0".parse()?;
         let config = Config {
-            models: folder.path().to_owned(),
+            models: models.to_owned(),
             // Nothing changes, and nobody shall look for it while something else is counted.
             model_control: ModelControl::None,
             rest: any,
@@ -88,19 +100,15 @@ impl Stub {
             io_threads: Some(1),
             ..Config::default()
         };
-        let logging = Logging::start(&config.log)?;
-        let server = Server::start(&config, Backends::new([Arc::new(self) as Arc<dyn Backend>]), "none", logging)?;
+        let backends = Backends::new([Arc::new(self) as Arc<dyn Backend>]);
+        let server = Server::start(&config, backends, "none", logging)?;
         let mut changes = server.catalog().changes();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         while !server.catalog().load().complete {
             runtime.block_on(changes.changed()).context("the server ended")?;
         }
         ensure!(server.catalog().load().all_ready(), "the stub does not load");
-        writeln!(std::io::stdout(), "  REST  http://{}\n  gRPC  {}\n  try   asking", server.rest, server.grpc)?;
-        wait()?;
-        server.stopper().stop(Duration::ZERO);
-        server.wait()?;
-        Ok(())
+        Ok(server)
     }
 }
 
@@ -165,5 +173,51 @@ impl Session for Running {
             std::hint::spin_loop();
         }
         Ok(vec![output])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        echo,
+        load::{self, Target},
+        requests::Protocol,
+    };
+
+    #[test]
+    fn server_and_echo_answer_alike() {
+        let echo = echo::Server::bind().unwrap();
+        let [echo_rest, echo_grpc] = echo.addresses();
+        std::thread::spawn(move || echo.serve().unwrap());
+        let stub = Stub { spin: 0, ..W4 };
+        let folder = tempfile::tempdir().unwrap();
+        let server = stub.start(folder.path(), Logging::default()).unwrap();
+        let row = stub.row().unwrap();
+        for protocol in Protocol::ALL {
+            let request = protocol.request(MODEL, &row).unwrap();
+            let outputs = |grpc, rest| {
+                let address = if protocol == Protocol::Grpc { grpc } else { rest };
+                let target = Target { address, pid: None, request: &request, connections: 1, streams: 1 };
+                protocol.outputs(&load::ask(&target).unwrap()).unwrap()
+            };
+            let served = outputs(server.grpc, server.rest);
+            assert_eq!(served.len(), 1);
+            assert!(served[0].starts_with("y FP32 [1, 1024]"), "{protocol:?}: {}", served[0]);
+            assert_eq!(served, outputs(echo_grpc, echo_rest), "{protocol:?}");
+        }
+        server.stopper().stop(Duration::ZERO);
+        server.wait().unwrap();
+    }
+
+    #[test]
+    fn runs_take_their_time_and_give_what_is_asked() {
+        let stub = Stub { inputs: 3, outputs: 5, largest_batch: 2, spin: 2000 };
+        let mut session = stub.load(Path::new(""), &Options::default(), 1).unwrap().remove(0);
+        let row = stub.row().unwrap();
+        let start = Instant::now();
+        let outputs = session.run(&[tidegate::tensor::gather(&[&row, &row])]).unwrap();
+        assert!(start.elapsed() >= Duration::from_millis(2));
+        assert_eq!((outputs[0].name.as_ref(), &outputs[0].shape[..]), (OUTPUT, &[2, 5][..]));
     }
 }

@@ -23,7 +23,17 @@ pub enum Request {
     /// Everything, head and body.
     Http1(Bytes),
     /// A path and the message behind the five bytes that gRPC puts first.
-    Grpc { path: &'static str, message: Bytes },
+    Grpc { path: &'static str, message: Bytes, deadline: Option<Duration> },
+}
+
+impl Request {
+    /// The same over gRPC with a deadline, which counts from when the server receives it.
+    pub fn with_deadline(self, limit: Duration) -> Self {
+        match self {
+            Request::Grpc { path, message, .. } => Request::Grpc { path, message, deadline: Some(limit) },
+            http => http,
+        }
+    }
 }
 
 /// What came back for a request.
@@ -70,7 +80,13 @@ impl Wire {
     pub fn new(request: &Request, streams: usize) -> Result<Self> {
         Ok(match request {
             Request::Http1(bytes) => Wire::Http1(Http1::new(bytes.clone())),
-            Request::Grpc { path, message } => Wire::Http2(Http2::new(path, message, streams)?),
+            Request::Grpc { path, message, deadline } => {
+                let wire = Http2::new(path, message, streams)?;
+                Wire::Http2(match *deadline {
+                    Some(deadline) => wire.with_deadline(deadline)?,
+                    None => wire,
+                })
+            }
         })
     }
 

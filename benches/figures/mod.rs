@@ -26,6 +26,7 @@ mod latency;
 mod loading;
 mod memory;
 mod peer;
+mod queue;
 mod start;
 mod swap;
 mod throughput;
@@ -53,6 +54,8 @@ pub struct Pace {
     bare: Duration,
     latency_pairs: usize,
     latency_window: Duration,
+    queue_pairs: usize,
+    queue_window: Duration,
     starts: usize,
     /// Before each swap.
     steady: Duration,
@@ -72,6 +75,8 @@ impl Pace {
         bare: Duration::from_millis(300),
         latency_pairs: 3,
         latency_window: Duration::from_secs(1),
+        queue_pairs: 1,
+        queue_window: Duration::from_millis(2500),
         starts: 5,
         steady: Duration::from_millis(300),
         sweep: Duration::from_millis(150),
@@ -86,6 +91,8 @@ impl Pace {
         bare: Duration::from_secs(2),
         latency_pairs: 10,
         latency_window: Duration::from_secs(6),
+        queue_pairs: 5,
+        queue_window: Duration::from_secs(8),
         starts: 10,
         steady: Duration::from_secs(1),
         sweep: Duration::from_secs(2),
@@ -140,6 +147,7 @@ impl Bench {
         self.larger()?;
         self.magika()?;
         self.added_latency(&iris, rate / 10.0)?;
+        self.queues()?;
         self.swaps(&iris, rate / 2.0)?;
         self.start()?;
         self.memory(self.magika.clone().as_deref())?;

@@ -11,6 +11,7 @@ use crate::{
     report::Better::{Higher, Lower},
     requests::Protocol,
     statistics::fit,
+    stub,
 };
 
 /// A model, and what is asked of it.
@@ -57,6 +58,16 @@ pub(super) const MAGIKA: Workload = Workload {
     element: |index| (index as u32 % 256).to_le_bytes(),
 };
 
+/// W4: a stub whose runs take a millisecond whatever their size.
+pub(super) const W4: Workload = Workload {
+    name: "w4",
+    model: stub::MODEL,
+    concurrency: Protocol::concurrency,
+    batches: &[1, 2, 4, 8],
+    // The stub's own row is asked about.
+    element: |_| [0; 4],
+};
+
 /// Enough to fill batches of four while the next four wait; more would only wait longer, and take caches.
 fn few(protocol: Protocol) -> (usize, usize) {
     if protocol == Protocol::Grpc { (4, 2) } else { (8, 1) }
@@ -76,17 +87,22 @@ pub(super) struct Bare {
 }
 
 impl Bench {
-    /// Where a version of the model lies; `None` for a model that is not there and need not be.
+    /// Where a version of the model lies; `None` for the stub, which has no files, and for a model that need not be
+    /// there and is not.
     pub(super) fn files(&self, workload: &Workload) -> Option<PathBuf> {
         match workload.model {
             "identity" | "convolution" => Some(self.made.join(workload.model).join("1")),
             "magika" => self.magika.clone(),
+            stub::MODEL => None,
             shipped => Some(self.models.join(shipped).join("1")),
         }
     }
 
     /// Loads the model in-process.
     pub(super) fn load(&self, workload: &Workload) -> Result<Model> {
+        if workload.model == stub::MODEL {
+            return Model::stub(&stub::W4, self.programs.core);
+        }
         let files = self.files(workload).with_context(|| format!("no files of '{}'", workload.model))?;
         Model::load(&self.programs.onnxruntime, &files, self.programs.core, workload.element)
     }

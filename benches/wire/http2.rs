@@ -69,34 +69,15 @@ struct Slot {
 
 impl Http2 {
     pub fn new(path: &str, message: &[u8], streams: usize) -> Result<Self> {
-        let headers: [(u8, &str, &str); 5] = [
-            // Where the static table has the name, and the name where it has none.
-            (4, "", path),
-            (1, "", "localhost"),
-            (0, "te", "trailers"),
-            (31, "", "application/grpc"),
-            (58, "", "tidegate-bench"),
-        ];
-        // POST and http are in the static table.
-        let (mut first, mut next) = (vec![0x83, 0x86], vec![0x83, 0x86]);
-        for (position, (index, name, value)) in headers.into_iter().enumerate() {
-            first.push(0x40 | index);
-            for text in [name, value].into_iter().filter(|text| !text.is_empty()) {
-                ensure!(text.len() < 127, "header '{text}' is too long for a length of one byte");
-                first.push(text.len() as u8);
-                first.extend_from_slice(text.as_bytes());
-            }
-            // The latest entry comes first.
-            next.push(0x80 | (DYNAMIC + (headers.len() - 1 - position) as u8));
-        }
         let mut prefixed = vec![0];
         prefixed.extend_from_slice(&u32::try_from(message.len()).context("the message is too large")?.to_be_bytes());
         prefixed.extend_from_slice(message);
         // Twice as many slots as streams: those of finished streams come free in any order.
         let slots = vec![Slot::default(); (streams * 2).next_power_of_two()];
-        Ok(Self {
-            first,
-            next,
+        let mut wire = Self {
+            // POST and http are in the static table.
+            first: vec![0x83, 0x86],
+            next: vec![0x83, 0x86],
             message: prefixed.into(),
             slots,
             streams,
@@ -106,7 +87,37 @@ impl Http2 {
             stream_window: FIRST_WINDOW,
             frame: FIRST_FRAME,
             unreturned: 0,
-        })
+        };
+        // Where the static table has the name, and the name where it has none.
+        wire.header(4, "", path)?;
+        wire.header(1, "", "localhost")?;
+        wire.header(0, "te", "trailers")?;
+        wire.header(31, "", "application/grpc")?;
+        wire.header(58, "", "tidegate-bench")?;
+        Ok(wire)
+    }
+
+    /// Every request is given up by the server after so long.
+    ///
+    /// # Errors
+    /// Never: eight digits of milliseconds are a day.
+    pub fn with_deadline(mut self, deadline: Duration) -> Result<Self> {
+        self.header(0, "grpc-timeout", &format!("{}m", deadline.as_millis().min(99_999_999)))?;
+        Ok(self)
+    }
+
+    /// Adds a header to every request.
+    fn header(&mut self, index: u8, name: &str, value: &str) -> Result<()> {
+        self.first.push(0x40 | index);
+        for text in [name, value].into_iter().filter(|text| !text.is_empty()) {
+            ensure!(text.len() < 127, "header '{text}' is too long for a length of one byte");
+            self.first.push(text.len() as u8);
+            self.first.extend_from_slice(text.as_bytes());
+        }
+        // The latest entry of the table comes first, and the others move on.
+        self.next[2..].iter_mut().for_each(|entry| *entry += 1);
+        self.next.push(0x80 | DYNAMIC);
+        Ok(())
     }
 
     pub fn open(&self) -> usize {
@@ -253,6 +264,18 @@ mod tests {
             assert_eq!((times.as_slice(), wire.open()), (&[(2, true), (1, true)][..], 0));
             assert_eq!(replies.body, b"first");
         }
+    }
+
+    #[test]
+    fn headers_of_later_requests_point_at_those_of_the_first() {
+        let mut wire = Http2::new("/p", b"m", 2).unwrap().with_deadline(Duration::from_millis(100)).unwrap();
+        let mut out = Outbox::default();
+        wire.begin(Duration::ZERO, &mut out);
+        let first = out.take();
+        assert!(first.windows(17).any(|window| window == b"grpc-timeout\x04100m"), "{first:?}");
+        wire.begin(Duration::ZERO, &mut out);
+        // POST, http, then path, authority, te, content-type, user-agent and grpc-timeout, the latest.
+        assert_eq!(out.take()[HEAD..][..8], [0x83, 0x86, 0xc3, 0xc2, 0xc1, 0xc0, 0xbf, 0xbe]);
     }
 
     #[test]

@@ -1,0 +1,225 @@
+//! How a queue behaves when requests come at random: beside the best that any queue could do, under twice the load that
+//! it can bear, and for one client beside another that wants too much.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use tempfile::TempDir;
+
+use super::{
+    Bench, MAX_LATE, OPEN_STREAMS, is_disturbed, repository, target,
+    workload::{MAGIKA, W4, Workload},
+};
+use crate::{
+    ideal::Curve,
+    load::{self, Arrivals, Target, between},
+    pairs::{Measured, Pairs},
+    process::Process,
+    report::{
+        Better::{Higher, Lower},
+        say,
+    },
+    requests::Protocol,
+    stub,
+    wire::Request,
+};
+
+/// What every request is sent with.
+const DEADLINE: Duration = Duration::from_millis(100);
+const LOADS: [(&str, f64); 2] = [("50", 0.5), ("80", 0.8)];
+const QUANTILES: [(&str, f64); 2] = [("p50", 0.5), ("p99", 0.99)];
+const OVERLOAD: f64 = 2.0;
+/// The light client's share of what the server can do, and how much more the other one wants.
+const LIGHT: f64 = 0.1;
+const FLOOD: f64 = 10.0;
+const CONNECTIONS: usize = 4;
+
+/// A model that is served, and what it could do at best.
+struct Served<'a> {
+    name: &'static str,
+    server: Process,
+    request: &'a Request,
+    /// Replies per second under full load.
+    saturation: f64,
+    curve: Curve,
+    _repository: Option<TempDir>,
+}
+
+impl Bench {
+    /// Every figure of W4 and, when it is there, of `magika`.
+    pub(super) fn queues(&mut self) -> Result<()> {
+        self.queue(&W4)?;
+        if self.files(&MAGIKA).is_some() {
+            self.queue(&MAGIKA)?;
+        }
+        Ok(())
+    }
+
+    fn queue(&mut self, workload: &Workload) -> Result<()> {
+        let mut model = self.load(workload)?;
+        let mut times = Vec::new();
+        for &rows in workload.batches {
+            times.push((rows, model.run(rows, self.pace.sweep)?.0));
+        }
+        let (server, repository) = match self.files(workload) {
+            None => (self.programs.stub(&stub::W4)?, None),
+            Some(files) => {
+                let repository = repository(&[(workload.model, &files)])?;
+                (self.programs.serve(repository.path())?, Some(repository))
+            }
+        };
+        let patient = Protocol::Grpc.request(workload.model, model.row())?;
+        let full = target(&server, Protocol::Grpc, &patient, (workload.concurrency)(Protocol::Grpc));
+        say(format_args!("{} under full load", workload.name));
+        let saturation = load::closed(&full, self.pace.warm, self.pace.window)?.rate;
+        let served = Served {
+            name: workload.name,
+            request: &patient.clone().with_deadline(DEADLINE),
+            saturation,
+            curve: Curve::new(times),
+            _repository: repository,
+            server,
+        };
+        for (name, share) in LOADS {
+            self.beside_ideal(&served, name, share)?;
+        }
+        self.overload(&served, &full)?;
+        self.fairness(&served)
+    }
+
+    /// Latency beside that of the ideal queue with the echo's round trip.
+    fn beside_ideal(&mut self, served: &Served<'_>, load: &str, share: f64) -> Result<()> {
+        let echo = self.programs.echo()?;
+        let rate = share * served.saturation;
+        let (warm, end) = (self.pace.warm, self.pace.warm + self.pace.queue_window);
+        let mut pairs = Pairs::new();
+        for pair in 1..=self.pace.queue_pairs {
+            say(format_args!("{} at {load} % load, pair {pair} of {}", served.name, self.pace.queue_pairs));
+            let seed = pair as u64;
+            let arrivals: Vec<Duration> = load::poisson(rate, seed)?.take_while(|&arrival| arrival < end).collect();
+            let ours = || {
+                let run = with_refusals(load::open(&served.client(), rate, seed, between(warm, end))?);
+                Ok(measured(&run, QUANTILES.map(|(_, share)| run.latencies.quantile(share))))
+            };
+            let theirs = || {
+                // The round trip hardly varies, so a third of the time will do.
+                let end = warm + self.pace.queue_window / 3;
+                let run = load::open(&served.client_of(&echo), rate, seed, between(warm, end))?;
+                ensure!(run.failed == 0, "{} requests to the echo failed", run.failed);
+                let trip = run.latencies.quantile(0.5);
+                Ok(measured(&run, QUANTILES.map(|(_, share)| served.curve.best(&arrivals, warm, share) + trip)))
+            };
+            pairs.take(ours, theirs)?;
+        }
+        for (index, (quantile, _)) in QUANTILES.into_iter().enumerate() {
+            let mut add = |suffix: &str, what: &str, unit, value: &dyn Fn(f64, f64) -> f64| {
+                let values = pairs.values(|ours: &[f64; 2], ideal: &[f64; 2]| value(ours[index], ideal[index]));
+                let name = format!("queue{load}_{quantile}{suffix}_{}", served.name);
+                let title = format!("`{}`, gRPC at {load} % load: {quantile} {what}", served.name);
+                self.report.median(&name, &title, unit, Lower, &values);
+            };
+            add("_served_ms", "served", "ms", &|ours, _| ours * 1e3);
+            add("_ideal_ms", "of the ideal queue with the echo's round trip", "ms", &|_, ideal| ideal * 1e3);
+            add("", "served ÷ ideal", "", &|ours, ideal| ours / ideal);
+        }
+        self.foreign.extend(pairs.foreign());
+        Ok(())
+    }
+
+    /// Twice the load that it can bear.
+    fn overload(&mut self, served: &Served<'_>, full: &Target<'_>) -> Result<()> {
+        let (warm, window) = (self.pace.warm, self.pace.queue_window);
+        let mut pairs = Pairs::new();
+        for pair in 1..=self.pace.queue_pairs {
+            say(format_args!("{} at twice its load, pair {pair} of {}", served.name, self.pace.queue_pairs));
+            let ours = || {
+                let rate = OVERLOAD * served.saturation;
+                // As many connections more: every request shall reach the server when it is meant to.
+                let flood = Target { connections: 4 * CONNECTIONS, ..served.client() };
+                let run = load::open(&flood, rate, pair as u64, between(warm, warm + window))?;
+                let good = run.latencies.within(DEADLINE) as f64 / run.usage.seconds;
+                let refused = run.refusals.count() as f64 / (run.refusals.count() + run.latencies.count()) as f64;
+                Ok(measured(&run, [good, run.refusals.quantile(0.99), refused]))
+            };
+            let theirs = || {
+                let run = load::closed(full, warm, window)?;
+                Ok(Measured { value: run.rate, usage: run.usage, spoiled: is_disturbed(&run.usage) })
+            };
+            pairs.take(ours, theirs)?;
+        }
+        let name = served.name;
+        let title = |what: &str| format!("`{name}` at twice its load with deadlines of {DEADLINE:?}: {what}");
+        let report = &mut self.report;
+        let saturation = pairs.values(|_: &[f64; 3], full: &f64| *full);
+        report.median(
+            &format!("saturation_{name}"),
+            &format!("`{name}` under full load"),
+            "req/s",
+            Higher,
+            &saturation,
+        );
+        let good = pairs.values(|ours: &[f64; 3], full| ours[0] / full);
+        let what = title("replies in time ÷ replies under full load");
+        report.median(&format!("goodput_2x_{name}"), &what, "", Higher, &good);
+        let slow = pairs.values(|ours: &[f64; 3], _| ours[1] * 1e3);
+        report.median(&format!("reject_p99_ms_{name}"), &title("p99 until a refusal"), "ms", Lower, &slow);
+        let refused = pairs.values(|ours: &[f64; 3], _| ours[2] * 100.0);
+        report.median(&format!("refused_{name}"), &title("requests refused"), "%", Lower, &refused);
+        self.foreign.extend(pairs.foreign());
+        Ok(())
+    }
+
+    /// A client that asks for little beside one that asks for ten times as much, on connections of their own.
+    fn fairness(&mut self, served: &Served<'_>) -> Result<()> {
+        let rate = LIGHT * served.saturation;
+        let (warm, end) = (self.pace.warm, self.pace.warm + self.pace.queue_window);
+        let p99 = |run| {
+            let run = with_refusals(run);
+            measured(&run, run.latencies.quantile(0.99))
+        };
+        let mut pairs = Pairs::new();
+        for pair in 1..=self.pace.queue_pairs {
+            say(format_args!("{} for a light client, pair {pair} of {}", served.name, self.pace.queue_pairs));
+            let seed = pair as u64;
+            let light = served.client();
+            let beside = || {
+                let flood = (&served.client(), FLOOD * rate);
+                Ok(p99(load::beside((&light, rate), flood, seed, between(warm, end))?))
+            };
+            let alone = || Ok(p99(load::open(&light, rate, seed, between(warm, end))?));
+            pairs.take(beside, alone)?;
+        }
+        let batch = served.curve.time(served.curve.largest()).as_secs_f64();
+        let mut add = |name: &str, what: &str, unit, value: &dyn Fn(f64, f64) -> f64| {
+            let (name, title) =
+                (format!("{name}_{}", served.name), format!("`{}`, a light client: {what}", served.name));
+            self.report.median(&name, &title, unit, Lower, &pairs.values(|beside, alone| value(*beside, *alone)));
+        };
+        add("light_p99_alone_ms", "p99 alone", "ms", &|_, alone| alone * 1e3);
+        add("light_p99_beside_ms", "p99 beside ten times as much", "ms", &|beside, _| beside * 1e3);
+        add("fairness_p99", "p99 beside, less one batch, ÷ alone", "", &|beside, alone| (beside - batch) / alone);
+        self.foreign.extend(pairs.foreign());
+        Ok(())
+    }
+}
+
+impl Served<'_> {
+    /// Connections that many strangers share.
+    fn client(&self) -> Target<'_> {
+        self.client_of(&self.server)
+    }
+
+    fn client_of(&self, process: &Process) -> Target<'_> {
+        target(process, Protocol::Grpc, self.request, (CONNECTIONS, OPEN_STREAMS))
+    }
+}
+
+/// Where a refusal is no answer, it counts as one that came with the deadline.
+fn with_refusals(mut run: Arrivals) -> Arrivals {
+    (0..run.refusals.count()).for_each(|_| run.latencies.record(DEADLINE));
+    run
+}
+
+fn measured<T>(run: &Arrivals, value: T) -> Measured<T> {
+    Measured { value, usage: run.usage, spoiled: is_disturbed(&run.usage) || run.late > MAX_LATE }
+}
