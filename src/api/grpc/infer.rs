@@ -66,7 +66,8 @@ impl Call {
         let gathering = gather(Paced::new(body, app.limits.body_timeout), app.limits.max_message_bytes);
         let gathered = match latest {
             None => gathering.await.map_err(edge::broken),
-            Some(latest) => match tokio::time::timeout_at((latest + EDGE_GRACE).into(), gathering).await {
+            // In a box, or every call's future would have room for two.
+            Some(latest) => match tokio::time::timeout_at((latest + EDGE_GRACE).into(), Box::pin(gathering)).await {
                 Ok(gathered) => gathered.map_err(edge::broken),
                 Err(_) => Err(edge::too_late()),
             },
