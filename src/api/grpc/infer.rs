@@ -33,34 +33,33 @@ use crate::{
     metrics::Protocol,
 };
 
-/// A call that can be answered here.
+/// What is to be known of a call that can be answered here.
 pub(in crate::api) struct Call {
-    request: Request<Incoming>,
     /// How long its caller waits.
     timeout: Option<Duration>,
 }
 
 impl Call {
-    /// Takes a request that is a usual call of `ModelInfer`; gives it back when it is not.
-    pub(in crate::api) fn take(request: Request<Incoming>) -> Result<Self, Request<Incoming>> {
-        if request.uri().path() != INFER_PATH || request.method() != Method::POST {
-            return Err(request);
-        }
-        let encoding = request.headers().get(&ENCODING);
-        match edge::timeout(request.headers()) {
-            Ok(timeout) if encoding.is_none_or(|encoding| encoding == "identity") => Ok(Self { request, timeout }),
-            _ => Err(request),
-        }
+    /// Looks whether a request is a usual call of `ModelInfer`.
+    pub(in crate::api) fn of<B>(request: &Request<B>) -> Option<Self> {
+        let headers = request.headers();
+        let usual = request.uri().path() == INFER_PATH
+            && request.method() == Method::POST
+            && headers.get(&ENCODING).is_none_or(|encoding| encoding == "identity");
+        // What cannot be read of it, somebody else complains about.
+        let timeout = if usual { edge::timeout(headers).ok()? } else { return None };
+        Some(Self { timeout })
     }
 
     /// Answers the call; `router` knows the long way.
     pub(in crate::api) async fn answer(
         self,
+        request: Request<Incoming>,
         app: Arc<App>,
         router: Router,
         peer: Peer,
     ) -> Result<Response<Payload>, Infallible> {
-        let (parts, body) = self.request.into_parts();
+        let (parts, body) = request.into_parts();
         let mut record = Record::start(&app, Protocol::Grpc, &parts.headers);
         let latest = after(record.started(), self.timeout);
         let gathering = gather(Paced::new(body, app.limits.body_timeout), app.limits.max_message_bytes);

@@ -18,8 +18,8 @@ use bytes::Bytes;
 fn signature() -> Signature {
     let spec = |name: &str| TensorSpec { name: name.into(), dtype: DType::Fp32, shape: vec![-1] };
     Signature {
-        inputs: ["x", "t", "zwölf"].map(|name| spec(name)).to_vec(),
-        outputs: ["y", "z"].map(|name| spec(name)).to_vec(),
+        inputs: ["x", "t", "zwölf"].map(spec).to_vec(),
+        outputs: ["y", "z"].map(spec).to_vec(),
         ..Signature::default()
     }
 }
