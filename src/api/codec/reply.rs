@@ -6,6 +6,7 @@
 use std::mem::take;
 
 use bytes::Bytes;
+use prost::Message;
 use smallvec::SmallVec;
 
 use super::{InferReply, binary};
@@ -37,14 +38,11 @@ pub fn write_reply(reply: &InferReply<'_>) -> Result<Pieces, Error> {
         length += field_length(output_length(output)) + field_length(contents);
         lent += if is_lent(&output.data) { contents } else { 0 };
     }
-    let prefix = u32::try_from(length).map_err(|_| {
-        Error::new(Code::TooLarge, format!("the reply takes {length} bytes, and a gRPC message may have {}", u32::MAX))
-    })?;
+    let prefix = prefix(length)?;
     let mut pieces = Pieces::new();
     // Filled to the last byte, so that a reply in one piece becomes shared bytes without another allocation.
     let mut out = Vec::with_capacity(PREFIX + length - lent);
-    out.push(0);
-    out.extend_from_slice(&prefix.to_be_bytes());
+    out.extend_from_slice(&prefix);
     for (field, text) in texts {
         put_text(&mut out, field, text);
     }
@@ -68,6 +66,26 @@ pub fn write_reply(reply: &InferReply<'_>) -> Result<Pieces, Error> {
         pieces.push(out.into());
     }
     Ok(pieces)
+}
+
+/// Writes a message of the compiler's types, for replies that have more than tensors.
+///
+/// # Errors
+/// As `write_reply`.
+pub fn write_message(message: &impl Message) -> Result<Pieces, Error> {
+    let length = message.encoded_len();
+    let mut out = Vec::with_capacity(PREFIX + length);
+    out.extend_from_slice(&prefix(length)?);
+    message.encode(&mut out).map_err(|error| Error::internal(format!("the reply cannot be written: {error}")))?;
+    Ok(Pieces::from_iter([Bytes::from(out)]))
+}
+
+/// What stands in front of a message of `length` bytes that is not compressed.
+fn prefix(length: usize) -> Result<[u8; PREFIX], Error> {
+    let [a, b, c, d] = u32::try_from(length).map(u32::to_be_bytes).map_err(|_| {
+        Error::new(Code::TooLarge, format!("the reply takes {length} bytes, and a gRPC message may have {}", u32::MAX))
+    })?;
+    Ok([0, a, b, c, d])
 }
 
 fn is_lent(data: &Data) -> bool {

@@ -5,7 +5,11 @@
 //! (`codec::write_reply`). What is unusual about the call itself, compression above all, takes the long way, on which
 //! it is the same method of the same service.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::{Router, body::Body};
 use bytes::Bytes;
@@ -16,7 +20,7 @@ use tonic::Status;
 use tower::ServiceExt;
 
 use super::{
-    Service,
+    Answered, Service,
     edge::{self, EDGE_GRACE, ENCODING, INFER_PATH, Unclaimed},
     unary::{Gathered, Payload, Resumed, gather},
 };
@@ -24,7 +28,7 @@ use crate::{
     api::{
         App, Record, after,
         auth::Peer,
-        codec::{self, Draft, InferCall, InferReply},
+        codec::{self, Draft, InferCall, InferReply, Pieces},
         message,
         paced::Paced,
     },
@@ -71,20 +75,18 @@ impl Call {
                 Err(_) => Err(edge::too_late()),
             },
         };
-        let prepared = match gathered {
-            Ok(Gathered::Message(message)) => {
-                drop((parts, router));
-                prepare(&app, message, &mut record)
-            }
-            Ok(Gathered::Other(body)) => return Box::pin(reroute(router, parts, body, record, peer)).await,
-            Err(error) => Err(error),
-        };
         let service = Service { app };
-        let answer = match prepared {
-            Ok((target, call)) => service.run(target, call, latest, &mut record).await.and_then(|answer| {
-                let (model, version) = (answer.version.name.as_str(), answer.version.version.as_str());
-                codec::write_reply(&InferReply { model, version, id: &answer.id, outputs: &answer.outputs })
-            }),
+        let answer = match gathered {
+            Ok(Gathered::Message(message)) => match read(&service.app, &message, &mut record) {
+                Ok(Some((target, call))) => {
+                    drop((parts, router, message));
+                    service.run(target, call, latest, &mut record).await.and_then(|answered| answered.write())
+                }
+                // The compiler's types read it, or say what is wrong with it.
+                Ok(None) => Box::pin(in_full(&service, message, latest, &mut record)).await,
+                Err(error) => Err(error),
+            },
+            Ok(Gathered::Other(body)) => return Box::pin(reroute(router, parts, body, record, peer)).await,
             Err(error) => Err(error),
         };
         record.finish(answer.as_ref().err().map(|error| error.code));
@@ -100,18 +102,31 @@ impl Call {
     }
 }
 
-/// Reads a message and finds the version it is for.
-fn prepare(app: &App, message: Bytes, record: &mut Record) -> Result<(Target, InferCall), Error> {
-    let Some(draft) = Draft::read(&message) else {
-        return super::prepare(app, message::decode(message)?, record);
-    };
+impl Answered {
+    fn write(&self) -> Result<Pieces, Error> {
+        let (model, version) = (self.version.name.as_str(), self.version.version.as_str());
+        codec::write_reply(&InferReply { model, version, id: &self.id, outputs: &self.outputs })
+    }
+}
+
+/// Reads a usual message in place, and finds the version it is for; `None` when it is not usual.
+fn read(app: &App, message: &Bytes, record: &mut Record) -> Result<Option<(Target, InferCall)>, Error> {
+    let Some(draft) = Draft::read(message) else { return Ok(None) };
     record.request_id.push_str(draft.id);
     let target = super::aim(app, draft.model, draft.version, record)?;
-    match draft.call(&message, &target.version.signature) {
-        Some(call) => super::check(app, &target, Ok(call)),
-        None => super::check(app, &target, message::decode(message).and_then(codec::decode_proto)),
-    }
-    .map(|call| (target, call))
+    let Some(call) = draft.call(message, &target.version.signature) else { return Ok(None) };
+    super::check(app, &target, Ok(call)).map(|call| Some((target, call)))
+}
+
+/// Answers a message that is not usual as the generated service does.
+async fn in_full(
+    service: &Service,
+    message: Bytes,
+    latest: Option<Instant>,
+    record: &mut Record,
+) -> Result<Pieces, Error> {
+    let response = service.infer(message::decode(message)?, latest, record).await?;
+    codec::write_message(&response)
 }
 
 /// Hands a call on that has been looked at, with its record.
