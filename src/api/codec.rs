@@ -40,7 +40,7 @@ pub(super) use document::Json;
 pub(super) use json::put_json;
 pub use json::{Encoded, JsonOptions, decode_json, encode_json};
 pub use proto::{decode_proto, encode_proto};
-pub use reply::{Pieces, write_reply};
+pub use reply::{Pieces, write_message, write_reply};
 pub use values::NonFinite;
 pub(super) use values::{Spelling, write_flat, write_nested};
 pub(super) use wire::varint;

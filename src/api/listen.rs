@@ -110,17 +110,15 @@ impl Routes {
 
     fn answer(
         &self,
-        request: Request<Incoming>,
+        mut request: Request<Incoming>,
         peer: Peer,
     ) -> impl Future<Output = Result<Response<Payload>, Infallible>> + Send + use<> {
         let router = self.router.clone();
-        let mut request = match &self.inference {
-            None => request,
-            Some(app) => match Call::take(request) {
-                Ok(call) => return Either::Left(call.answer(app.clone(), router, peer)),
-                Err(request) => request,
-            },
-        };
+        if let Some(app) = &self.inference
+            && let Some(call) = Call::of(&request)
+        {
+            return Either::Left(call.answer(request, app.clone(), router, peer));
+        }
         request.extensions_mut().insert(peer);
         Either::Right(infer::route(router, request.map(Body::new)))
     }

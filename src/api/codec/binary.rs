@@ -3,7 +3,7 @@
 //! Fixed-size elements are slices of the received message and never copied. `BYTES` elements are slices too, one for
 //! each, found by the little-endian `u32` length in front of it.
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 
 use super::{InferCall, Parameters, RESERVED_STRINGS};
 use crate::{
@@ -60,9 +60,9 @@ pub(super) fn write(data: &Data) -> Bytes {
     match data {
         Data::Plain(bytes) => bytes.clone(),
         Data::Strings(_) => {
-            let mut out = BytesMut::with_capacity(length(data));
+            let mut out = Vec::with_capacity(length(data));
             put(data, &mut out);
-            out.freeze()
+            out.into()
         }
     }
 }
@@ -76,14 +76,14 @@ pub(super) fn length(data: &Data) -> usize {
 }
 
 /// Copies the bytes of a tensor to the end of `out`.
-pub(super) fn put(data: &Data, out: &mut BytesMut) {
+pub(super) fn put(data: &Data, out: &mut Vec<u8>) {
     match data {
-        Data::Plain(bytes) => out.put_slice(bytes),
+        Data::Plain(bytes) => out.extend_from_slice(bytes),
         Data::Strings(strings) => {
             for string in strings {
                 // No element comes near 4 GiB: messages are limited far below.
-                out.put_u32_le(u32::try_from(string.len()).unwrap_or(u32::MAX));
-                out.put_slice(string);
+                out.extend_from_slice(&u32::try_from(string.len()).unwrap_or(u32::MAX).to_le_bytes());
+                out.extend_from_slice(string);
             }
         }
     }

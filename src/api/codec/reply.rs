@@ -3,7 +3,10 @@
 //! Field by field it is what the compiler's types would write. Outputs from `LARGE` on are not copied: their own bytes
 //! are pieces of the reply.
 
-use bytes::{BufMut, Bytes, BytesMut};
+use std::mem::take;
+
+use bytes::Bytes;
+use prost::Message;
 use smallvec::SmallVec;
 
 use super::{InferReply, binary};
@@ -35,14 +38,11 @@ pub fn write_reply(reply: &InferReply<'_>) -> Result<Pieces, Error> {
         length += field_length(output_length(output)) + field_length(contents);
         lent += if is_lent(&output.data) { contents } else { 0 };
     }
-    let prefix = u32::try_from(length).map_err(|_| {
-        Error::new(Code::TooLarge, format!("the reply takes {length} bytes, and a gRPC message may have {}", u32::MAX))
-    })?;
+    let prefix = prefix(length)?;
     let mut pieces = Pieces::new();
-    // Filled to the last byte, so that it need not be allocated anew to be shared.
-    let mut out = BytesMut::with_capacity(PREFIX + length - lent);
-    out.put_u8(0);
-    out.put_u32(prefix);
+    // Filled to the last byte, so that a reply in one piece becomes shared bytes without another allocation.
+    let mut out = Vec::with_capacity(PREFIX + length - lent);
+    out.extend_from_slice(&prefix);
     for (field, text) in texts {
         put_text(&mut out, field, text);
     }
@@ -58,14 +58,34 @@ pub fn write_reply(reply: &InferReply<'_>) -> Result<Pieces, Error> {
     for output in reply.outputs {
         put_key(&mut out, 6, binary::length(&output.data));
         match &output.data {
-            Data::Plain(bytes) if is_lent(&output.data) => pieces.extend([out.split().freeze(), bytes.clone()]),
+            Data::Plain(bytes) if is_lent(&output.data) => pieces.extend([take(&mut out).into(), bytes.clone()]),
             data => binary::put(data, &mut out),
         }
     }
     if !out.is_empty() {
-        pieces.push(out.freeze());
+        pieces.push(out.into());
     }
     Ok(pieces)
+}
+
+/// Writes a message of the compiler's types, for replies that have more than tensors.
+///
+/// # Errors
+/// As `write_reply`.
+pub fn write_message(message: &impl Message) -> Result<Pieces, Error> {
+    let length = message.encoded_len();
+    let mut out = Vec::with_capacity(PREFIX + length);
+    out.extend_from_slice(&prefix(length)?);
+    message.encode(&mut out).map_err(|error| Error::internal(format!("the reply cannot be written: {error}")))?;
+    Ok(Pieces::from_iter([Bytes::from(out)]))
+}
+
+/// What stands in front of a message of `length` bytes that is not compressed.
+fn prefix(length: usize) -> Result<[u8; PREFIX], Error> {
+    let [a, b, c, d] = u32::try_from(length).map(u32::to_be_bytes).map_err(|_| {
+        Error::new(Code::TooLarge, format!("the reply takes {length} bytes, and a gRPC message may have {}", u32::MAX))
+    })?;
+    Ok([0, a, b, c, d])
 }
 
 fn is_lent(data: &Data) -> bool {
@@ -101,23 +121,23 @@ fn varint_length(value: u64) -> usize {
     (64 - (value | 1).leading_zeros() as usize).div_ceil(7)
 }
 
-fn put_text(out: &mut BytesMut, field: u8, text: &str) {
+fn put_text(out: &mut Vec<u8>, field: u8, text: &str) {
     if !text.is_empty() {
         put_key(out, field, text.len());
-        out.put_slice(text.as_bytes());
+        out.extend_from_slice(text.as_bytes());
     }
 }
 
 /// Begins a field of `length` bytes.
-fn put_key(out: &mut BytesMut, field: u8, length: usize) {
-    out.put_u8(field << 3 | 2);
+fn put_key(out: &mut Vec<u8>, field: u8, length: usize) {
+    out.push(field << 3 | 2);
     put_varint(out, length as u64);
 }
 
-fn put_varint(out: &mut BytesMut, mut value: u64) {
+fn put_varint(out: &mut Vec<u8>, mut value: u64) {
     while value >= 0x80 {
-        out.put_u8(value as u8 | 0x80);
+        out.push(value as u8 | 0x80);
         value >>= 7;
     }
-    out.put_u8(value as u8);
+    out.push(value as u8);
 }

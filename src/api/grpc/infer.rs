@@ -5,7 +5,11 @@
 //! (`codec::write_reply`). What is unusual about the call itself, compression above all, takes the long way, on which
 //! it is the same method of the same service.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::{Router, body::Body};
 use bytes::Bytes;
@@ -16,7 +20,7 @@ use tonic::Status;
 use tower::ServiceExt;
 
 use super::{
-    Service,
+    Answered, Service,
     edge::{self, EDGE_GRACE, ENCODING, INFER_PATH, Unclaimed},
     unary::{Gathered, Payload, Resumed, gather},
 };
@@ -24,7 +28,7 @@ use crate::{
     api::{
         App, Record, after,
         auth::Peer,
-        codec::{self, Draft, InferCall, InferReply},
+        codec::{self, Draft, InferCall, InferReply, Pieces},
         message,
         paced::Paced,
     },
@@ -33,59 +37,57 @@ use crate::{
     metrics::Protocol,
 };
 
-/// A call that can be answered here.
+/// What is to be known of a call that can be answered here.
 pub(in crate::api) struct Call {
-    request: Request<Incoming>,
     /// How long its caller waits.
     timeout: Option<Duration>,
 }
 
 impl Call {
-    /// Takes a request that is a usual call of `ModelInfer`; gives it back when it is not.
-    pub(in crate::api) fn take(request: Request<Incoming>) -> Result<Self, Request<Incoming>> {
-        if request.uri().path() != INFER_PATH || request.method() != Method::POST {
-            return Err(request);
-        }
-        let encoding = request.headers().get(&ENCODING);
-        match edge::timeout(request.headers()) {
-            Ok(timeout) if encoding.is_none_or(|encoding| encoding == "identity") => Ok(Self { request, timeout }),
-            _ => Err(request),
-        }
+    /// Looks whether a request is a usual call of `ModelInfer`.
+    pub(in crate::api) fn of<B>(request: &Request<B>) -> Option<Self> {
+        let headers = request.headers();
+        let usual = request.uri().path() == INFER_PATH
+            && request.method() == Method::POST
+            && headers.get(&ENCODING).is_none_or(|encoding| encoding == "identity");
+        // What cannot be read of it, somebody else complains about.
+        let timeout = if usual { edge::timeout(headers).ok()? } else { return None };
+        Some(Self { timeout })
     }
 
     /// Answers the call; `router` knows the long way.
     pub(in crate::api) async fn answer(
         self,
+        request: Request<Incoming>,
         app: Arc<App>,
         router: Router,
         peer: Peer,
     ) -> Result<Response<Payload>, Infallible> {
-        let (parts, body) = self.request.into_parts();
+        let (parts, body) = request.into_parts();
         let client = app.clients.of(&parts.headers, Some(&peer));
         let mut record = Record::start(&app, Protocol::Grpc, &parts.headers, client);
         let latest = after(record.started(), self.timeout);
         let gathering = gather(Paced::new(body, app.limits.body_timeout), app.limits.max_message_bytes);
         let gathered = match latest {
             None => gathering.await.map_err(edge::broken),
-            Some(latest) => match tokio::time::timeout_at((latest + EDGE_GRACE).into(), gathering).await {
+            // In a box, or every call's future would have room for two.
+            Some(latest) => match tokio::time::timeout_at((latest + EDGE_GRACE).into(), Box::pin(gathering)).await {
                 Ok(gathered) => gathered.map_err(edge::broken),
                 Err(_) => Err(edge::too_late()),
             },
         };
-        let prepared = match gathered {
-            Ok(Gathered::Message(message)) => {
-                drop((parts, router));
-                prepare(&app, message, &mut record)
-            }
-            Ok(Gathered::Other(body)) => return Box::pin(reroute(router, parts, body, record, peer)).await,
-            Err(error) => Err(error),
-        };
         let service = Service { app };
-        let answer = match prepared {
-            Ok((target, call)) => service.run(target, call, latest, &mut record).await.and_then(|answer| {
-                let (model, version) = (answer.version.name.as_str(), answer.version.version.as_str());
-                codec::write_reply(&InferReply { model, version, id: &answer.id, outputs: &answer.outputs })
-            }),
+        let answer = match gathered {
+            Ok(Gathered::Message(message)) => match read(&service.app, &message, &mut record) {
+                Ok(Some((target, call))) => {
+                    drop((parts, router, message));
+                    service.run(target, call, latest, &mut record).await.and_then(|answered| answered.write())
+                }
+                // The compiler's types read it, or say what is wrong with it.
+                Ok(None) => Box::pin(in_full(&service, message, latest, &mut record)).await,
+                Err(error) => Err(error),
+            },
+            Ok(Gathered::Other(body)) => return Box::pin(reroute(router, parts, body, record, peer)).await,
             Err(error) => Err(error),
         };
         record.finish(answer.as_ref().err().map(|error| error.code));
@@ -101,18 +103,31 @@ impl Call {
     }
 }
 
-/// Reads a message and finds the version it is for.
-fn prepare(app: &App, message: Bytes, record: &mut Record) -> Result<(Target, InferCall), Error> {
-    let Some(draft) = Draft::read(&message) else {
-        return super::prepare(app, message::decode(message)?, record);
-    };
+impl Answered {
+    fn write(&self) -> Result<Pieces, Error> {
+        let (model, version) = (self.version.name.as_str(), self.version.version.as_str());
+        codec::write_reply(&InferReply { model, version, id: &self.id, outputs: &self.outputs })
+    }
+}
+
+/// Reads a usual message in place, and finds the version it is for; `None` when it is not usual.
+fn read(app: &App, message: &Bytes, record: &mut Record) -> Result<Option<(Target, InferCall)>, Error> {
+    let Some(draft) = Draft::read(message) else { return Ok(None) };
     record.request_id.push_str(draft.id);
     let target = super::aim(app, draft.model, draft.version, record)?;
-    match draft.call(&message, &target.version.signature) {
-        Some(call) => super::check(app, &target, Ok(call)),
-        None => super::check(app, &target, message::decode(message).and_then(codec::decode_proto)),
-    }
-    .map(|call| (target, call))
+    let Some(call) = draft.call(message, &target.version.signature) else { return Ok(None) };
+    super::check(app, &target, Ok(call)).map(|call| Some((target, call)))
+}
+
+/// Answers a message that is not usual as the generated service does.
+async fn in_full(
+    service: &Service,
+    message: Bytes,
+    latest: Option<Instant>,
+    record: &mut Record,
+) -> Result<Pieces, Error> {
+    let response = service.infer(message::decode(message)?, latest, record).await?;
+    codec::write_message(&response)
 }
 
 /// Hands a call on that has been looked at, with its record.

@@ -129,24 +129,20 @@ impl http_body::Body for Resumed {
 }
 
 /// The body of an answer on the gRPC port.
+#[derive(Default)]
 pub enum Payload {
     /// Of a router's.
     Routed(Body),
     /// One message, and that the call succeeded.
     Message(smallvec::IntoIter<[Bytes; 2]>),
     /// Nothing, or nothing more.
+    #[default]
     Over,
 }
 
 impl From<Pieces> for Payload {
     fn from(pieces: Pieces) -> Self {
         Self::Message(pieces.into_iter())
-    }
-}
-
-impl Default for Payload {
-    fn default() -> Self {
-        Self::Over
     }
 }
 

@@ -18,8 +18,8 @@ use bytes::Bytes;
 fn signature() -> Signature {
     let spec = |name: &str| TensorSpec { name: name.into(), dtype: DType::Fp32, shape: vec![-1] };
     Signature {
-        inputs: ["x", "t", "zwölf"].map(|name| spec(name)).to_vec(),
-        outputs: ["y", "z"].map(|name| spec(name)).to_vec(),
+        inputs: ["x", "t", "zwölf"].map(spec).to_vec(),
+        outputs: ["y", "z"].map(spec).to_vec(),
         ..Signature::default()
     }
 }
@@ -209,9 +209,11 @@ proptest! {
     fn both_ways_of_writing_agree(outputs in vec(tensors(false), 0..4), id: String, large: bool) {
         let outputs: Vec<_> = outputs.into_iter().chain(large.then(|| floats(1500))).collect();
         let reply = InferReply { model: "m", version: "1", id: &id, outputs: &outputs };
-        let expected = encode_proto(&reply).encode_to_vec();
+        let message = encode_proto(&reply);
+        let expected = message.encode_to_vec();
         let written = write_reply(&reply).unwrap().concat();
         prop_assert_eq!(&written[..5], [&[0][..], &(expected.len() as u32).to_be_bytes()].concat());
         prop_assert_eq!(&written[5..], expected);
+        prop_assert_eq!(write_message(&message).unwrap().concat(), written);
     }
 }
