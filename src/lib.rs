@@ -22,7 +22,7 @@
 //! 1. `api::listen` accepts on one listener per port and hands the connection to an I/O thread.
 //! 2. `api::rest` or `api::grpc` opens a `Record`, finds the version (`engine` → `model::catalog`, one snapshot), and
 //!    decodes the body through `api::codec`, other servers' shapes of it through `api::shapes`; raw tensor bytes are
-//!    not copied.
+//!    not copied; `api::shared_memory` fetches those that were left in memory instead of being sent.
 //! 3. `engine` checks the inputs against the `Signature` and submits them.
 //! 4. `model::batcher` queues or refuses; an idle thread of `model::executor` takes what may run together, gathers it,
 //!    runs it on its own session, and hands each request its rows.

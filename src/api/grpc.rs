@@ -9,9 +9,11 @@ use axum::Router;
 use tonic::{Request, Response, Status, codec::CompressionEncoding, service::Routes};
 
 use super::{
-    App, EXTENSIONS, Record, SERVER_NAME, check_size, classify,
+    App, Record, SERVER_NAME, check_size, classify,
     codec::{self, InferReply},
-    health, log, pb, reflection, repository, triton, urgency,
+    health, log, pb, reflection, repository,
+    shared_memory::Reach,
+    triton, urgency,
 };
 use crate::{
     engine,
@@ -49,11 +51,17 @@ struct Service {
 }
 
 impl Service {
+    /// What of shared memory the caller may use.
+    fn reach<T>(&self, request: &Request<T>) -> Reach {
+        Reach::of(&self.app, request.metadata().as_ref(), request.extensions())
+    }
+
     /// Answers one request, which the call that carries it wants to have until `latest`.
     async fn infer(
         &self,
         message: pb::ModelInferRequest,
         latest: Option<Instant>,
+        reach: &Reach,
         record: &mut Record,
     ) -> Result<pb::ModelInferResponse, Error> {
         record.request_id.clone_from(&message.id);
@@ -61,8 +69,12 @@ impl Service {
         let found = self.app.engine.resolve(&message.model_name, version);
         let mut target = found.inspect_err(|_| record.aim_at_unready(&message.model_name, version))?;
         record.aim(&target);
-        let call = codec::decode_proto(message)
-            .and_then(|call| check_size(call, self.app.limits.max_message_bytes))
+        let limit = self.app.limits.max_message_bytes;
+        let (call, places) = codec::decode_proto(message)
+            .and_then(|mut call| {
+                let places = reach.fetch(&mut call, limit)?;
+                Ok((check_size(call, limit)?, places))
+            })
             .map_err(|error| error.of_model(target.version.name.as_str()))?;
         let names: Vec<Arc<str>> = call.outputs.iter().map(|output| output.name.clone()).collect();
         let urgency = urgency(record.started(), &call, latest);
@@ -72,12 +84,14 @@ impl Service {
         record.aim(&target);
         let version = &target.version;
         let outputs = classify(version, &call.outputs, outputs?)?;
-        Ok(codec::encode_proto(&InferReply {
+        places.fill(&outputs).map_err(|error| error.of_model(version.name.as_str()))?;
+        let reply = InferReply {
             model: version.name.as_str(),
             version: version.version.as_str(),
             id: &call.id,
             outputs: &outputs,
-        }))
+        };
+        Ok(codec::encode_proto(&reply, &call.outputs))
     }
 }
 
@@ -110,7 +124,7 @@ impl GrpcInferenceService for Service {
         Ok(Response::new(pb::ServerMetadataResponse {
             name: SERVER_NAME.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            extensions: EXTENSIONS.map(str::to_owned).to_vec(),
+            extensions: self.app.extensions().into_iter().map(str::to_owned).collect(),
         }))
     }
 
@@ -131,7 +145,8 @@ impl GrpcInferenceService for Service {
         let unclaimed = request.extensions().get::<Unclaimed>().and_then(|unclaimed| unclaimed.lock().take());
         let Some(mut record) = unclaimed else { return Err(Error::internal("the call came in past the edge").into()) };
         let latest = edge::latest(record.started(), request.metadata());
-        match self.infer(request.into_inner(), latest, &mut record).await {
+        let reach = self.reach(&request);
+        match self.infer(request.into_inner(), latest, &reach, &mut record).await {
             Ok(response) => {
                 record.finish(None);
                 Ok(Response::new(response))
@@ -200,23 +215,27 @@ impl GrpcInferenceService for Service {
 
     async fn system_shared_memory_status(
         &self,
-        _: Request<pb::SystemSharedMemoryStatusRequest>,
+        request: Request<pb::SystemSharedMemoryStatusRequest>,
     ) -> Answer<pb::SystemSharedMemoryStatusResponse> {
-        unimplemented("shared memory")
+        let regions = self.reach(&request).status(&request.get_ref().name)?;
+        let regions = regions.into_iter().map(|region| (region.name.clone(), region)).collect();
+        Ok(Response::new(pb::SystemSharedMemoryStatusResponse { regions }))
     }
 
     async fn system_shared_memory_register(
         &self,
-        _: Request<pb::SystemSharedMemoryRegisterRequest>,
+        request: Request<pb::SystemSharedMemoryRegisterRequest>,
     ) -> Answer<pb::SystemSharedMemoryRegisterResponse> {
-        unimplemented("shared memory")
+        self.reach(&request).register(request.get_ref())?;
+        Ok(Response::new(pb::SystemSharedMemoryRegisterResponse {}))
     }
 
     async fn system_shared_memory_unregister(
         &self,
-        _: Request<pb::SystemSharedMemoryUnregisterRequest>,
+        request: Request<pb::SystemSharedMemoryUnregisterRequest>,
     ) -> Answer<pb::SystemSharedMemoryUnregisterResponse> {
-        unimplemented("shared memory")
+        self.reach(&request).unregister(&request.get_ref().name)?;
+        Ok(Response::new(pb::SystemSharedMemoryUnregisterResponse {}))
     }
 
     async fn cuda_shared_memory_status(

@@ -55,12 +55,20 @@ pub(super) fn read(label: &str, dtype: DType, shape: &Shape, bytes: Bytes) -> Re
     }
 }
 
+/// Bytes that `write` gives for a tensor.
+pub(super) fn length(data: &Data) -> usize {
+    match data {
+        Data::Plain(bytes) => bytes.len(),
+        Data::Strings(strings) => strings.iter().map(|string| PREFIX + string.len()).sum(),
+    }
+}
+
 /// The bytes of a tensor; copies only `BYTES` elements, to put the lengths in front.
-pub(super) fn write(data: &Data) -> Bytes {
+pub(in crate::api) fn write(data: &Data) -> Bytes {
     match data {
         Data::Plain(bytes) => bytes.clone(),
         Data::Strings(strings) => {
-            let mut out = BytesMut::with_capacity(strings.iter().map(|string| PREFIX + string.len()).sum());
+            let mut out = BytesMut::with_capacity(length(data));
             for string in strings {
                 // No element comes near 4 GiB: messages are limited far below.
                 out.put_u32_le(u32::try_from(string.len()).unwrap_or(u32::MAX));

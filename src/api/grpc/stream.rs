@@ -38,6 +38,7 @@ use crate::{
             InferParameter, ModelInferRequest, ModelInferResponse, ModelStreamInferResponse,
             infer_parameter::ParameterChoice,
         },
+        shared_memory::Reach,
         status,
     },
     error::{Code, Error},
@@ -55,6 +56,8 @@ pub(super) struct Answers {
     service: Service,
     /// What the call began with, for the records of its requests.
     headers: HeaderMap,
+    /// What of shared memory its requests may use.
+    reach: Arc<Reach>,
     /// `None` when there are no more.
     requests: Option<Streaming<ModelInferRequest>>,
     /// Oldest first. Dropping one gives it up.
@@ -78,11 +81,13 @@ struct Running {
 
 impl Answers {
     pub(super) fn new(service: Service, request: Request<Streaming<ModelInferRequest>>) -> Self {
+        let reach = Arc::new(service.reach(&request));
         let (metadata, _, requests) = request.into_parts();
         let latest = latest(Instant::now(), &metadata);
         let asked = metadata.get(ERRORS_END_THE_STREAM);
         Self {
             service,
+            reach,
             requests: Some(requests),
             running: VecDeque::new(),
             held: Arc::default(),
@@ -122,9 +127,9 @@ impl Answers {
         let mut record = Record::start(&self.service.app, Protocol::Grpc, &self.headers);
         let id = message.id.clone();
         let mut held = Held::new(&self.held, message.encoded_len());
-        let (service, latest) = (self.service.clone(), self.latest);
+        let (service, reach, latest) = (self.service.clone(), self.reach.clone(), self.latest);
         let answer = AbortOnDropHandle::new(tokio::spawn(async move {
-            let answer = service.infer(message, latest, &mut record).await;
+            let answer = service.infer(message, latest, &reach, &mut record).await;
             held.change(answer.as_ref().map_or(0, Message::encoded_len));
             record.finish(answer.as_ref().err().map(|error| error.code));
             (answer, held)

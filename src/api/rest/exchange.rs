@@ -17,7 +17,9 @@ use crate::{
     api::{
         App, Record, after, check_size, classify,
         codec::{self, InferCall, InferReply, JsonOptions},
-        compression, urgency,
+        compression,
+        shared_memory::Reach,
+        urgency,
     },
     engine,
     error::Error,
@@ -109,8 +111,11 @@ async fn try_exchange<A>(
     let body = body::read_body(app, body, limit).await?;
     let body = compression::decode_body(encoding, body, limit)?;
     let question = Question { headers: &headers, body: &body, version: &target.version, limit };
-    let asked = read(&question).and_then(|(call, asked)| Ok((check_size(call, limit)?, asked)));
-    let (mut call, asked) = asked.map_err(|error| error.of_model(&named.model))?;
+    let asked = read(&question).and_then(|(mut call, asked)| {
+        let places = Reach::of(app, &headers, &parts.extensions).fetch(&mut call, limit)?;
+        Ok((check_size(call, limit)?, places, asked))
+    });
+    let (mut call, places, asked) = asked.map_err(|error| error.of_model(&named.model))?;
     if !call.id.is_empty() {
         record.request_id.clone_from(&call.id);
     }
@@ -124,6 +129,7 @@ async fn try_exchange<A>(
     record.aim(&target);
     let version = &target.version;
     let outputs = classify(version, &call.outputs, outputs?)?;
+    places.fill(&outputs).map_err(|error| error.of_model(&named.model))?;
 
     let reply =
         InferReply { model: version.name.as_str(), version: version.version.as_str(), id: &call.id, outputs: &outputs };

@@ -102,7 +102,7 @@ fn through_rest(tensors: &[Tensor], binary_output: bool) -> Result<Vec<Tensor>, 
 
 /// The request that sends the tensors as gRPC does, off the wire.
 fn proto_request(tensors: &[Tensor]) -> ModelInferRequest {
-    let reply = encode_proto(&InferReply { model: "m", version: "1", id: "", outputs: tensors });
+    let reply = encode_proto(&InferReply { model: "m", version: "1", id: "", outputs: tensors }, &[]);
     let input = |(name, datatype, shape)| InferInputTensor { name, datatype, shape, ..Default::default() };
     let request = ModelInferRequest {
         inputs: reply.outputs.into_iter().map(|output| input((output.name, output.datatype, output.shape))).collect(),
