@@ -7,7 +7,7 @@ PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
 # ONNX Runtime would otherwise write its telemetry's files, and send them, from the tests too.
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: serve test setup build lint fmt test-rust test-clients fuzz image-test bench models clean
+.PHONY: serve test setup build lint fmt test-rust test-clients fuzz image-test bench bench-peer models clean
 
 serve: build
 	exec ./$(BINARY) serve
@@ -43,11 +43,19 @@ fuzz: setup
 image-test:
 	deploy/image-test.sh
 
-# What a server in front of a model costs, as a table and in target/bench.json: a quarter of an hour on a quiet machine
-# of two cores or more, or some minutes with QUICK=1.
+# What a server in front of a model costs, as a table and in target/bench/report.json: half an hour on a quiet machine of
+# two cores or more, or less than five minutes with QUICK=1. KEEP=name also keeps the report in benches/results/.
 bench: build .venv/clients.installed
 	cargo build --release --locked --package tidegate-bench
+	$(PYTHON) benches/models/make.py target/bench/models
 	target/release/tidegate-bench measure --magika .venv/lib/python*/site-packages/magika/models/*/model.onnx
+
+# The same load against any other server of the Open Inference Protocol, started by you on a core of its own:
+# make bench-peer URL=http://host:port GRPC=host:port MODEL=iris, where all but URL may be left out.
+bench-peer: setup
+	@test -n "$(URL)" || { echo "bench-peer: name the server's REST address with URL=http://host:port" >&2; exit 1; }
+	cargo build --release --locked --package tidegate-bench
+	target/release/tidegate-bench peer --rest "$(URL)" $(if $(GRPC),--grpc "$(GRPC)") $(if $(MODEL),--model "$(MODEL)")
 
 # Trains the models in models/ anew; the files come out the same.
 models: setup .venv/models.installed

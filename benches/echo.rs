@@ -1,5 +1,5 @@
 //! Our own stack without a model: the accept code, runtimes, HTTP settings, generated service and allocator of the
-//! server. Every request is decoded in full, and every reply is built anew, named and sized as those of `iris`.
+//! server. Every request is decoded in full, and every reply is built anew, named and sized as that of the model asked.
 //!
 //! The difference to the server is what finding, checking, queueing and running a model costs.
 
@@ -8,28 +8,31 @@ use std::net::SocketAddr;
 use anyhow::{Context, Result};
 use axum::{
     Json, Router,
+    extract::{DefaultBodyLimit, Path},
     response::{IntoResponse, Response as HttpResponse},
     routing::post,
 };
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode, header};
 use serde::{Deserialize, Serialize};
-use tidegate::api::{
-    LimitsConfig,
-    listen::{IoThreads, Port, Wire},
-    pb::{
-        self,
-        grpc_inference_service_server::{GrpcInferenceService, GrpcInferenceServiceServer},
+use tidegate::{
+    api::{
+        LimitsConfig,
+        listen::{IoThreads, Port, Wire},
+        pb::{
+            self,
+            grpc_inference_service_server::{GrpcInferenceService, GrpcInferenceServiceServer},
+        },
     },
+    tensor::DType,
 };
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, service::Routes};
 
-use crate::requests::HEADER_LENGTH;
-
-const MODEL: &str = "iris";
-const LABEL: i64 = 1;
-const PROBABILITIES: [f32; 3] = [0.01, 0.94, 0.05];
+use crate::{
+    answers::{self, Row},
+    requests::HEADER_LENGTH,
+};
 
 /// The echo with its ports open.
 pub struct Server {
@@ -57,11 +60,13 @@ impl Server {
     pub fn serve(self) -> Result<()> {
         let limits = LimitsConfig::default();
         let never = CancellationToken::new();
-        // As many threads as the server has by itself on one core.
+        // As many threads as the server has by itself on fewer than four cores.
         let (io, _threads) = IoThreads::start(1, &limits, &never, &never)?;
         let service = GrpcInferenceServiceServer::new(Echo).max_decoding_message_size(limits.max_message_bytes);
         let grpc = Routes::new(service).prepare().into_axum_router();
-        let rest = Router::new().route("/v2/models/{model}/infer", post(infer));
+        let rest = Router::new()
+            .route("/v2/models/{model}/infer", post(infer))
+            .layer(DefaultBodyLimit::max(limits.max_message_bytes));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
             tokio::join!(
@@ -76,29 +81,25 @@ impl Server {
 struct Echo;
 
 fn grpc_reply(request: pb::ModelInferRequest) -> Result<pb::ModelInferResponse, Status> {
+    let outputs = answers::of(&request.model_name).ok_or_else(|| Status::not_found(request.model_name.clone()))?;
     let input = request.inputs.first().ok_or_else(|| Status::invalid_argument("no input"))?;
-    let rows = input.shape.first().copied().unwrap_or(1);
-    let output = |name: &str, datatype: &str, shape: Vec<i64>| pb::model_infer_response::InferOutputTensor {
-        name: name.to_owned(),
-        datatype: datatype.to_owned(),
-        shape,
-        ..Default::default()
-    };
-    let (labels, probabilities) = raw_outputs(rows);
+    let raw = request.raw_input_contents.first().ok_or_else(|| Status::invalid_argument("no contents"))?;
     Ok(pb::ModelInferResponse {
-        model_name: request.model_name,
         model_version: "1".to_owned(),
+        outputs: outputs
+            .iter()
+            .map(|output| pb::model_infer_response::InferOutputTensor {
+                name: output.name.to_owned(),
+                datatype: output.row.datatype().to_owned(),
+                shape: output.row.shape(&input.shape),
+                ..Default::default()
+            })
+            .collect(),
+        raw_output_contents: outputs.iter().map(|output| output.row.bytes(&input.shape, raw)).collect(),
+        model_name: request.model_name,
         id: request.id,
-        outputs: vec![output("label", "INT64", vec![rows]), output("probabilities", "FP32", vec![rows, 3])],
-        raw_output_contents: vec![labels, probabilities],
         ..Default::default()
     })
-}
-
-fn raw_outputs(rows: i64) -> (Bytes, Bytes) {
-    let labels = (0..rows).flat_map(|_| LABEL.to_le_bytes()).collect();
-    let probabilities = (0..rows).flat_map(|_| PROBABILITIES).flat_map(f32::to_le_bytes).collect();
-    (labels, probabilities)
 }
 
 #[derive(Deserialize)]
@@ -125,8 +126,8 @@ struct Parameters {
 }
 
 #[derive(Serialize)]
-struct Answer {
-    model_name: &'static str,
+struct Answer<'a> {
+    model_name: &'a str,
     model_version: &'static str,
     #[serde(skip_serializing_if = "String::is_empty")]
     id: String,
@@ -148,53 +149,66 @@ struct Output {
 #[serde(untagged)]
 enum Elements {
     Labels(Vec<i64>),
-    Probabilities(Vec<f32>),
+    Scores(Vec<f32>),
 }
 
-async fn infer(headers: HeaderMap, body: Bytes) -> HttpResponse {
+impl Elements {
+    /// All rows of an output.
+    fn new(row: &Row, shape: &[i64], input: Vec<f32>) -> Self {
+        let rows = shape.first().map_or(1, |&rows| rows as usize);
+        match row {
+            Row::Label(label) => Elements::Labels(vec![*label; rows]),
+            Row::Scores(scores) => Elements::Scores(scores.repeat(rows)),
+            Row::Input => Elements::Scores(input),
+        }
+    }
+}
+
+async fn infer(Path(model): Path<String>, headers: HeaderMap, body: Bytes) -> HttpResponse {
     let length = headers.get(HEADER_LENGTH).and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
-    rest_reply(length, &body).unwrap_or_else(|error| (StatusCode::BAD_REQUEST, format!("{error:#}")).into_response())
+    rest_reply(&model, length, &body)
+        .unwrap_or_else(|error| (StatusCode::BAD_REQUEST, format!("{error:#}")).into_response())
 }
 
-fn rest_reply(header_length: Option<usize>, body: &Bytes) -> Result<HttpResponse> {
+fn rest_reply(model: &str, header_length: Option<usize>, body: &Bytes) -> Result<HttpResponse> {
+    let outputs = answers::of(model).with_context(|| format!("no model '{model}'"))?;
     let json = body.get(..header_length.unwrap_or(body.len())).context("the header is longer than the body")?;
-    let call: Call = serde_json::from_slice(json)?;
-    let input = call.inputs.first().context("no input")?;
+    let Call { id, inputs } = serde_json::from_slice(json)?;
+    let input = inputs.into_iter().next().context("no input")?;
+    let width = DType::parse(&input.datatype).and_then(DType::size).context("no datatype of a fixed size")?;
     let given = match (&input.data, input.parameters.binary_data_size) {
-        (Some(data), None) => data.len() * size_of::<f32>(),
+        (Some(data), None) => data.len() * width,
         (None, Some(size)) if size == body.len() - json.len() => size,
         _ => anyhow::bail!("input '{}' has no data", input.name),
     };
-    let expected = input.shape.iter().product::<i64>() as usize * size_of::<f32>();
-    anyhow::ensure!(input.datatype == "FP32" && given == expected, "input '{}' has the wrong size", input.name);
+    let expected = input.shape.iter().product::<i64>() as usize * width;
+    anyhow::ensure!(given == expected, "input '{}' has the wrong size", input.name);
 
-    let rows = input.shape.first().copied().unwrap_or(1);
-    let answer = |outputs| Answer { model_name: MODEL, model_version: "1", id: call.id.clone(), outputs };
-    let output = |name, datatype, shape, size: Option<usize>, data| Output {
-        name,
-        datatype,
-        shape,
-        parameters: size.map(|size| Parameters { binary_data_size: Some(size) }),
-        data,
-    };
+    let answer = |outputs| Answer { model_name: model, model_version: "1", id, outputs };
+    let (data, raw) = (input.data.unwrap_or_default(), body.slice(json.len()..));
     if header_length.is_none() {
-        let labels = Elements::Labels((0..rows).map(|_| LABEL).collect());
-        let probabilities = Elements::Probabilities((0..rows).flat_map(|_| PROBABILITIES).collect());
-        let outputs = vec![
-            output("label", "INT64", vec![rows], None, Some(labels)),
-            output("probabilities", "FP32", vec![rows, 3], None, Some(probabilities)),
-        ];
-        return Ok(Json(answer(outputs)).into_response());
+        // Only one output may be the input itself, and so the input moves into it.
+        let mut data = Some(data);
+        let outputs = outputs.iter().map(|output| {
+            let shape = output.row.shape(&input.shape);
+            let own = if matches!(output.row, Row::Input) { data.take() } else { None };
+            let elements = Elements::new(&output.row, &shape, own.unwrap_or_default());
+            Output { name: output.name, datatype: output.row.datatype(), shape, parameters: None, data: Some(elements) }
+        });
+        return Ok(Json(answer(outputs.collect())).into_response());
     }
-    let (labels, probabilities) = raw_outputs(rows);
-    let outputs = vec![
-        output("label", "INT64", vec![rows], Some(labels.len()), None),
-        output("probabilities", "FP32", vec![rows, 3], Some(probabilities.len()), None),
-    ];
-    let mut body = serde_json::to_vec(&answer(outputs))?;
+    let contents: Vec<Bytes> = outputs.iter().map(|output| output.row.bytes(&input.shape, &raw)).collect();
+    let outputs = outputs.iter().zip(&contents).map(|(output, content)| Output {
+        name: output.name,
+        datatype: output.row.datatype(),
+        shape: output.row.shape(&input.shape),
+        parameters: Some(Parameters { binary_data_size: Some(content.len()) }),
+        data: None,
+    });
+    let mut body = serde_json::to_vec(&answer(outputs.collect()))?;
     let length = body.len();
-    body.extend_from_slice(&labels);
-    body.extend_from_slice(&probabilities);
+    body.reserve_exact(contents.iter().map(Bytes::len).sum());
+    contents.iter().for_each(|content| body.extend_from_slice(content));
     let headers = [(header::CONTENT_TYPE.as_str(), "application/octet-stream"), (HEADER_LENGTH, &length.to_string())];
     Ok((headers, body).into_response())
 }

@@ -12,7 +12,7 @@ use tidegate::{
     tensor::{Data, Tensor, gather},
 };
 
-use crate::machine::{Moment, Usage, on_core};
+use crate::machine::{Moment, Usage, on_cores};
 
 /// A loaded model and one row for it.
 pub struct Model {
@@ -27,7 +27,7 @@ impl Model {
     /// # Errors
     /// When it cannot be loaded, or takes more than one input of a fixed size.
     pub fn load(library: &Path, files: &Path, core: usize, element: impl Fn(usize) -> [u8; 4]) -> Result<Self> {
-        let session = on_core(core, || load(Some(library), files))?;
+        let session = on_cores(&[core], || load(Some(library), files))?;
         let [spec] = session.signature().inputs.as_slice() else { anyhow::bail!("the model has several inputs") };
         let shape: Vec<usize> = spec.shape.iter().map(|&size| usize::try_from(size).unwrap_or(1)).collect();
         let bytes: Vec<u8> = (0..shape.iter().product()).flat_map(element).collect();
@@ -39,14 +39,17 @@ impl Model {
         &self.row
     }
 
-    /// The label that `iris` gives the row.
+    /// The contents of the outputs for the row.
     ///
     /// # Errors
-    /// When the model's first output is none.
-    pub fn label(&mut self) -> Result<i64> {
+    /// When the run fails, or gives texts.
+    pub fn outputs(&mut self) -> Result<Vec<Bytes>> {
         let outputs = self.session.run(std::slice::from_ref(&self.row))?;
-        let Some(Data::Plain(bytes)) = outputs.first().map(|output| &output.data) else { anyhow::bail!("no label") };
-        Ok(i64::from_le_bytes(bytes.as_ref().try_into().context("the label is no INT64")?))
+        let contents = outputs.into_iter().map(|output| match output.data {
+            Data::Plain(bytes) => Ok(bytes),
+            Data::Strings(_) => anyhow::bail!("output '{}' holds texts", output.name),
+        });
+        contents.collect()
     }
 
     /// Runs batches of `rows` for `window`; seconds of a run, and what was used meanwhile.
@@ -56,7 +59,7 @@ impl Model {
     pub fn run(&mut self, rows: usize, window: Duration) -> Result<(f64, Usage)> {
         let batch = [gather(&vec![&self.row; rows])];
         let session = &mut self.session;
-        on_core(self.core, || {
+        on_cores(&[self.core], || {
             for _ in 0..3 {
                 session.run(&batch)?;
             }
@@ -99,6 +102,6 @@ mod tests {
         let flower = [5.1_f32, 3.5, 1.4, 0.2];
         let mut model =
             Model::load(&library, &root.join("models/iris/1"), 0, |index| flower[index % 4].to_le_bytes()).unwrap();
-        assert_eq!(model.label().unwrap(), 0);
+        assert_eq!(model.outputs().unwrap()[0], 0_i64.to_le_bytes().as_slice());
     }
 }

@@ -6,7 +6,7 @@
 
 use std::{
     collections::VecDeque,
-    io::{ErrorKind, Read, Write},
+    io::{ErrorKind, Read},
     net::SocketAddr,
     time::{Duration, Instant},
 };
@@ -19,7 +19,7 @@ use rand_distr::{Distribution, Exp};
 use crate::{
     machine::{Moment, Usage},
     statistics::Latencies,
-    wire::{Replies, Request, Wire},
+    wire::{Outbox, Replies, Request, Wire},
 };
 
 /// A server that answers nothing for so long answers nothing any more.
@@ -33,8 +33,8 @@ const LATE: Duration = Duration::from_millis(1);
 #[derive(Clone)]
 pub struct Target<'a> {
     pub address: SocketAddr,
-    /// The process whose CPU time counts.
-    pub pid: u32,
+    /// The process whose CPU time counts, if it is one of this machine's.
+    pub pid: Option<u32>,
     pub request: &'a Request,
     pub connections: usize,
     /// Requests that may be open on each connection; over HTTP/1.1 it is always one.
@@ -55,6 +55,8 @@ pub struct Saturation {
 #[derive(Default)]
 pub struct Arrivals {
     pub latencies: Latencies,
+    /// Of requests that were sent in phases of comparison.
+    pub steady: Latencies,
     pub failed: usize,
     /// The share of requests that the generator sent late.
     pub late: f64,
@@ -83,11 +85,11 @@ pub fn closed(target: &Target<'_>, warm: Duration, window: Duration) -> Result<S
         ensure!(failed == 0, "{failed} of {count} requests failed under full load");
         // The window begins and ends with replies, so that a batch is in it with all of its time or not at all.
         match &begun {
-            None if count > 0 && now >= warm => begun = Some(Moment::now(Some(target.pid))?),
+            None if count > 0 && now >= warm => begun = Some(Moment::now(target.pid)?),
             Some(start) => {
                 replied += count;
                 if count > 0 && start.elapsed() >= window {
-                    break start.until(&Moment::now(Some(target.pid))?);
+                    break start.until(&Moment::now(target.pid)?);
                 }
             }
             None => {}
@@ -103,6 +105,8 @@ pub fn closed(target: &Target<'_>, warm: Duration, window: Duration) -> Result<S
 pub enum Phase {
     /// Send them, but do not count their latency: the server warms up, or what is to be measured has not begun.
     Pass,
+    /// Count their latency as what others are compared with.
+    Steady,
     Count,
     /// Send no more.
     End,
@@ -138,8 +142,8 @@ pub fn open(
     let gaps = Exp::new(rate).context("the rate of an open loop must be positive")?;
     let mut gap = || Duration::from_secs_f64(gaps.sample(&mut random));
     let mut arrivals = Arrivals::default();
-    // When phases began, and whether requests counted in them.
-    let mut phases: Vec<(Duration, bool)> = Vec::new();
+    // When phases began.
+    let mut phases: Vec<(Duration, Phase)> = Vec::new();
     let (mut sent, mut late) = (0u32, 0u32);
     let mut begun: Option<Moment> = None;
     let mut waiting = VecDeque::new();
@@ -150,12 +154,12 @@ pub fn open(
         if current == Phase::End {
             break;
         }
-        let counts = current == Phase::Count;
-        if phases.last().is_none_or(|last| last.1 != counts) {
-            phases.push((now, counts));
+        let counts = current != Phase::Pass;
+        if phases.last().is_none_or(|last| last.1 != current) {
+            phases.push((now, current));
         }
         if begun.is_none() && counts {
-            begun = Some(Moment::now(Some(target.pid))?);
+            begun = Some(Moment::now(target.pid)?);
         }
         while next <= now {
             sent += u32::from(counts);
@@ -168,7 +172,7 @@ pub fn open(
         generator.record(&phases, &mut arrivals);
     }
     let begun = begun.context("the run ended before anything counted")?;
-    arrivals.usage = begun.until(&Moment::now(Some(target.pid))?);
+    arrivals.usage = begun.until(&Moment::now(target.pid)?);
     arrivals.late = f64::from(late) / f64::from(sent.max(1));
     // What was begun is waited for: the slowest requests must not be the ones that are left out.
     let deadline = generator.now() + STALL;
@@ -187,6 +191,7 @@ pub fn open(
 /// When the request fails.
 pub fn ask(target: &Target<'_>) -> Result<Vec<u8>> {
     let mut generator = Generator::connect(&Target { connections: 1, streams: 1, ..target.clone() })?;
+    generator.replies.keep = usize::MAX;
     generator.begin_waiting(&mut VecDeque::from([Duration::ZERO]));
     generator.drain()?;
     let succeeded = generator.replies.all.iter().all(|reply| reply.succeeded);
@@ -208,7 +213,7 @@ struct Generator {
 struct Connection {
     socket: TcpStream,
     wire: Wire,
-    out: Vec<u8>,
+    out: Outbox,
     input: Vec<u8>,
     /// Bytes of `input` that were received and not read yet.
     filled: usize,
@@ -226,7 +231,8 @@ impl Generator {
             let mut socket = TcpStream::from_std(socket);
             poll.registry().register(&mut socket, Token(index), Interest::READABLE | Interest::WRITABLE)?;
             let wire = Wire::new(target.request, target.streams)?;
-            let out = wire.opening().to_vec();
+            let mut out = Outbox::default();
+            out.push(wire.opening());
             connections.push(Connection { socket, wire, out, input: vec![0; READ], filled: 0 });
         }
         let (events, now) = (Events::with_capacity(1024), Instant::now());
@@ -280,15 +286,16 @@ impl Generator {
         Ok(())
     }
 
-    /// Takes the replies; the latency of those counts that were asked for in a phase that counts.
-    fn record(&mut self, phases: &[(Duration, bool)], arrivals: &mut Arrivals) {
+    /// Takes the replies; each latency counts as the phase says in which the request was meant to be sent.
+    fn record(&mut self, phases: &[(Duration, Phase)], arrivals: &mut Arrivals) {
         let now = self.epoch.elapsed();
         for reply in self.replies.all.drain(..) {
             let phase = phases[..phases.partition_point(|(begun, _)| *begun <= reply.intended)].last();
-            match reply.succeeded {
-                true if phase.is_some_and(|(_, counts)| *counts) => arrivals.latencies.record(now - reply.intended),
-                true => {}
-                false => arrivals.failed += 1,
+            match (reply.succeeded, phase.map(|(_, phase)| phase)) {
+                (false, _) => arrivals.failed += 1,
+                (true, Some(Phase::Count)) => arrivals.latencies.record(now - reply.intended),
+                (true, Some(Phase::Steady)) => arrivals.steady.record(now - reply.intended),
+                (true, _) => {}
             }
         }
     }
@@ -301,9 +308,9 @@ impl Connection {
 
     fn flush(&mut self) -> Result<()> {
         while !self.out.is_empty() {
-            match self.socket.write(&self.out) {
-                Ok(0) => bail!("the server has closed the connection"),
-                Ok(written) => drop(self.out.drain(..written)),
+            match self.out.write(&mut self.socket) {
+                Ok(()) => {}
+                Err(error) if error.kind() == ErrorKind::WriteZero => bail!("the server has closed the connection"),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => return Err(error).context("cannot send"),
@@ -339,6 +346,10 @@ impl Connection {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
+    use bytes::Bytes;
+
     use super::*;
     use crate::{echo, requests::Protocol};
 
@@ -362,8 +373,10 @@ mod tests {
         for protocol in Protocol::ALL {
             let request = protocol.request("iris", &flower()).unwrap();
             let address = if protocol == Protocol::Grpc { grpc } else { rest };
-            let target = Target { address, pid: std::process::id(), request: &request, connections: 4, streams: 4 };
-            assert_eq!(protocol.label(&ask(&target).unwrap()).unwrap(), 1, "{protocol:?}");
+            let target =
+                Target { address, pid: Some(std::process::id()), request: &request, connections: 4, streams: 4 };
+            let outputs = protocol.outputs(&ask(&target).unwrap()).unwrap();
+            assert_eq!(outputs, ["label INT64 [1]", "probabilities FP32 [1, 3]"], "{protocol:?}");
 
             let full = closed(&target, Duration::from_millis(20), Duration::from_millis(200)).unwrap();
             assert!(full.rate > 100.0 && full.usage.seconds >= 0.2, "{protocol:?}: {full:?}");
@@ -380,11 +393,12 @@ mod tests {
     fn failures_are_noticed() {
         let [rest, grpc] = echo();
         let broken = [
-            (rest, Request::Http1(b"POST /nowhere HTTP/1.1\r\nhost: h\r\ncontent-length: 0\r\n\r\n".to_vec())),
-            (grpc, Request::Grpc { path: "/inference.GRPCInferenceService/ServerLive", message: Vec::new() }),
+            (rest, Request::Http1("POST /nowhere HTTP/1.1\r\nhost: h\r\ncontent-length: 0\r\n\r\n".into())),
+            (grpc, Request::Grpc { path: "/inference.GRPCInferenceService/ServerLive", message: Bytes::new() }),
         ];
         for (address, request) in &broken {
-            let target = Target { address: *address, pid: std::process::id(), request, connections: 2, streams: 2 };
+            let target =
+                Target { address: *address, pid: Some(std::process::id()), request, connections: 2, streams: 2 };
             assert!(ask(&target).is_err());
             assert!(closed(&target, Duration::ZERO, Duration::from_millis(50)).is_err());
             let run = open(&target, 500.0, 7, between(Duration::ZERO, Duration::from_millis(100))).unwrap();
@@ -405,9 +419,9 @@ mod tests {
                 stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").unwrap();
             }
         });
-        let request = Request::Http1(b"GET / HTTP/1.1\r\n\r\n".to_vec());
-        let target = Target { address, pid: std::process::id(), request: &request, connections: 1, streams: 1 };
-        let mut run = open(&target, 200.0, 7, between(Duration::ZERO, Duration::from_millis(400))).unwrap();
+        let request = Request::Http1("GET / HTTP/1.1\r\n\r\n".into());
+        let target = Target { address, pid: Some(std::process::id()), request: &request, connections: 1, streams: 1 };
+        let run = open(&target, 200.0, 7, between(Duration::ZERO, Duration::from_millis(400))).unwrap();
         // About three quarters of all requests were meant for the pause, and waited for half of it on average.
         assert!(run.latencies.quantile(0.5) > 0.05, "{}", run.latencies.quantile(0.5));
     }

@@ -3,7 +3,10 @@
 use std::{fs, time::Instant};
 
 use anyhow::{Context, Result, bail};
-use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use rustix::{
+    thread::{CpuSet, sched_getaffinity, sched_setaffinity},
+    time::{ClockId, clock_gettime},
+};
 
 /// Ticks per second in `/proc`, on every architecture that Linux has today.
 const USER_HZ: f64 = 100.0;
@@ -30,17 +33,17 @@ impl Cores {
     }
 }
 
-/// Binds the calling thread, and what it starts from now on, to one core.
-pub fn pin(core: usize) -> Result<()> {
-    let mut cores = CpuSet::new();
-    cores.set(core);
-    sched_setaffinity(None, &cores).with_context(|| format!("cannot stay on core {core}"))
+/// Binds the calling thread, and what it starts from now on, to some cores.
+pub fn pin(cores: &[usize]) -> Result<()> {
+    let mut set = CpuSet::new();
+    cores.iter().for_each(|&core| set.set(core));
+    sched_setaffinity(None, &set).with_context(|| format!("cannot stay on cores {cores:?}"))
 }
 
-/// Calls `work` on a thread of its own that is bound to `core`.
-pub fn on_core<T: Send>(core: usize, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+/// Calls `work` on a thread of its own that is bound to `cores`.
+pub fn on_cores<T: Send>(cores: &[usize], work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     std::thread::scope(|scope| {
-        let thread = scope.spawn(|| pin(core).and_then(|()| work()));
+        let thread = scope.spawn(|| pin(cores).and_then(|()| work()));
         match thread.join() {
             Ok(result) => result,
             Err(panic) => std::panic::resume_unwind(panic),
@@ -93,7 +96,9 @@ impl Moment {
         let server = pid.map_or(Ok(0.0), |pid| stat(&pid.to_string()))?;
         let text = fs::read_to_string("/proc/stat").context("cannot read /proc/stat")?;
         let machine = machine_cpu(&text).context("/proc/stat has no line of all cores")?;
-        Ok(Self { at: Instant::now(), server, own: stat("self")?, machine })
+        let own = clock_gettime(ClockId::ProcessCPUTime);
+        let own = own.tv_sec as f64 + own.tv_nsec as f64 / 1e9;
+        Ok(Self { at: Instant::now(), server, own, machine })
     }
 
     pub fn elapsed(&self) -> std::time::Duration {

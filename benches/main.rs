@@ -1,10 +1,14 @@
 //! What a server in front of a model costs: `make bench` measures it and prints a table.
 
-use std::{io::Write, path::PathBuf};
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+};
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+mod answers;
 mod echo;
 mod figures;
 mod inprocess;
@@ -15,15 +19,19 @@ mod process;
 mod report;
 mod requests;
 mod statistics;
+mod targets;
 mod wire;
 
-use figures::{Bench, Pace};
+use figures::{Bench, Models, Pace, Peer};
 use process::Programs;
 use report::Report;
 
 /// The server's allocator, for the echo and for what runs in-process.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Results that matter are kept here.
+const RESULTS: &str = "benches/results";
 
 /// Measures the release binary against an echo on the same stack and against the model without a server.
 #[derive(Parser)]
@@ -39,19 +47,46 @@ enum Command {
         /// The release binary.
         #[arg(long, default_value = "target/release/tidegate")]
         server: PathBuf,
-        /// The folder with `iris`.
+        /// The folder of the models that are shipped.
         #[arg(long, default_value = "models")]
         models: PathBuf,
+        /// The folder of the models that `benches/models/make.py` makes.
+        #[arg(long, default_value = "target/bench/models")]
+        made: PathBuf,
         /// The model file of `magika`; without it, its figures are left out.
         #[arg(long)]
         magika: Option<PathBuf>,
         /// The ONNX Runtime library, or the folder that holds it.
         #[arg(long, env = "ORT_DYLIB_PATH", default_value = ".onnxruntime")]
         onnxruntime: PathBuf,
-        /// Where the figures are written as JSON.
-        #[arg(long, default_value = "target/bench.json")]
-        json: PathBuf,
+        /// The folder for `report.json` and `report.md`.
+        #[arg(long, default_value = "target/bench")]
+        out: PathBuf,
+        /// Keep the report under this name in `benches/results`, too.
+        #[arg(long, env = "KEEP")]
+        keep: Option<String>,
         /// Fewer and shorter windows: minutes instead of a quarter of an hour.
+        #[arg(long, env = "QUICK", value_parser = clap::builder::FalseyValueParser::new())]
+        quick: bool,
+    },
+    /// Measure another server of the Open Inference Protocol.
+    Peer {
+        /// Where its REST port is: http://host:port.
+        #[arg(long)]
+        rest: String,
+        /// Where its gRPC port is, host:port; without it, gRPC is left out.
+        #[arg(long)]
+        grpc: Option<String>,
+        /// A model that it serves.
+        #[arg(long, default_value = "iris")]
+        model: String,
+        /// The folder for `peer.json` and `peer.md`.
+        #[arg(long, default_value = "target/bench")]
+        out: PathBuf,
+        /// Keep the report under this name in `benches/results`, too.
+        #[arg(long, env = "KEEP")]
+        keep: Option<String>,
+        /// Fewer and shorter windows.
         #[arg(long, env = "QUICK", value_parser = clap::builder::FalseyValueParser::new())]
         quick: bool,
     },
@@ -72,20 +107,38 @@ fn main() -> Result<()> {
             server.serve()
         }
         Command::Load { files } => Ok(writeln!(std::io::stdout(), "{}", inprocess::load_time(&files)?)?),
-        Command::Measure { server, models, magika, onnxruntime, json, quick } => {
+        Command::Peer { rest, grpc, model, out, keep, quick } => {
+            let cores = machine::Cores::choose()?;
+            machine::pin(&[cores.generator])?;
+            let mut report = Report::of_peer(&rest, quick);
+            Peer { rest, grpc, model }.measure(pace(quick), &mut report)?;
+            finish(&report, &out, "peer", keep.as_deref())
+        }
+        Command::Measure { server, models, made, magika, onnxruntime, out, keep, quick } => {
             process::end_children_on_signals()?;
             let cores = machine::Cores::choose()?;
             let programs = Programs {
                 server: server.canonicalize()?,
                 onnxruntime: onnxruntime.canonicalize()?,
                 core: cores.server,
+                generator: cores.generator,
+                both: false,
             };
-            machine::pin(cores.generator)?;
-            let pace = if quick { Pace::QUICK } else { Pace::FULL };
-            let mut bench = Bench::new(programs, pace, models.canonicalize()?, Report::new(quick))?;
-            bench.measure(magika.as_deref())?;
-            bench.report.write(&json)?;
-            Ok(writeln!(std::io::stdout(), "{}", bench.report.markdown())?)
+            machine::pin(&[cores.generator])?;
+            let models = Models { shipped: models, made, magika };
+            let mut bench = Bench::new(programs, *pace(quick), &models, Report::new(quick))?;
+            bench.measure()?;
+            finish(&bench.report, &out, "report", keep.as_deref())
         }
     }
+}
+
+fn pace(quick: bool) -> &'static Pace {
+    if quick { &Pace::QUICK } else { &Pace::FULL }
+}
+
+/// Writes the report, and prints it.
+fn finish(report: &Report, out: &Path, name: &str, keep: Option<&str>) -> Result<()> {
+    report.write(out, name, keep.map(|name| (Path::new(RESULTS), name)))?;
+    Ok(writeln!(std::io::stdout(), "{}", report.markdown())?)
 }

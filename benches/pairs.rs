@@ -25,6 +25,27 @@ pub struct Value {
 }
 
 impl<T> Measured<T> {
+    pub fn map<U>(self, value: impl FnOnce(T) -> U) -> Measured<U> {
+        Measured { value: value(self.value), usage: self.usage, spoiled: self.spoiled }
+    }
+
+    /// Two things that were measured one after the other, and count only together.
+    pub fn and<U>(self, other: Measured<U>) -> Measured<(T, U)> {
+        let seconds = self.usage.seconds + other.usage.seconds;
+        let share = |of: fn(&Usage) -> f64| {
+            (of(&self.usage) * self.usage.seconds + of(&other.usage) * other.usage.seconds) / seconds
+        };
+        let usage = Usage {
+            seconds,
+            server: self.usage.server + other.usage.server,
+            own: self.usage.own + other.usage.own,
+            stolen: share(|usage| usage.stolen),
+            foreign: share(|usage| usage.foreign),
+        };
+        let spoiled = self.spoiled || other.spoiled;
+        Measured { value: (self.value, other.value), usage, spoiled }
+    }
+
     fn counts(&self) -> bool {
         self.usage.stolen <= MAX_STOLEN && !self.spoiled
     }
@@ -102,5 +123,15 @@ mod tests {
         let values = pairs.values(|ours, theirs| ours / theirs);
         assert_eq!(values, [true, true, false, false].map(|counts| Value { number: 2.0, counts }));
         assert_eq!(pairs.foreign().count(), 8);
+    }
+
+    #[test]
+    fn what_was_measured_together_counts_together() {
+        let calm = || measured(1.0, 0.0, false);
+        assert!(calm().and(measured(2.0, 0.05, false)).counts(), "the share of both together is 2.5 %");
+        assert!(!calm().and(measured(2.0, 0.07, false)).counts());
+        assert!(!measured(1.0, 0.0, true).and(calm()).counts());
+        let both = calm().and(measured(2.0, 0.0, false));
+        assert_eq!((both.value, both.usage.seconds, both.usage.own), ((1.0, 2.0), 2.0, 0.2));
     }
 }

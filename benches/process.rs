@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use crate::machine::on_core;
+use crate::machine::on_cores;
 
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// Of the log, this much is shown when a process does not start.
@@ -37,6 +37,10 @@ pub struct Programs {
     pub onnxruntime: PathBuf,
     /// The core that everything measured runs on.
     pub core: usize,
+    /// The core that the generator runs on.
+    pub generator: usize,
+    /// Whether what is measured may use both.
+    pub both: bool,
 }
 
 /// A server, ours or the echo, until this is dropped.
@@ -60,12 +64,26 @@ impl Programs {
     /// # Errors
     /// When it is not ready within a minute with every model; the message has the end of its log.
     pub fn serve(&self, models: &Path) -> Result<Process> {
+        self.serve_with(models, &[])
+    }
+
+    /// The same programs on two cores.
+    pub fn on_both(&self) -> Self {
+        Self { both: true, ..self.clone() }
+    }
+
+    /// Starts `tidegate serve` with more flags.
+    ///
+    /// # Errors
+    /// As `serve`.
+    pub fn serve_with(&self, models: &Path, flags: &[&str]) -> Result<Process> {
         let home = tempfile::tempdir()?;
         let mut command = Command::new(&self.server);
         command.arg("serve").arg("--models").arg(models).arg("--data").arg(home.path().join("data"));
         for port in ["--rest", "--grpc", "--ops"] {
             command.args([port, "127.0.0.1:0"]);
         }
+        command.args(flags);
         self.start(command, home)
     }
 
@@ -113,7 +131,8 @@ impl Programs {
         command.current_dir(home).env("ORT_DYLIB_PATH", &self.onnxruntime);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(File::create(home.join(LOG))?);
         // A process inherits the core of the thread that starts it, and so finds only one from its first moment on.
-        let mut running = on_core(self.core, || {
+        let cores = if self.both { vec![self.core, self.generator] } else { vec![self.core] };
+        let mut running = on_cores(&cores, || {
             let mut all = RUNNING.lock();
             let child = command.spawn().with_context(|| format!("cannot start {:?}", command.get_program()))?;
             all.push(child.id());

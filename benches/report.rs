@@ -1,14 +1,15 @@
-//! Figures and where they go: to the terminal as they are found, then to a JSON file and a Markdown table.
+//! Figures and where they go: to the terminal as they are found, then to a JSON file and Markdown tables.
 
 use std::{fmt::Write as _, io::Write as _, path::Path};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
 use crate::{
     machine,
     pairs::Value,
     statistics::{interval, median},
+    targets::goal,
 };
 
 /// One number, or the reason why there is none.
@@ -23,8 +24,18 @@ pub struct Figure {
     pub high: Option<f64>,
     pub unit: &'static str,
     pub better: Better,
+    pub target: Option<f64>,
+    pub stretch: Option<f64>,
     /// Why the value does not count.
     pub void: Option<String>,
+}
+
+/// A value with its interval, if it has one.
+#[derive(Clone, Copy)]
+struct Number {
+    value: f64,
+    low: f64,
+    high: f64,
 }
 
 #[derive(Clone, Copy, Serialize)]
@@ -40,6 +51,9 @@ pub struct Report {
     machine: String,
     commit: String,
     quick: bool,
+    /// Whose figures these are, when they are not ours.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peer: Option<String>,
     figures: Vec<Figure>,
 }
 
@@ -47,7 +61,12 @@ impl Report {
     pub fn new(quick: bool) -> Self {
         let now = humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string();
         let date = now.split('T').next().unwrap_or_default().to_owned();
-        Self { date, machine: machine::describe(), commit: commit(), quick, figures: Vec::new() }
+        Self { date, machine: machine::describe(), commit: commit(), quick, peer: None, figures: Vec::new() }
+    }
+
+    /// The figures of another server.
+    pub fn of_peer(address: &str, quick: bool) -> Self {
+        Self { peer: Some(address.to_owned()), ..Self::new(quick) }
     }
 
     /// Adds the median of the values that count. With more than half of them void the figure is void, and its number,
@@ -58,16 +77,7 @@ impl Report {
         let counted = values.iter().filter(|value| value.counts || void.is_some());
         let counted: Vec<f64> = counted.map(|value| value.number).collect();
         let (low, high) = interval(&counted);
-        self.add(Figure {
-            name: name.to_owned(),
-            title: title.to_owned(),
-            value: finite(median(&counted)),
-            low: finite(low),
-            high: finite(high),
-            unit,
-            better,
-            void,
-        });
+        self.add(name, title, unit, better, Number { value: median(&counted), low, high }, void);
     }
 
     /// Adds a number that was taken once.
@@ -80,19 +90,44 @@ impl Report {
         value: f64,
         void: Option<String>,
     ) {
-        self.add(Figure {
-            name: name.to_owned(),
-            title: title.to_owned(),
-            value: finite(value),
-            low: None,
-            high: None,
-            unit,
-            better,
-            void,
-        });
+        self.add(name, title, unit, better, Number { value, low: f64::NAN, high: f64::NAN }, void);
     }
 
-    fn add(&mut self, figure: Figure) {
+    /// Adds a number with an interval that was found in another way than that of a median.
+    pub fn with_interval(
+        &mut self,
+        name: &str,
+        title: &str,
+        unit: &'static str,
+        better: Better,
+        (value, (low, high)): (f64, (f64, f64)),
+        void: Option<String>,
+    ) {
+        self.add(name, title, unit, better, Number { value, low, high }, void);
+    }
+
+    fn add(
+        &mut self,
+        name: &str,
+        title: &str,
+        unit: &'static str,
+        better: Better,
+        number: Number,
+        void: Option<String>,
+    ) {
+        let goal = goal(name);
+        let figure = Figure {
+            name: name.to_owned(),
+            title: title.to_owned(),
+            value: finite(number.value),
+            low: finite(number.low),
+            high: finite(number.high),
+            unit,
+            better,
+            target: goal.map(|goal| goal.target),
+            stretch: goal.map(|goal| goal.stretch),
+            void,
+        };
         let number = figure
             .value
             .filter(|_| figure.void.is_some())
@@ -101,30 +136,89 @@ impl Report {
         self.figures.push(figure);
     }
 
-    /// The table that README shows.
+    /// Two tables: what is held against a target, and everything else.
     pub fn markdown(&self) -> String {
         let length = if self.quick { "a quick run" } else { "a full run" };
-        let mut text = format!(
-            "Measured on {} at commit {}, {length} on {}: the server on one core, the load generator on another.\n\n\
-             | figure | median | 95 % interval |\n|---|---|---|\n",
-            self.date, self.commit, self.machine
-        );
-        for figure in &self.figures {
-            let interval = match (figure.low, figure.high) {
-                (Some(low), Some(high)) if figure.void.is_none() => format!("{} – {}", digits(low), digits(high)),
-                _ => String::new(),
-            };
-            // Writing to a String cannot fail.
-            let _ = writeln!(text, "| {} | {} | {interval} |", figure.title, figure.shown());
+        let (date, commit, machine) = (&self.date, &self.commit, &self.machine);
+        let mut text = match &self.peer {
+            None => format!(
+                "Measured on {date} at commit {commit}, {length} on {machine}: the server on one core, the load \
+                 generator on another, unless a figure says otherwise.\n"
+            ),
+            Some(peer) => format!(
+                "Measured on {date} with the load generator of commit {commit}, {length} on {machine}: the server at \
+                 {peer}.\n"
+            ),
+        };
+        let (held, free): (Vec<_>, Vec<_>) = self.figures.iter().partition(|figure| figure.target.is_some());
+        // Writing to a String cannot fail.
+        if !held.is_empty() {
+            text.push_str("\n| figure | name | median | 95 % interval | target | stretch | reached |\n");
+            text.push_str("|---|---|---|---|---|---|---|\n");
+        }
+        for figure in held {
+            let bound = |bound: Option<f64>| bound.map(|bound| format!("{} {}", figure.better.bound(), digits(bound)));
+            let (target, stretch) = (bound(figure.target), bound(figure.stretch));
+            let _ = writeln!(
+                text,
+                "| {} | `{}` | {} | {} | {} | {} | {} |",
+                figure.title,
+                figure.name,
+                figure.shown(),
+                figure.interval(),
+                target.unwrap_or_default(),
+                stretch.unwrap_or_default(),
+                figure.reached()
+            );
+        }
+        if !free.is_empty() {
+            text.push_str("\n| figure | name | median | 95 % interval |\n|---|---|---|---|\n");
+        }
+        for figure in free {
+            let (title, name, shown, interval) = (&figure.title, &figure.name, figure.shown(), figure.interval());
+            let _ = writeln!(text, "| {title} | `{name}` | {shown} | {interval} |");
         }
         text
     }
 
+    /// Writes `NAME.json` and `NAME.md` into `folder`, and, to be kept, under another name beside others.
+    ///
     /// # Errors
-    /// When the file cannot be written.
-    pub fn write(&self, path: &Path) -> Result<()> {
-        let json = serde_json::to_vec_pretty(self)?;
-        std::fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))
+    /// When a file cannot be written, or `kept` is no plain name.
+    pub fn write(&self, folder: &Path, name: &str, kept: Option<(&Path, &str)>) -> Result<()> {
+        let json = serde_json::to_string_pretty(self)? + "\n";
+        let write = |folder: &Path, name: &str| -> Result<()> {
+            std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+            for (ending, text) in [("json", &json), ("md", &self.markdown())] {
+                let path = folder.join(format!("{name}.{ending}"));
+                std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+            }
+            Ok(())
+        };
+        write(folder, name)?;
+        if let Some((folder, name)) = kept {
+            let plain = name.chars().all(|letter| letter.is_ascii_alphanumeric() || "-_.".contains(letter));
+            ensure!(plain, "'{name}' is no name for a result: letters, digits, '-', '_' and '.' make one");
+            write(folder, name)?;
+        }
+        Ok(())
+    }
+}
+
+impl Better {
+    /// The sign before a bound.
+    fn bound(self) -> char {
+        match self {
+            Better::Higher => '≥',
+            Better::Lower => '≤',
+        }
+    }
+
+    fn reaches(self, value: f64, bound: f64) -> bool {
+        match self {
+            Better::Higher => value >= bound,
+            Better::Lower => value <= bound,
+        }
     }
 }
 
@@ -134,6 +228,26 @@ impl Figure {
         match &self.void {
             None => value.trim_end().to_owned(),
             Some(reason) => format!("void: {reason}"),
+        }
+    }
+
+    fn interval(&self) -> String {
+        match (self.low, self.high) {
+            (Some(low), Some(high)) if self.void.is_none() => format!("{} – {}", digits(low), digits(high)),
+            _ => String::new(),
+        }
+    }
+
+    /// Whether the value is as good as it must be; that of a void figure is not known.
+    fn reached(&self) -> &'static str {
+        let value = self.value.filter(|_| self.void.is_none());
+        let (Some(value), Some(target), Some(stretch)) = (value, self.target, self.stretch) else { return "?" };
+        if self.better.reaches(value, stretch) {
+            "stretch"
+        } else if self.better.reaches(value, target) {
+            "yes"
+        } else {
+            "no"
         }
     }
 }
@@ -189,7 +303,14 @@ mod tests {
     use super::*;
 
     fn report() -> Report {
-        Report { date: "2020-02-02".into(), machine: "m".into(), commit: "c".into(), quick: true, figures: Vec::new() }
+        Report {
+            date: "2020-02-02".into(),
+            machine: "m".into(),
+            commit: "c".into(),
+            quick: true,
+            peer: None,
+            figures: Vec::new(),
+        }
     }
 
     #[test]
@@ -205,10 +326,51 @@ mod tests {
         let voids: Vec<bool> = report.figures.iter().map(|figure| figure.void.is_some()).collect();
         assert_eq!(voids, [false, true, true]);
         let table = report.markdown();
-        assert!(table.contains("| A | 15,000 req/s | 10,000 – 20,000 |"), "{table}");
-        assert!(table.contains("| B | void: 2 of 3 pairs were void |  |"), "{table}");
+        assert!(table.contains("| A | `a` | 15,000 req/s | 10,000 – 20,000 |"), "{table}");
+        assert!(table.contains("| B | `b` | void: 2 of 3 pairs were void |  |"), "{table}");
         assert_eq!(report.figures[1].value, Some(2.0));
         assert!(serde_json::to_string(&report).unwrap().contains(r#""value":null"#), "not a number is no JSON");
+    }
+
+    #[test]
+    fn figures_are_held_against_their_targets() {
+        let mut report = report();
+        let counts = |number| [Value { number, counts: true }];
+        report.median("w1_grpc_vs_echo", "ratio", "", Better::Higher, &counts(0.85));
+        report.single("added_p99_us", "added", "µs", Better::Lower, 90.0, None);
+        report.single("start_ms", "start", "ms", Better::Lower, 100.5, None);
+        report.single("swap_failures", "failures", "", Better::Lower, 0.0, None);
+        report.single("roofline_w1", "roofline", "", Better::Higher, 1.0, Some("noise".to_owned()));
+        report.single("unheard_of", "free", "", Better::Higher, 1.0, None);
+        let table = report.markdown();
+        let row = |text: &str| assert!(table.contains(text), "{text} is not in\n{table}");
+        row("| ratio | `w1_grpc_vs_echo` | 0.85 | 0.85 – 0.85 | ≥ 0.80 | ≥ 0.90 | yes |");
+        row("| added | `added_p99_us` | 90.0 µs |  | ≤ 200 | ≤ 100 | stretch |");
+        row("| start | `start_ms` | 100 ms |  | ≤ 100 | ≤ 30.0 | no |");
+        row("| failures | `swap_failures` | 0.00 |  | ≤ 0.00 | ≤ 0.00 | stretch |");
+        row("| roofline | `roofline_w1` | void: noise |  | ≥ 0.90 | ≥ 0.95 | ? |");
+        row("| free | `unheard_of` | 1.00 |  |");
+    }
+
+    #[test]
+    fn results_are_written_for_machines_and_kept_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let (out, kept) = (folder.path().join("out"), folder.path().join("kept"));
+        let mut report = report();
+        report.median("roofline_w3", "r", "", Better::Higher, &[Value { number: 0.97, counts: true }]);
+        report.write(&out, "report", Some((&kept, "a-1"))).unwrap();
+        let read =
+            |path: &Path| -> serde_json::Value { serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap() };
+        let json = read(&out.join("report.json"));
+        assert_eq!(json, read(&kept.join("a-1.json")));
+        assert_eq!((&json["machine"], &json["commit"]), (&"m".into(), &"c".into()));
+        let figure = &json["figures"][0];
+        assert_eq!((&figure["name"], &figure["better"]), (&"roofline_w3".into(), &"higher".into()));
+        for (field, value) in [("value", 0.97), ("low", 0.97), ("high", 0.97), ("target", 0.95), ("stretch", 0.98)] {
+            assert_eq!(figure[field], value, "{field}");
+        }
+        assert!(std::fs::read_to_string(kept.join("a-1.md")).unwrap().contains("`roofline_w3`"));
+        assert!(report.write(&out, "report", Some((&kept, "../a"))).is_err());
     }
 
     #[test]

@@ -1,11 +1,13 @@
 //! Requests of one row, encoded once in each of the three ways, and a look at what comes back.
 
 use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
 use prost::Message;
+use serde::Deserialize;
 use serde_json::{Value, json};
 use tidegate::{
     api::pb,
-    tensor::{Data, Tensor},
+    tensor::{DType, Data, Tensor},
 };
 
 use crate::wire::Request;
@@ -53,75 +55,93 @@ impl Protocol {
     /// A request for `model` with one input.
     ///
     /// # Errors
-    /// For texts, which no benchmark sends.
+    /// As `request_of`.
     pub fn request(self, model: &str, input: &Tensor) -> Result<Request> {
-        let Data::Plain(raw) = &input.data else { anyhow::bail!("input '{}' holds texts", input.name) };
-        let (name, datatype, shape) = (&*input.name, input.dtype.name(), &input.shape[..]);
-        match self {
-            Protocol::Grpc => {
-                let message = pb::ModelInferRequest {
-                    model_name: model.to_owned(),
-                    inputs: vec![pb::model_infer_request::InferInputTensor {
-                        name: name.to_owned(),
-                        datatype: datatype.to_owned(),
-                        shape: shape.iter().map(|&size| size as i64).collect(),
-                        ..Default::default()
-                    }],
-                    raw_input_contents: vec![raw.clone()],
-                    ..Default::default()
-                };
-                Ok(Request::Grpc { path: INFER, message: message.encode_to_vec() })
-            }
-            Protocol::Json => {
-                let data: Vec<f32> = raw
-                    .chunks_exact(4)
-                    .map(|bytes| f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
-                    .collect();
-                let body = json!({
-                    "inputs": [{ "name": name, "datatype": datatype, "shape": shape, "data": shortest(&data)? }]
-                });
-                Ok(post(model, "", body.to_string().into_bytes()))
-            }
-            Protocol::Binary => {
-                let parameters = json!({ "binary_data_size": raw.len() });
-                let header = json!({
-                    "parameters": { "binary_data_output": true },
-                    "inputs": [{ "name": name, "datatype": datatype, "shape": shape, "parameters": parameters }],
-                });
-                let mut body = header.to_string().into_bytes();
-                let length = format!("{HEADER_LENGTH}: {}\r\n", body.len());
-                body.extend_from_slice(raw);
-                Ok(post(model, &length, body))
-            }
-        }
+        self.request_of(model, std::slice::from_ref(input))
     }
 
-    /// The label that a reply of `iris`, or of the echo, holds.
+    /// A request for `model`.
+    ///
+    /// # Errors
+    /// For texts, which no benchmark sends, and over JSON for half floats, which it has no number for.
+    pub fn request_of(self, model: &str, inputs: &[Tensor]) -> Result<Request> {
+        let raw = inputs.iter().map(raw).collect::<Result<Vec<_>>>()?;
+        if self == Protocol::Grpc {
+            let tensor = |input: &Tensor| pb::model_infer_request::InferInputTensor {
+                name: input.name.to_string(),
+                datatype: input.dtype.name().to_owned(),
+                shape: input.shape.iter().map(|&size| size as i64).collect(),
+                ..Default::default()
+            };
+            let message = pb::ModelInferRequest {
+                model_name: model.to_owned(),
+                inputs: inputs.iter().map(tensor).collect(),
+                raw_input_contents: raw.into_iter().cloned().collect(),
+                ..Default::default()
+            };
+            return Ok(Request::Grpc { path: INFER, message: message.encode_to_vec().into() });
+        }
+        let binary = self == Protocol::Binary;
+        let mut described = Vec::new();
+        for (input, raw) in inputs.iter().zip(&raw) {
+            let mut one = json!({ "name": &*input.name, "datatype": input.dtype.name(), "shape": &input.shape[..] });
+            if binary {
+                one["parameters"] = json!({ "binary_data_size": raw.len() });
+            } else {
+                one["data"] = numbers(input.dtype, raw)?;
+            }
+            described.push(one);
+        }
+        if !binary {
+            return Ok(post(model, "", json!({ "inputs": described }).to_string().into_bytes()));
+        }
+        let header = json!({ "parameters": { "binary_data_output": true }, "inputs": described });
+        let mut body = header.to_string().into_bytes();
+        let length = format!("{HEADER_LENGTH}: {}\r\n", body.len());
+        raw.into_iter().for_each(|raw| body.extend_from_slice(raw));
+        Ok(post(model, &length, body))
+    }
+
+    /// The outputs of a reply, each as its name, datatype, shape and bytes of contents, after checking that these fit.
     ///
     /// # Errors
     /// When it is no such reply.
-    pub fn label(self, body: &[u8]) -> Result<i64> {
-        let number = |bytes: &[u8]| -> Result<i64> {
-            Ok(i64::from_le_bytes(bytes.get(..8).and_then(|bytes| bytes.try_into().ok()).context("no label")?))
-        };
-        match self {
-            Protocol::Grpc => {
-                let message = pb::ModelInferResponse::decode(body.get(5..).context("no message")?)?;
-                let names: Vec<_> = message.outputs.iter().map(|output| output.name.as_str()).collect();
-                ensure!(names == ["label", "probabilities"], "the outputs are {names:?}");
-                number(message.raw_output_contents.first().context("no label")?)
+    pub fn outputs(self, body: &[u8]) -> Result<Vec<String>> {
+        let describe = |name: &str, datatype: &str, shape: &[i64]| format!("{name} {datatype} {shape:?}");
+        let elements = |shape: &[i64]| shape.iter().product::<i64>() as usize;
+        if self == Protocol::Grpc {
+            let message = pb::ModelInferResponse::decode(body.get(5..).context("no message")?)?;
+            let (outputs, raw) = (&message.outputs, &message.raw_output_contents);
+            ensure!(outputs.len() == raw.len(), "{} outputs and {} contents", outputs.len(), raw.len());
+            for (output, raw) in outputs.iter().zip(raw) {
+                let width = DType::parse(&output.datatype).and_then(DType::size).unwrap_or(1);
+                ensure!(raw.len() == elements(&output.shape) * width, "'{}': {} bytes", output.name, raw.len());
             }
-            Protocol::Json => {
-                let value: Value = serde_json::from_slice(body)?;
-                value["outputs"][0]["data"][0].as_i64().with_context(|| format!("no label in {value}"))
-            }
-            Protocol::Binary => {
-                let end = body.len().checked_sub(8 + 3 * size_of::<f32>()).context("no room for the outputs")?;
-                let header: Value = serde_json::from_slice(&body[..end])?;
-                ensure!(header["outputs"][0]["name"] == "label", "no label in {header}");
-                number(&body[end..])
+            return Ok(outputs.iter().map(|one| describe(&one.name, &one.datatype, &one.shape)).collect());
+        }
+        let Reply { outputs } = serde_json::Deserializer::from_slice(body)
+            .into_iter()
+            .next()
+            .context("an empty reply")?
+            .context("no reply of inference")?;
+        for output in &outputs {
+            let count = elements(&output.shape);
+            let width = DType::parse(&output.datatype).and_then(DType::size).unwrap_or(1);
+            match (self, &output.data, output.parameters.binary_data_size) {
+                (Protocol::Json, Some(data), None) if data.len() == count => {}
+                (Protocol::Binary, None, Some(size)) if size == count * width => {}
+                _ => anyhow::bail!("'{}' does not hold {count} elements as asked for", output.name),
             }
         }
+        Ok(outputs.iter().map(|one| describe(&one.name, &one.datatype, &one.shape)).collect())
+    }
+
+    /// The contents of a reply's outputs over gRPC.
+    ///
+    /// # Errors
+    /// When it is no such reply.
+    pub fn contents(body: &[u8]) -> Result<Vec<Bytes>> {
+        Ok(pb::ModelInferResponse::decode(body.get(5..).context("no message")?)?.raw_output_contents)
     }
 
     /// The version that gave a reply over gRPC.
@@ -134,9 +154,59 @@ impl Protocol {
     }
 }
 
+#[derive(Deserialize)]
+struct Reply {
+    outputs: Vec<ReplyOutput>,
+}
+
+#[derive(Deserialize)]
+struct ReplyOutput {
+    name: String,
+    datatype: String,
+    shape: Vec<i64>,
+    data: Option<Vec<Value>>,
+    #[serde(default)]
+    parameters: ReplyParameters,
+}
+
+#[derive(Default, Deserialize)]
+struct ReplyParameters {
+    binary_data_size: Option<usize>,
+}
+
+fn raw(input: &Tensor) -> Result<&Bytes> {
+    match &input.data {
+        Data::Plain(raw) => Ok(raw),
+        Data::Strings(_) => anyhow::bail!("input '{}' holds texts", input.name),
+    }
+}
+
 /// The elements as a person would write them: 0.2, and not 0.20000000298023224.
-fn shortest(data: &[f32]) -> Result<Value> {
-    Ok(serde_json::from_str(&serde_json::to_string(data)?)?)
+fn numbers(dtype: DType, raw: &[u8]) -> Result<Value> {
+    macro_rules! of {
+        ($type:ty) => {{
+            let elements: Vec<$type> = raw
+                .chunks_exact(size_of::<$type>())
+                .map(|bytes| bytes.try_into().map(<$type>::from_le_bytes))
+                .collect::<Result<_, _>>()?;
+            // Through text, because a float of 32 bits as a JSON value is one of 64.
+            serde_json::from_str(&serde_json::to_string(&elements)?)?
+        }};
+    }
+    Ok(match dtype {
+        DType::Bool => raw.iter().map(|&byte| byte != 0).collect(),
+        DType::Uint8 => of!(u8),
+        DType::Uint16 => of!(u16),
+        DType::Uint32 => of!(u32),
+        DType::Uint64 => of!(u64),
+        DType::Int8 => of!(i8),
+        DType::Int16 => of!(i16),
+        DType::Int32 => of!(i32),
+        DType::Int64 => of!(i64),
+        DType::Fp32 => of!(f32),
+        DType::Fp64 => of!(f64),
+        DType::Fp16 | DType::Bf16 | DType::Bytes => anyhow::bail!("JSON has no numbers for {dtype}"),
+    })
 }
 
 fn post(model: &str, extra: &str, body: Vec<u8>) -> Request {
@@ -145,5 +215,53 @@ fn post(model: &str, extra: &str, body: Vec<u8>) -> Request {
          content-length: {}\r\n{extra}\r\n",
         body.len()
     );
-    Request::Http1([head.into_bytes(), body].concat())
+    Request::Http1([head.into_bytes(), body].concat().into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tensor(name: &str, dtype: DType, shape: &[usize], bytes: &[u8]) -> Tensor {
+        Tensor::new(name.into(), dtype, shape.into(), Data::Plain(Bytes::copy_from_slice(bytes))).unwrap()
+    }
+
+    #[test]
+    fn requests_hold_every_input() {
+        let inputs = [
+            tensor("a", DType::Fp32, &[1, 2], &[0.2_f32, 3.0].map(f32::to_le_bytes).concat()),
+            tensor("b", DType::Int16, &[1], &(-2_i16).to_le_bytes()),
+        ];
+        let Request::Grpc { message, .. } = Protocol::Grpc.request_of("m", &inputs).unwrap() else { panic!() };
+        let message = pb::ModelInferRequest::decode(message).unwrap();
+        assert_eq!((message.inputs.len(), message.raw_input_contents.len()), (2, 2));
+
+        let body = |protocol: Protocol| {
+            let Request::Http1(bytes) = protocol.request_of("m", &inputs).unwrap() else { panic!() };
+            let text = String::from_utf8_lossy(&bytes).into_owned();
+            let (head, body) = text.split_once("\r\n\r\n").unwrap();
+            assert!(head.starts_with("POST /v2/models/m/infer HTTP/1.1\r\n"), "{head}");
+            body.to_owned()
+        };
+        let json: Value = serde_json::from_str(&body(Protocol::Json)).unwrap();
+        assert_eq!(json["inputs"][0]["data"].to_string(), "[0.2,3.0]");
+        assert_eq!(json["inputs"][1]["data"].to_string(), "[-2]");
+        let binary = body(Protocol::Binary);
+        let header: Value = serde_json::Deserializer::from_str(&binary).into_iter().next().unwrap().unwrap();
+        assert_eq!(header["inputs"][0]["parameters"]["binary_data_size"], 8);
+        assert!(Protocol::Json.request_of("m", &[tensor("h", DType::Fp16, &[1], &[0, 0])]).is_err());
+    }
+
+    #[test]
+    fn replies_must_hold_what_they_promise() {
+        let json = |data: &str| {
+            format!(r#"{{"outputs":[{{"name":"o","datatype":"FP32","shape":[1,2],{data}}}]}}"#).into_bytes()
+        };
+        assert_eq!(Protocol::Json.outputs(&json(r#""data":[1,2]"#)).unwrap(), ["o FP32 [1, 2]"]);
+        assert!(Protocol::Json.outputs(&json(r#""data":[1]"#)).is_err());
+        assert!(Protocol::Binary.outputs(&json(r#""data":[1,2]"#)).is_err());
+        let sized = json(r#""parameters":{"binary_data_size":8}"#);
+        assert!(Protocol::Binary.outputs(&[sized.as_slice(), &[0; 8]].concat()).is_ok());
+        assert!(Protocol::Grpc.outputs(b"\0\0\0\0\0").unwrap().is_empty());
+    }
 }

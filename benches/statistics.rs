@@ -1,7 +1,8 @@
-//! Medians, their intervals, and exact quantiles of latencies.
+//! Medians and their intervals, the line through the times of batches, and the distribution of latencies.
 
 use std::time::Duration;
 
+use hdrhistogram::Histogram;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
 const RESAMPLES: usize = 10_000;
@@ -17,42 +18,88 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
-/// The 95 % interval of the median, by drawing from `values` again and again with one fixed seed.
+/// The 95 % interval of the median.
 pub fn interval(values: &[f64]) -> (f64, f64) {
-    if values.is_empty() {
+    bootstrap(values.len(), RESAMPLES, |drawn| median(&drawn.iter().map(|&index| values[index]).collect::<Vec<_>>()))
+}
+
+/// The 95 % interval of a statistic of `count` things, by drawing as many of them again and again with one fixed seed.
+/// Not a number when there are none.
+pub fn bootstrap(count: usize, resamples: usize, statistic: impl Fn(&[usize]) -> f64) -> (f64, f64) {
+    if count == 0 {
         return (f64::NAN, f64::NAN);
     }
     let mut random = StdRng::seed_from_u64(0);
-    let mut medians: Vec<f64> = (0..RESAMPLES)
+    let mut drawn = vec![0; count];
+    let mut found: Vec<f64> = (0..resamples)
         .map(|_| {
-            let drawn: Vec<f64> = values.iter().map(|_| values[random.random_range(0..values.len())]).collect();
-            median(&drawn)
+            drawn.fill_with(|| random.random_range(0..count));
+            statistic(&drawn)
         })
         .collect();
-    medians.sort_by(f64::total_cmp);
-    (medians[RESAMPLES / 40], medians[RESAMPLES - 1 - RESAMPLES / 40])
+    found.sort_by(f64::total_cmp);
+    (found[resamples / 40], found[resamples - 1 - resamples / 40])
 }
 
-/// Every latency of a run. There are few enough to keep them all, so quantiles are exact, not those of a bucket.
-#[derive(Default)]
-pub struct Latencies {
-    nanos: Vec<u64>,
+/// How long a run takes by its number of rows: `row` seconds for each of them, and `fixed` seconds for any.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Line {
+    pub row: f64,
+    pub fixed: f64,
+}
+
+/// The line through `(rows, seconds)` with the smallest sum of squared relative errors, so that a batch of one says as
+/// much as a batch of 64. Not a number with fewer than two sizes.
+pub fn fit(times: &[(usize, f64)]) -> Line {
+    let [mut weight, mut x, mut y, mut xx, mut xy] = [0.0; 5];
+    for &(rows, seconds) in times {
+        let (rows, each) = (rows as f64, 1.0 / (seconds * seconds));
+        weight += each;
+        x += each * rows;
+        y += each * seconds;
+        xx += each * rows * rows;
+        xy += each * rows * seconds;
+    }
+    let row = (weight * xy - x * y) / (weight * xx - x * x);
+    Line { row, fixed: (y - row * x) / weight }
+}
+
+/// Latencies of a run, each kept to a thousandth of itself: a histogram of fixed size, because a list that grows would
+/// hold up the one thread that sends whenever it moves.
+pub struct Latencies(Histogram<u64>);
+
+/// In nanoseconds. What is shorter is told apart by this much only, and what is longer counts as that long.
+const SHORTEST: u64 = 100;
+const LONGEST: u64 = 100_000_000_000;
+const DIGITS: u8 = 3;
+
+impl Default for Latencies {
+    fn default() -> Self {
+        #[expect(clippy::expect_used, reason = "the bounds are constants that a test constructs")]
+        let histogram = Histogram::new_with_bounds(SHORTEST, LONGEST, DIGITS).expect("bounds of a histogram");
+        Self(histogram)
+    }
 }
 
 impl Latencies {
     pub fn record(&mut self, latency: Duration) {
-        self.nanos.push(u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX));
+        self.0.saturating_record(u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX));
+    }
+
+    /// Adds those of another run.
+    pub fn add(&mut self, others: &Latencies) {
+        // Both have the same bounds, so all of them fit.
+        let added = self.0.add(&others.0);
+        debug_assert!(added.is_ok(), "{added:?}");
     }
 
     pub fn count(&self) -> usize {
-        self.nanos.len()
+        self.0.len() as usize
     }
 
     /// The smallest latency that at least `share` of all do not exceed, in seconds; not a number when there are none.
-    pub fn quantile(&mut self, share: f64) -> f64 {
-        self.nanos.sort_unstable();
-        let rank = (share * self.nanos.len() as f64).ceil() as usize;
-        self.nanos.get(rank.max(1) - 1).map_or(f64::NAN, |&nanos| nanos as f64 / 1e9)
+    pub fn quantile(&self, share: f64) -> f64 {
+        if self.0.is_empty() { f64::NAN } else { self.0.value_at_quantile(share) as f64 / 1e9 }
     }
 }
 
@@ -81,11 +128,45 @@ mod tests {
     }
 
     #[test]
-    fn quantiles_are_exact() {
+    fn the_line_goes_through_all_sizes_alike() {
+        let exact: Vec<_> = [1, 2, 4, 8, 64].map(|rows| (rows, 3e-6 + 1e-6 * rows as f64)).into();
+        let line = fit(&exact);
+        assert!((line.row - 1e-6).abs() < 1e-12 && (line.fixed - 3e-6).abs() < 1e-12, "{line:?}");
+        // Off by a tenth at either end: a batch of one pulls as hard as one of 64.
+        let mut off = exact.clone();
+        off[0].1 *= 1.1;
+        off[4].1 *= 1.1;
+        let line = fit(&off);
+        let errors: Vec<f64> =
+            off.iter().map(|&(rows, time)| (line.fixed + line.row * rows as f64) / time - 1.0).collect();
+        assert!(errors.iter().all(|error| error.abs() < 0.08), "{errors:?}");
+        assert!(fit(&exact[..1]).row.is_nan());
+    }
+
+    #[test]
+    fn quantiles_are_true_to_a_thousandth() {
         let mut latencies = Latencies::default();
         (1..=1000).rev().for_each(|millis| latencies.record(Duration::from_millis(millis)));
         assert_eq!(latencies.count(), 1000);
-        assert_eq!([0.5, 0.99, 1.0].map(|share| latencies.quantile(share)), [0.5, 0.99, 1.0]);
+        for (share, expected) in [(0.5, 0.5), (0.99, 0.99), (1.0, 1.0)] {
+            let found = latencies.quantile(share);
+            assert!((found / expected - 1.0).abs() < 1e-3, "{share}: {found}");
+        }
         assert!(Latencies::default().quantile(0.5).is_nan());
+    }
+
+    #[test]
+    fn no_latency_is_lost_at_the_edges() {
+        let mut latencies = Latencies::default();
+        latencies.record(Duration::ZERO);
+        latencies.record(Duration::from_secs(1000));
+        assert_eq!(latencies.count(), 2);
+        assert!(latencies.quantile(0.5) < 1e-6, "{}", latencies.quantile(0.5));
+        let longest = LONGEST as f64 / 1e9;
+        assert!((latencies.quantile(1.0) / longest - 1.0).abs() < 1e-3, "{}", latencies.quantile(1.0));
+        let mut sum = Latencies::default();
+        sum.add(&latencies);
+        sum.add(&latencies);
+        assert_eq!((sum.count(), sum.quantile(1.0)), (4, latencies.quantile(1.0)));
     }
 }

@@ -7,20 +7,23 @@
 use std::time::Duration;
 
 use anyhow::Result;
+use bytes::Bytes;
 
 mod http1;
 mod http2;
+mod outbox;
 
 pub use http1::Http1;
 pub use http2::Http2;
+pub use outbox::Outbox;
 
 /// A request, ready to be sent any number of times.
 #[derive(Clone, Debug)]
 pub enum Request {
     /// Everything, head and body.
-    Http1(Vec<u8>),
+    Http1(Bytes),
     /// A path and the message behind the five bytes that gRPC puts first.
-    Grpc { path: &'static str, message: Vec<u8> },
+    Grpc { path: &'static str, message: Bytes },
 }
 
 /// What came back for a request.
@@ -32,11 +35,25 @@ pub struct Reply {
 }
 
 /// Replies since the last look.
-#[derive(Default)]
 pub struct Replies {
     pub all: Vec<Reply>,
-    /// The body of the latest one that had any.
+    /// The body of the latest one that had any, as far as it is kept.
     pub body: Vec<u8>,
+    /// So much of a body is kept at most: of a large one nobody asks for more than where it came from.
+    pub keep: usize,
+}
+
+impl Default for Replies {
+    fn default() -> Self {
+        Self { all: Vec::new(), body: Vec::new(), keep: 4 << 10 }
+    }
+}
+
+impl Replies {
+    fn keep(&mut self, bytes: &[u8]) {
+        let room = self.keep.saturating_sub(self.body.len());
+        self.body.extend_from_slice(&bytes[..bytes.len().min(room)]);
+    }
 }
 
 /// One connection's state between bytes in and bytes out.
@@ -82,7 +99,7 @@ impl Wire {
     }
 
     /// Adds a request to `out`. There must be room for it.
-    pub fn begin(&mut self, intended: Duration, out: &mut Vec<u8>) {
+    pub fn begin(&mut self, intended: Duration, out: &mut Outbox) {
         match self {
             Wire::Http1(wire) => wire.begin(intended, out),
             Wire::Http2(wire) => wire.begin(intended, out),
@@ -94,7 +111,7 @@ impl Wire {
     ///
     /// # Errors
     /// When the peer does not speak the protocol, or ends the connection.
-    pub fn receive(&mut self, bytes: &[u8], out: &mut Vec<u8>, replies: &mut Replies) -> Result<usize> {
+    pub fn receive(&mut self, bytes: &[u8], out: &mut Outbox, replies: &mut Replies) -> Result<usize> {
         match self {
             Wire::Http1(wire) => wire.receive(bytes, replies),
             Wire::Http2(wire) => wire.receive(bytes, out, replies),

@@ -8,11 +8,10 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use tempfile::TempDir;
 
 use crate::{
-    inprocess::Model,
     load::Target,
     machine::{Moment, Usage},
     pairs::{MAX_STOLEN, Measured},
@@ -24,11 +23,14 @@ use crate::{
 };
 
 mod latency;
-mod magika;
 mod memory;
+mod peer;
 mod start;
 mod swap;
 mod throughput;
+mod workload;
+
+pub use peer::Peer;
 
 /// With more than this share of the machine in other hands, two programs do not lose alike: the one with more threads
 /// gets more of what is left.
@@ -36,8 +38,6 @@ const MAX_FOREIGN: f64 = 0.1;
 /// A run is void when more than this share of its requests were sent late.
 const MAX_LATE: f64 = 0.001;
 
-/// The row of `iris` that is asked about.
-const FLOWER: [f32; 4] = [5.7, 2.8, 4.1, 1.3];
 /// Requests that may be open on a connection of an open loop before they wait in the generator.
 const OPEN_STREAMS: usize = 256;
 
@@ -45,13 +45,15 @@ const OPEN_STREAMS: usize = 256;
 #[derive(Clone, Copy)]
 pub struct Pace {
     pairs: usize,
+    pairs_2core: usize,
     warm: Duration,
     window: Duration,
-    /// For `magika`, of which there are few runs in a second.
-    long_window: Duration,
+    /// The model alone, beside the windows of server and echo.
+    bare: Duration,
     latency_pairs: usize,
     latency_window: Duration,
     starts: usize,
+    /// Before each swap.
     steady: Duration,
     sweep: Duration,
 }
@@ -59,33 +61,49 @@ pub struct Pace {
 impl Pace {
     pub const QUICK: Self = Self {
         pairs: 5,
-        warm: Duration::from_millis(300),
+        pairs_2core: 3,
+        warm: Duration::from_millis(200),
         window: Duration::from_secs(1),
-        long_window: Duration::from_secs(2),
-        latency_pairs: 5,
-        latency_window: Duration::from_secs(3),
+        bare: Duration::from_millis(500),
+        latency_pairs: 3,
+        latency_window: Duration::from_secs(1),
         starts: 5,
-        steady: Duration::from_secs(5),
-        sweep: Duration::from_millis(300),
+        steady: Duration::from_millis(300),
+        sweep: Duration::from_millis(150),
     };
     pub const FULL: Self = Self {
         pairs: 10,
+        pairs_2core: 6,
         warm: Duration::from_millis(500),
-        window: Duration::from_secs(8),
-        long_window: Duration::from_secs(6),
+        window: Duration::from_secs(5),
+        bare: Duration::from_secs(2),
         latency_pairs: 10,
         latency_window: Duration::from_secs(6),
         starts: 10,
-        steady: Duration::from_secs(20),
+        steady: Duration::from_secs(1),
         sweep: Duration::from_secs(2),
     };
+}
+
+/// Where models lie.
+pub struct Models {
+    /// The folder of those that are shipped.
+    pub shipped: PathBuf,
+    /// The folder of those that are made for the benchmark.
+    pub made: PathBuf,
+    /// The model file of `magika`.
+    pub magika: Option<PathBuf>,
 }
 
 /// Measures, and fills the report.
 pub struct Bench {
     programs: Programs,
     pace: Pace,
+    models: PathBuf,
+    made: PathBuf,
     iris: PathBuf,
+    /// The folder of `magika`'s version.
+    magika: Option<PathBuf>,
     pub report: Report,
     /// The machine's shares that other processes took, a number for each window.
     foreign: Vec<f64>,
@@ -93,37 +111,33 @@ pub struct Bench {
 
 impl Bench {
     /// # Errors
-    /// When there is no `iris` in `models`.
-    pub fn new(programs: Programs, pace: Pace, models: PathBuf, report: Report) -> Result<Self> {
-        let iris = models.join("iris/1");
-        ensure!(iris.join("model.onnx").is_file(), "{} has no model.onnx", iris.display());
-        Ok(Self { programs, pace, iris, report, foreign: Vec::new() })
+    /// When a model is not where it should be.
+    pub fn new(programs: Programs, pace: Pace, models: &Models, report: Report) -> Result<Self> {
+        let there = |path: &Path| path.canonicalize().with_context(|| format!("there is no {}", path.display()));
+        let (shipped, made) = (there(&models.shipped)?, there(&models.made)?);
+        let iris = there(&shipped.join("iris/1"))?;
+        let magika = models.magika.as_deref().map(there).transpose()?;
+        let magika = magika.and_then(|file| Some(file.parent()?.to_owned()));
+        Ok(Self { programs, pace, models: shipped, made, iris, magika, report, foreign: Vec::new() })
     }
 
-    /// Measures everything; `magika` is that model's file.
+    /// Measures everything.
     ///
     /// # Errors
     /// When something that must work does not.
-    pub fn measure(&mut self, magika: Option<&Path>) -> Result<()> {
-        let magika = magika.map(|file| file.canonicalize().with_context(|| format!("no model at {}", file.display())));
-        let magika = magika.transpose()?.and_then(|file| Some(file.parent()?.to_owned()));
-        let mut iris = self.load(&self.iris, |index| FLOWER[index % FLOWER.len()].to_le_bytes())?;
-        self.sweep(&mut iris)?;
-        let rate = self.throughput(&mut iris)?;
+    pub fn measure(&mut self) -> Result<()> {
+        let mut iris = self.bare(&workload::IRIS)?;
+        let rate = self.small(&mut iris)?;
+        self.larger()?;
+        self.magika()?;
         self.added_latency(&iris, rate / 10.0)?;
         self.swaps(&iris, rate / 2.0)?;
         self.start()?;
-        self.memory(magika.as_deref())?;
-        if let Some(files) = magika {
-            self.magika(&files)?;
-        }
+        self.memory(self.magika.clone().as_deref())?;
+        self.on_both_cores()?;
         let foreign = 100.0 * median(&self.foreign);
         self.report.single("foreign", "other processes' share of the machine meanwhile", "%", Lower, foreign, None);
         Ok(())
-    }
-
-    fn load(&self, files: &Path, element: impl Fn(usize) -> [u8; 4]) -> Result<Model> {
-        Model::load(&self.programs.onnxruntime, files, self.programs.core, element)
     }
 }
 
@@ -157,7 +171,7 @@ fn target<'a>(
     (connections, streams): (usize, usize),
 ) -> Target<'a> {
     let address = if protocol == Protocol::Grpc { process.grpc } else { process.rest };
-    Target { address, pid: process.id(), request, connections, streams }
+    Target { address, pid: Some(process.id()), request, connections, streams }
 }
 
 /// A folder of models, each with one version whose files lie elsewhere.

@@ -1,74 +1,159 @@
 //! What hot swaps cost those who ask meanwhile.
+//!
+//! Every swap is a run of its own: some time without a change, and then a load of the next version, from the call to
+//! shortly after its end, when the old version is gone, too. Both are seconds apart on the same connections, so a
+//! machine that is slow for a while is slow for both.
 
-use std::{os::unix::fs::symlink, time::Duration};
+use std::{
+    io::{Read, Write},
+    net::{SocketAddr, TcpStream},
+    os::unix::fs::symlink,
+    path::Path,
+    sync::{
+        atomic::{AtomicBool, Ordering},
+        mpsc::channel,
+    },
+    time::Duration,
+};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
-use super::{Bench, MAX_LATE, OPEN_STREAMS, disturbance, repository, target};
+use super::{
+    Bench, MAX_LATE, OPEN_STREAMS, disturbance, repository, target,
+    workload::{Bare, IRIS},
+};
 use crate::{
-    inprocess::Model,
-    load::{self, Phase, between},
+    load::{self, Arrivals, Phase, Target},
+    machine::pin,
+    process::Process,
     report::{Better::Lower, say},
     requests::Protocol,
+    statistics::{Latencies, bootstrap},
 };
 
 const SWAPS: usize = 20;
-/// The server waits for a second without change before it takes new files for complete.
-const SETTLING: Duration = Duration::from_millis(900);
 /// How long one swap may take.
 const SWAP_TIMEOUT: Duration = Duration::from_secs(30);
+/// After the load's end the old version is still drained and dropped.
+const AFTERMATH: Duration = Duration::from_millis(100);
+/// Each draws from histograms of all swaps, and so there are fewer of them than for a median.
+const RESAMPLES: usize = 300;
 
 impl Bench {
     /// Twenty new versions of `iris`, one after the other, at `rate` gRPC requests per second.
-    pub(super) fn swaps(&mut self, iris: &Model, rate: f64) -> Result<()> {
+    pub(super) fn swaps(&mut self, iris: &Bare, rate: f64) -> Result<()> {
         let repository = repository(&[("iris", &self.iris)])?;
-        let staging = repository.path().join(".staging");
-        std::fs::create_dir(&staging)?;
+        let explicit = ["--model-control", "explicit", "--load-model", "iris"];
+        let server = self.programs.serve_with(repository.path(), &explicit)?;
+        let request = Protocol::Grpc.request("iris", iris.model.row())?;
+        let target = target(&server, Protocol::Grpc, &request, ((IRIS.concurrency)(Protocol::Grpc).0, OPEN_STREAMS));
+        let (mut runs, mut failed, mut answered) = (Vec::new(), 0, 0);
         for version in 2..=SWAPS + 1 {
-            symlink(&self.iris, staging.join(version.to_string()))?;
-        }
-        let server = self.programs.serve(repository.path())?;
-        let request = Protocol::Grpc.request("iris", iris.row())?;
-        let target = target(&server, Protocol::Grpc, &request, (Protocol::Grpc.concurrency().0, OPEN_STREAMS));
-
-        say(format_args!("iris at 50 % load, steady"));
-        let end = self.pace.warm + self.pace.steady;
-        let mut steady = load::open(&target, rate, 0, between(self.pace.warm, end))?;
-        say(format_args!("iris at 50 % load, {SWAPS} swaps"));
-        let publish = |version: usize| {
-            let name = version.to_string();
-            std::fs::rename(staging.join(&name), repository.path().join("iris").join(&name))
-        };
-        let (mut version, mut since) = (1, self.pace.warm);
-        let mut during = load::open(&target, rate, 1, |now, reply| {
-            // The generator's own replies tell which version serves; nothing else has to ask.
-            if now >= self.pace.warm && Protocol::version(reply).is_ok_and(|serving| serving == version) {
-                if version > SWAPS {
-                    return Ok(Phase::End);
-                }
-                version += 1;
-                since = now;
-                publish(version)?;
-            }
-            ensure!(
-                now.saturating_sub(since) < SWAP_TIMEOUT,
-                "version {version} does not answer within {SWAP_TIMEOUT:?}"
-            );
-            // While new files only lie there nothing is swapped, and what is counted would hide what is not.
-            Ok(if now >= since + SETTLING { Phase::Count } else { Phase::Pass })
-        })?;
-        let void = [&steady, &during].into_iter().find_map(|run| {
+            say(format_args!("iris at 50 % load, swap {} of {SWAPS}", version - 1));
+            let run = self.swap(&server, &target, rate, repository.path(), version)?;
+            failed += run.failed;
+            answered += run.latencies.count();
             let late = (run.late > MAX_LATE).then(|| format!("{:.1} % of requests were sent late", 100.0 * run.late));
-            disturbance(&run.usage).or(late)
-        });
-        let p99 = [steady.latencies.quantile(0.99), during.latencies.quantile(0.99)];
-        let failures = (steady.failed + during.failed) as f64;
-        let report = &mut self.report;
-        let asked = format!("{SWAPS} hot swaps at 50 % load: failures beside {} answers", during.latencies.count());
-        report.single("swap_failures", &asked, "", Lower, failures, None);
-        report.single("swap_steady_p99_us", "p99 without swaps", "µs", Lower, p99[0] * 1e6, void.clone());
-        report.single("swap_during_p99_us", "p99 during swaps", "µs", Lower, p99[1] * 1e6, void.clone());
-        report.single("swap_p99", "p99 during ÷ without swaps", "", Lower, p99[1] / p99[0], void);
+            let void = disturbance(&run.usage).or(late);
+            if let Some(reason) = &void {
+                say(format_args!("swap {} is void: {reason}", version - 1));
+            }
+            runs.push((run, void.is_none()));
+        }
+        let voided = runs.iter().filter(|(_, counts)| !counts).count();
+        let void = (voided * 2 > SWAPS).then(|| format!("{voided} of {SWAPS} swaps were void"));
+        // Of a figure that is void all swaps are shown.
+        let counted: Vec<&Arrivals> =
+            runs.iter().filter(|(_, counts)| *counts || void.is_some()).map(|(run, _)| run).collect();
+        let p99 = |drawn: &[usize], of: fn(&Arrivals) -> &Latencies| {
+            let mut all = Latencies::default();
+            drawn.iter().for_each(|&run| all.add(of(counted[run])));
+            all.quantile(0.99)
+        };
+        let (steady, during): (fn(&Arrivals) -> &Latencies, fn(&Arrivals) -> &Latencies) =
+            (|run| &run.steady, |run| &run.latencies);
+        let all: Vec<usize> = (0..counted.len()).collect();
+        let mut add = |name: &str, title: &str, unit, scale: f64, value: &dyn Fn(&[usize]) -> f64| {
+            let found = (scale * value(&all), bootstrap(all.len(), RESAMPLES, |drawn| scale * value(drawn)));
+            self.report.with_interval(name, title, unit, Lower, found, void.clone());
+        };
+        add("swap_steady_p99_us", "p99 without swaps", "µs", 1e6, &|drawn| p99(drawn, steady));
+        add("swap_during_p99_us", "p99 during swaps", "µs", 1e6, &|drawn| p99(drawn, during));
+        add("swap_p99", "p99 during ÷ without swaps", "", 1.0, &|drawn| p99(drawn, during) / p99(drawn, steady));
+        let asked = format!("{SWAPS} hot swaps at 50 % load: failures beside {answered} answers");
+        self.report.single("swap_failures", &asked, "", Lower, failed as f64, None);
         Ok(())
     }
+
+    /// Some time without a change, then one swap to `version`.
+    fn swap(
+        &self,
+        server: &Process,
+        target: &Target<'_>,
+        rate: f64,
+        models: &Path,
+        version: usize,
+    ) -> Result<Arrivals> {
+        symlink(&self.iris, models.join("iris").join(version.to_string()))?;
+        let loaded = AtomicBool::new(false);
+        let (order, orders) = channel::<()>();
+        let swap_at = self.pace.warm + self.pace.steady;
+        std::thread::scope(|scope| {
+            // Whoever asks for the load waits beside the server: the generator must not.
+            let (core, rest, done) = (self.programs.core, server.rest, &loaded);
+            let loader = scope.spawn(move || -> Result<()> {
+                pin(&[core])?;
+                // Without an order the run has failed, and says so itself.
+                let result = orders.recv().map_or(Ok(()), |()| load_model(rest, "iris"));
+                done.store(true, Ordering::Release);
+                result
+            });
+            let mut order = Some(order);
+            let mut loaded_at = None;
+            let mut serving = None;
+            let run = load::open(target, rate, version as u64, |now, reply| {
+                if now < self.pace.warm {
+                    return Ok(Phase::Pass);
+                }
+                if now < swap_at {
+                    return Ok(Phase::Steady);
+                }
+                if let Some(order) = order.take() {
+                    order.send(()).context("nobody loads models")?;
+                }
+                if loaded_at.is_none() && loaded.load(Ordering::Acquire) {
+                    loaded_at = Some(now);
+                }
+                ensure!(now < swap_at + SWAP_TIMEOUT, "version {version} is not loaded within {SWAP_TIMEOUT:?}");
+                if loaded_at.is_none_or(|loaded| now < loaded + AFTERMATH) {
+                    return Ok(Phase::Count);
+                }
+                serving = Protocol::version(reply).ok();
+                Ok(Phase::End)
+            });
+            drop(order);
+            match loader.join() {
+                Ok(result) => result?,
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+            let run = run?;
+            ensure!(serving == Some(version), "version {version} is loaded, and version {serving:?} answers");
+            Ok(run)
+        })
+    }
+}
+
+/// Loads the newest version of `model` through the REST API, and waits for it.
+fn load_model(rest: SocketAddr, model: &str) -> Result<()> {
+    let mut stream = TcpStream::connect(rest)?;
+    let request = format!(
+        "POST /v2/repository/models/{model}/load HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\
+         connection: close\r\n\r\n"
+    );
+    stream.set_read_timeout(Some(SWAP_TIMEOUT))?;
+    stream.write_all(request.as_bytes())?;
+    let mut reply = String::new();
+    stream.read_to_string(&mut reply).with_context(|| format!("no answer to the load of '{model}'"))?;
+    ensure!(reply.starts_with("HTTP/1.1 200"), "'{model}' does not load: {reply}");
+    Ok(())
 }

@@ -1,11 +1,15 @@
-//! What `iris`, a model that costs less than a request, costs in-process, and how many requests a core serves, beside
-//! the echo.
+//! How many requests a core serves: beside the echo, which has no model, and beside the model, which has no server.
+//!
+//! The roofline is what a server could do that costs no more than the echo and runs the model in its best batches:
+//! 1 / (c_inf(b*) + c_echo), both in CPU seconds for a request, measured on the same core within the same seconds.
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Bench, disturbance, is_disturbed, repository, target};
+use super::{
+    Bench, is_disturbed, repository, target,
+    workload::{Bare, CONVOLUTION, DIGITS, IDENTITY, IRIS, MAGIKA, Workload},
+};
 use crate::{
-    inprocess::Model,
     load::{self, Saturation},
     pairs::{Measured, Pairs, Value},
     report::{
@@ -18,73 +22,191 @@ use crate::{
 
 /// Above this share of its core the generator, and not the server, may be what was measured.
 const MAX_GENERATOR: f64 = 0.95;
-const IRIS_BATCHES: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
+
+/// The model without a server.
+#[derive(Clone, Copy)]
+struct Inprocess {
+    /// Rows per second.
+    rate: f64,
+    /// CPU seconds for each row.
+    cpu: f64,
+}
+
+/// The server, and in the same seconds the echo and, where the workload has batches, the model itself.
+type Rounds = Pairs<Saturation, (Saturation, Option<Inprocess>)>;
+
+/// What is found with one protocol.
+struct Found {
+    protocol: Protocol,
+    rounds: Rounds,
+}
 
 impl Bench {
-    /// `iris` in-process, alone and in batches.
-    pub(super) fn sweep(&mut self, iris: &mut Model) -> Result<()> {
-        for rows in IRIS_BATCHES {
-            let (seconds, usage) = iris.run(rows, self.pace.sweep)?;
-            let (name, title) =
-                (format!("iris_inprocess_{rows}_us"), format!("`iris` in-process, one run with a batch of {rows}"));
-            self.report.single(&name, &title, "µs", Lower, seconds * 1e6, disturbance(&usage));
-        }
-        Ok(())
-    }
-
-    /// Requests per second and CPU per request of `iris`, beside the echo; the rate over gRPC.
-    pub(super) fn throughput(&mut self, iris: &mut Model) -> Result<f64> {
-        let repository = repository(&[("iris", &self.iris)])?;
-        let (server, echo) = (self.programs.serve(repository.path())?, self.programs.echo()?);
-        let label = iris.label()?;
-        let mut rounds = Vec::new();
-        for protocol in Protocol::ALL {
-            let request = protocol.request("iris", iris.row())?;
-            let label_of = |process| -> Result<i64> {
-                protocol.label(&load::ask(&target(process, protocol, &request, protocol.concurrency()))?)
-            };
-            ensure!(label_of(&server)? == label, "{protocol:?}: the server's label is not the one in-process");
-            label_of(&echo).context("the echo")?;
-            rounds.push((protocol, request, Pairs::new()));
-        }
-        for round in 1..=self.pace.pairs {
-            say(format_args!("iris and echo under full load, round {round} of {}", self.pace.pairs));
-            for (protocol, request, pairs) in &mut rounds {
-                let measure = |process| {
-                    let target = target(process, *protocol, request, protocol.concurrency());
-                    let value = load::closed(&target, self.pace.warm, self.pace.window)?;
-                    let usage = value.usage;
-                    let spoiled = is_disturbed(&usage) || usage.own / usage.seconds > MAX_GENERATOR;
-                    Ok(Measured { value, usage, spoiled })
-                };
-                pairs.take(|| measure(&server), || measure(&echo))?;
-            }
-        }
-        for (protocol, _, pairs) in &rounds {
-            let mut add = |suffix: &str, what: &str, unit, better, value: &dyn Fn(&Saturation, &Saturation) -> f64| {
-                let (name, title) = (protocol.name(), protocol.title());
-                let (name, title) = (format!("w1_{name}_{suffix}"), format!("`iris`, {title}: {what}"));
-                self.report.median(&name, &title, unit, better, &pairs.values(value));
-            };
-            add("rps", "served", "req/s", Higher, &|ours, _| ours.rate);
-            add("echo_rps", "echo", "req/s", Higher, &|_, echo| echo.rate);
-            add("vs_echo", "served ÷ echo", "", Higher, &|ours, echo| ours.rate / echo.rate);
-            add("cpu_us", "server CPU per request", "µs", Lower, &|ours, _| ours.cpu * 1e6);
-            add("echo_cpu_us", "echo CPU per request", "µs", Lower, &|_, echo| echo.cpu * 1e6);
-            let generator = "generator's share of its core beside the echo";
-            add("generator", generator, "%", Lower, &|_, echo| 100.0 * echo.usage.own / echo.usage.seconds);
-            self.foreign.extend(pairs.foreign());
+    /// W1 in all three protocols; the rate over gRPC.
+    pub(super) fn small(&mut self, iris: &mut Bare) -> Result<f64> {
+        let found = self.saturate(&IRIS, &Protocol::ALL, Some(iris), self.pace.pairs)?;
+        for found in &found {
+            self.beside_the_echo(&IRIS, found, "");
         }
         let rates = |protocol| -> Vec<Value> {
-            let of_protocol = rounds.iter().filter(|round| round.0 == protocol);
-            of_protocol.flat_map(|(_, _, pairs)| pairs.values(|ours, _| ours.rate)).collect()
+            let of_protocol = found.iter().filter(|found| found.protocol == protocol);
+            of_protocol.flat_map(|found| found.rounds.values(|ours, _| ours.rate)).collect()
         };
         let both = rates(Protocol::Binary).into_iter().zip(rates(Protocol::Json));
         let ratios: Vec<Value> = both
             .map(|(binary, json)| Value { number: binary.number / json.number, counts: binary.counts && json.counts })
             .collect();
         self.report.median("w1_binary_vs_json", "`iris`: REST binary ÷ REST JSON", "", Higher, &ratios);
+        self.roofline("roofline_w1", &IRIS, &found[0].rounds);
         // Void or not: what follows needs some load.
         Ok(median(&rates(Protocol::Grpc).iter().map(|rate| rate.number).collect::<Vec<_>>()))
+    }
+
+    /// `digits`, and images of 602 KB as they are and through a convolution.
+    pub(super) fn larger(&mut self) -> Result<()> {
+        for found in &self.saturate(&IDENTITY, &[Protocol::Grpc, Protocol::Binary], None, self.pace.pairs)? {
+            self.beside_the_echo(&IDENTITY, found, "");
+        }
+        for (workload, roofline) in [(&DIGITS, "roofline_digits"), (&CONVOLUTION, "roofline_w3")] {
+            let mut bare = self.bare(workload)?;
+            for found in self.saturate(workload, &[Protocol::Grpc], Some(&mut bare), self.pace.pairs)? {
+                self.absolute(workload, &found, "");
+                self.roofline(roofline, workload, &found.rounds);
+            }
+        }
+        Ok(())
+    }
+
+    /// `magika`, if it is there.
+    pub(super) fn magika(&mut self) -> Result<()> {
+        if self.files(&MAGIKA).is_none() {
+            return Ok(());
+        }
+        let mut bare = self.bare(&MAGIKA)?;
+        for found in self.saturate(&MAGIKA, &[Protocol::Grpc], Some(&mut bare), self.pace.pairs)? {
+            self.absolute(&MAGIKA, &found, "");
+            self.roofline("roofline_magika", &MAGIKA, &found.rounds);
+            let ratio = |ours: &Saturation, theirs: &(Saturation, Option<Inprocess>)| {
+                theirs.1.map_or(f64::NAN, |bare| ours.rate / bare.rate)
+            };
+            let title = "`magika`: served ÷ in-process";
+            self.report.median("magika_vs_inprocess", title, "", Higher, &found.rounds.values(ratio));
+        }
+        Ok(())
+    }
+
+    /// W1 with the server, and the echo, on both cores; the generator shares one of them.
+    pub(super) fn on_both_cores(&mut self) -> Result<()> {
+        let one = self.programs.clone();
+        self.programs = one.on_both();
+        let found = self.saturate(&IRIS, &[Protocol::Grpc, Protocol::Json], None, self.pace.pairs_2core);
+        self.programs = one;
+        for found in &found? {
+            self.beside_the_echo(&IRIS, found, "_2core");
+        }
+        Ok(())
+    }
+
+    /// Keeps server and echo full in turn, and runs the model in-process beside them.
+    fn saturate(
+        &mut self,
+        workload: &Workload,
+        protocols: &[Protocol],
+        mut bare: Option<&mut Bare>,
+        count: usize,
+    ) -> Result<Vec<Found>> {
+        let model = workload.model;
+        let files = self.files(workload).with_context(|| format!("no files of '{model}'"))?;
+        let repository = repository(&[(model, &files)])?;
+        let (server, echo) = (self.programs.serve(repository.path())?, self.programs.echo()?);
+        let row = match &bare {
+            Some(bare) => bare.model.row().clone(),
+            None => self.load(workload)?.row().clone(),
+        };
+        let mut all = Vec::new();
+        for &protocol in protocols {
+            let request = protocol.request(model, &row)?;
+            let concurrency = (workload.concurrency)(protocol);
+            let reply = |process| load::ask(&target(process, protocol, &request, concurrency));
+            let (ours, theirs) = (reply(&server).context("the server")?, reply(&echo).context("the echo")?);
+            if let (Protocol::Grpc, Some(bare)) = (protocol, &mut bare) {
+                let same = Protocol::contents(&ours)? == bare.model.outputs()?;
+                ensure!(same, "{model}: the server's answer is not the one in-process");
+            }
+            let (ours, theirs) = (protocol.outputs(&ours)?, protocol.outputs(&theirs)?);
+            ensure!(ours == theirs, "{model}, {protocol:?}: the server answers {ours:?}, the echo {theirs:?}");
+            all.push((request, Found { protocol, rounds: Pairs::new() }));
+        }
+        for round in 1..=count {
+            say(format_args!("{model} under full load, round {round} of {count}"));
+            for (request, Found { protocol, rounds }) in &mut all {
+                let measure = |process| {
+                    let target = target(process, *protocol, request, (workload.concurrency)(*protocol));
+                    let value = load::closed(&target, self.pace.warm, self.pace.window)?;
+                    let usage = value.usage;
+                    let limited = usage.own / usage.seconds > MAX_GENERATOR;
+                    Ok(Measured { value, usage, spoiled: limited || is_disturbed(&usage) })
+                };
+                let beside = || -> Result<Measured<(Saturation, Option<Inprocess>)>> {
+                    let echo = measure(&echo)?;
+                    let Some(bare) = bare.as_deref_mut() else { return Ok(echo.map(|echo| (echo, None))) };
+                    let (rate, cpu, usage) = bare.run(self.pace.bare)?;
+                    let spoiled = is_disturbed(&usage);
+                    let bare = Measured { value: Some(Inprocess { rate, cpu }), usage, spoiled };
+                    Ok(echo.and(bare))
+                };
+                rounds.take(|| measure(&server), beside)?;
+            }
+        }
+        Ok(all
+            .into_iter()
+            .map(|(_, found)| {
+                self.foreign.extend(found.rounds.foreign());
+                found
+            })
+            .collect())
+    }
+
+    /// The server's rate and the echo's, and what both take for it.
+    fn absolute(&mut self, workload: &Workload, found: &Found, suffix: &str) {
+        let (name, model, title) = (workload.name, workload.model, found.protocol.title());
+        let cores = if suffix.is_empty() { "" } else { ", two cores" };
+        let mut add = |what: &str,
+                       text: &str,
+                       unit,
+                       better,
+                       value: &dyn Fn(&Saturation, &Saturation, Option<Inprocess>) -> f64| {
+            let name = format!("{name}_{}_{what}{suffix}", found.protocol.name());
+            let values = found.rounds.values(|ours, (echo, bare)| value(ours, echo, *bare));
+            self.report.median(&name, &format!("`{model}`, {title}{cores}: {text}"), unit, better, &values);
+        };
+        add("rps", "served", "req/s", Higher, &|ours, _, _| ours.rate);
+        add("echo_rps", "echo", "req/s", Higher, &|_, echo, _| echo.rate);
+        add("cpu_us", "server CPU per request", "µs", Lower, &|ours, _, _| ours.cpu * 1e6);
+        add("echo_cpu_us", "echo CPU per request", "µs", Lower, &|_, echo, _| echo.cpu * 1e6);
+        // What a request costs the generator beside the echo, which answers most: so many would fill its core.
+        let ceiling = "the generator's own ceiling";
+        add("generator_rps", ceiling, "req/s", Higher, &|_, echo, _| echo.rate * echo.usage.seconds / echo.usage.own);
+    }
+
+    fn beside_the_echo(&mut self, workload: &Workload, found: &Found, suffix: &str) {
+        self.absolute(workload, found, suffix);
+        let name = format!("{}_{}_vs_echo{suffix}", workload.name, found.protocol.name());
+        let cores = if suffix.is_empty() { "" } else { ", two cores" };
+        let title = format!("`{}`, {}{cores}: served ÷ echo", workload.model, found.protocol.title());
+        let ratios = found.rounds.values(|ours, (echo, _)| ours.rate / echo.rate);
+        self.report.median(&name, &title, "", Higher, &ratios);
+    }
+
+    /// The share of the roofline that is served, and the model's own rate.
+    fn roofline(&mut self, name: &str, workload: &Workload, rounds: &Rounds) {
+        let model = workload.model;
+        let rates = rounds.values(|_, (_, bare)| bare.map_or(f64::NAN, |bare| bare.rate));
+        let title = format!("`{model}` in-process, in its best batches");
+        self.report.median(&format!("{model}_inprocess_rps"), &title, "rows/s", Higher, &rates);
+        let shares =
+            rounds.values(|ours, (echo, bare)| ours.rate * (bare.map_or(f64::NAN, |bare| bare.cpu) + echo.cpu));
+        let title = format!("`{model}`, gRPC: served ÷ roofline");
+        self.report.median(name, &title, "", Higher, &shares);
     }
 }

@@ -3,20 +3,21 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
 
-use super::{Replies, Reply};
+use super::{Outbox, Replies, Reply};
 
 /// More than any head that a server of ours sends.
 const MAX_HEAD: usize = 16 << 10;
 
 pub struct Http1 {
-    request: Vec<u8>,
+    request: Bytes,
     /// When the request without a reply was meant to be sent.
     open: Option<Duration>,
 }
 
 impl Http1 {
-    pub fn new(request: Vec<u8>) -> Self {
+    pub fn new(request: Bytes) -> Self {
         Self { request, open: None }
     }
 
@@ -24,8 +25,8 @@ impl Http1 {
         self.open.is_none()
     }
 
-    pub fn begin(&mut self, intended: Duration, out: &mut Vec<u8>) {
-        out.extend_from_slice(&self.request);
+    pub fn begin(&mut self, intended: Duration, out: &mut Outbox) {
+        out.push_shared(&self.request);
         self.open = Some(intended);
     }
 
@@ -41,7 +42,7 @@ impl Http1 {
         }
         let intended = self.open.take().context("a reply without a request")?;
         replies.body.clear();
-        replies.body.extend_from_slice(&bytes[head.len() + 4..end]);
+        replies.keep(&bytes[head.len() + 4..end]);
         replies.all.push(Reply { intended, succeeded: head.get(9..12) == Some(b"200") });
         Ok(end)
     }
@@ -65,7 +66,8 @@ mod tests {
     fn replies_are_read_however_they_are_cut() {
         let reply = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nx: y\r\n\r\nhello";
         for cut in 0..reply.len() {
-            let (mut wire, mut out, mut replies) = (Http1::new(b"GET".to_vec()), Vec::new(), Replies::default());
+            let (mut wire, mut out, mut replies) =
+                (Http1::new(Bytes::from_static(b"GET")), Outbox::default(), Replies::default());
             assert!(wire.has_room());
             wire.begin(Duration::from_secs(3), &mut out);
             assert!(!wire.has_room());
@@ -78,12 +80,12 @@ mod tests {
 
     #[test]
     fn other_codes_and_broken_replies_are_no_success() {
-        let (mut wire, mut replies) = (Http1::new(Vec::new()), Replies::default());
-        wire.begin(Duration::ZERO, &mut Vec::new());
+        let (mut wire, mut replies) = (Http1::new(Bytes::new()), Replies::default());
+        wire.begin(Duration::ZERO, &mut Outbox::default());
         wire.receive(b"HTTP/1.1 429 Too Many Requests\r\ncontent-length: 0\r\n\r\n", &mut replies).unwrap();
         assert!(!replies.all[0].succeeded);
         assert!(wire.receive(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n", &mut replies).is_err(), "not asked for");
-        wire.begin(Duration::ZERO, &mut Vec::new());
+        wire.begin(Duration::ZERO, &mut Outbox::default());
         assert!(wire.receive(b"HTTP/1.1 200 OK\r\n\r\n", &mut replies).is_err(), "without a length");
     }
 }

@@ -7,8 +7,9 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use bytes::Bytes;
 
-use super::{Replies, Reply};
+use super::{Outbox, Replies, Reply};
 
 /// The preface, settings (no pushes, 8 MiB for each reply), and 1 GiB for all replies together.
 pub(super) const OPENING: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\
@@ -44,7 +45,8 @@ const DYNAMIC: u8 = 62;
 pub struct Http2 {
     first: Vec<u8>,
     next: Vec<u8>,
-    message: Vec<u8>,
+    /// With the five bytes before it.
+    message: Bytes,
     /// Requests by stream: those of stream `s` are at `s / 2`, modulo the length.
     slots: Vec<Slot>,
     streams: usize,
@@ -95,7 +97,7 @@ impl Http2 {
         Ok(Self {
             first,
             next,
-            message: prefixed,
+            message: prefixed.into(),
             slots,
             streams,
             stream: 1,
@@ -114,17 +116,23 @@ impl Http2 {
     pub fn has_room(&self) -> bool {
         self.open < self.streams
             && self.slots[self.slot(self.stream)].stream.is_none()
-            && self.message.len() <= self.window.min(self.stream_window).min(self.frame)
+            && self.message.len() <= self.window.min(self.stream_window)
     }
 
     fn slot(&self, stream: u32) -> usize {
         (stream / 2) as usize % self.slots.len()
     }
 
-    pub fn begin(&mut self, intended: Duration, out: &mut Vec<u8>) {
+    pub fn begin(&mut self, intended: Duration, out: &mut Outbox) {
         let block = if self.stream == 1 { &self.first } else { &self.next };
         frame(out, HEADERS, END_HEADERS, self.stream, block);
-        frame(out, DATA, END_STREAM, self.stream, &self.message);
+        let mut rest = self.message.clone();
+        while rest.len() > self.frame {
+            head(out, DATA, 0, self.stream, self.frame);
+            out.push_shared(&rest.split_to(self.frame));
+        }
+        head(out, DATA, END_STREAM, self.stream, rest.len());
+        out.push_shared(&rest);
         let slot = self.slot(self.stream);
         self.slots[slot] = Slot { intended, stream: Some(self.stream), has_message: false };
         self.window -= self.message.len();
@@ -132,7 +140,7 @@ impl Http2 {
         self.stream += 2;
     }
 
-    pub fn receive(&mut self, bytes: &[u8], out: &mut Vec<u8>, replies: &mut Replies) -> Result<usize> {
+    pub fn receive(&mut self, bytes: &[u8], out: &mut Outbox, replies: &mut Replies) -> Result<usize> {
         let mut read = 0;
         while let Some(head) = bytes.get(read..read + HEAD) {
             let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
@@ -160,7 +168,7 @@ impl Http2 {
         Ok(read)
     }
 
-    fn data(&mut self, stream: u32, payload: &[u8], out: &mut Vec<u8>, replies: &mut Replies) -> Result<()> {
+    fn data(&mut self, stream: u32, payload: &[u8], out: &mut Outbox, replies: &mut Replies) -> Result<()> {
         let slot = self.slot(stream);
         let slot = &mut self.slots[slot];
         ensure!(slot.stream == Some(stream), "a message without a request");
@@ -168,7 +176,7 @@ impl Http2 {
             replies.body.clear();
         }
         slot.has_message = true;
-        replies.body.extend_from_slice(payload);
+        replies.keep(payload);
         self.unreturned += payload.len();
         if self.unreturned >= RETURN_AFTER {
             frame(out, WINDOW_UPDATE, 0, 0, &(self.unreturned as u32).to_be_bytes());
@@ -202,12 +210,17 @@ fn number(bytes: &[u8]) -> u32 {
     bytes.iter().take(4).fold(0, |number, &byte| number << 8 | u32::from(byte))
 }
 
-fn frame(out: &mut Vec<u8>, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
+fn frame(out: &mut Outbox, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
+    head(out, kind, flags, stream, payload.len());
+    out.push(payload);
+}
+
+/// What comes before a frame's payload.
+fn head(out: &mut Outbox, kind: u8, flags: u8, stream: u32, length: usize) {
     // No frame of ours is larger than what a server takes, and that is three bytes.
-    out.extend_from_slice(&(payload.len() as u32).to_be_bytes()[1..]);
-    out.extend_from_slice(&[kind, flags]);
-    out.extend_from_slice(&stream.to_be_bytes());
-    out.extend_from_slice(payload);
+    let [_, a, b, c] = (length as u32).to_be_bytes();
+    let [s, t, u, v] = stream.to_be_bytes();
+    out.push(&[a, b, c, kind, flags, s, t, u, v]);
 }
 
 #[cfg(test)]
@@ -215,13 +228,13 @@ mod tests {
     use super::*;
 
     fn reply(stream: u32, message: Option<&[u8]>) -> Vec<u8> {
-        let mut bytes = Vec::new();
+        let mut bytes = Outbox::default();
         if let Some(message) = message {
             frame(&mut bytes, HEADERS, END_HEADERS, stream, &[0x88]);
             frame(&mut bytes, DATA, 0, stream, message);
         }
         frame(&mut bytes, HEADERS, END_HEADERS | END_STREAM, stream, &[0x88]);
-        bytes
+        bytes.take()
     }
 
     #[test]
@@ -229,7 +242,8 @@ mod tests {
         let mut stream = reply(3, Some(b"second"));
         stream.extend(reply(1, Some(b"first")));
         for cut in 0..stream.len() {
-            let (mut wire, mut out, mut replies) = (Http2::new("/p", b"m", 2).unwrap(), Vec::new(), Replies::default());
+            let (mut wire, mut out, mut replies) =
+                (Http2::new("/p", b"m", 2).unwrap(), Outbox::default(), Replies::default());
             wire.begin(Duration::from_secs(1), &mut out);
             wire.begin(Duration::from_secs(2), &mut out);
             assert!(!wire.has_room());
@@ -244,31 +258,40 @@ mod tests {
     #[test]
     fn trailers_alone_and_resets_are_failures() {
         let (mut wire, mut replies) = (Http2::new("/p", b"m", 4).unwrap(), Replies::default());
-        wire.begin(Duration::ZERO, &mut Vec::new());
-        wire.begin(Duration::ZERO, &mut Vec::new());
-        wire.receive(&reply(1, None), &mut Vec::new(), &mut replies).unwrap();
-        let mut reset = Vec::new();
+        wire.begin(Duration::ZERO, &mut Outbox::default());
+        wire.begin(Duration::ZERO, &mut Outbox::default());
+        wire.receive(&reply(1, None), &mut Outbox::default(), &mut replies).unwrap();
+        let mut reset = Outbox::default();
         frame(&mut reset, RST_STREAM, 0, 3, &8u32.to_be_bytes());
-        wire.receive(&reset, &mut Vec::new(), &mut replies).unwrap();
+        wire.receive(&reset.take(), &mut Outbox::default(), &mut replies).unwrap();
         assert_eq!(replies.all.iter().filter(|reply| !reply.succeeded).count(), 2);
-        assert!(wire.receive(&reply(5, Some(b"x")), &mut Vec::new(), &mut replies).is_err(), "nobody asked");
+        assert!(wire.receive(&reply(5, Some(b"x")), &mut Outbox::default(), &mut replies).is_err(), "nobody asked");
     }
 
     #[test]
     fn no_more_is_sent_than_the_server_takes() {
         let message = vec![0; 40_000];
-        let (mut wire, mut out, mut replies) = (Http2::new("/p", &message, 4).unwrap(), Vec::new(), Replies::default());
-        assert!(!wire.has_room(), "larger than the first frame may be");
-        let mut settings = Vec::new();
-        frame(&mut settings, SETTINGS, 0, 0, &[0, 5, 0, 1, 0, 0]);
-        wire.receive(&settings, &mut out, &mut replies).unwrap();
-        assert_eq!(out, [0, 0, 0, SETTINGS, ACK, 0, 0, 0, 0]);
+        let (mut wire, mut out, mut replies) =
+            (Http2::new("/p", &message, 4).unwrap(), Outbox::default(), Replies::default());
+        assert!(wire.has_room(), "a window of 65,535 bytes");
+        let mut settings = Outbox::default();
+        frame(&mut settings, SETTINGS, 0, 0, &[0, 5, 0, 0, 0x80, 0]);
+        wire.receive(&settings.take(), &mut out, &mut replies).unwrap();
+        assert_eq!(out.take(), [0, 0, 0, SETTINGS, ACK, 0, 0, 0, 0]);
         assert!(wire.has_room());
         wire.begin(Duration::ZERO, &mut out);
         assert!(!wire.has_room(), "the window is used up");
-        let mut update = Vec::new();
+        let sent = out.take();
+        // Headers, a frame of 32 KiB, which is what the server takes, and the rest, five bytes before the message.
+        let header = usize::from(sent[2]);
+        let frames = &sent[HEAD + header..];
+        assert_eq!(frames[..HEAD], [0, 0x80, 0, DATA, 0, 0, 0, 0, 1]);
+        let rest = &frames[HEAD + 0x8000..];
+        assert_eq!(rest[..HEAD], [0, 0x1c, 0x45, DATA, END_STREAM, 0, 0, 0, 1]);
+        assert_eq!(rest.len(), HEAD + 40_005 - 0x8000);
+        let mut update = Outbox::default();
         frame(&mut update, WINDOW_UPDATE, 0, 0, &40_005u32.to_be_bytes());
-        wire.receive(&update, &mut out, &mut replies).unwrap();
+        wire.receive(&update.take(), &mut out, &mut replies).unwrap();
         assert!(wire.has_room());
     }
 }

@@ -1,0 +1,130 @@
+//! The models under load: how each is asked, and how it is run in-process.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+
+use super::{Bench, disturbance};
+use crate::{
+    inprocess::Model,
+    machine::Usage,
+    report::Better::{Higher, Lower},
+    requests::Protocol,
+    statistics::fit,
+};
+
+/// A model, and what is asked of it.
+pub(super) struct Workload {
+    /// In the names of figures.
+    pub name: &'static str,
+    /// In its repository, and to the echo.
+    pub model: &'static str,
+    /// Connections, and requests on each, under full load.
+    pub concurrency: fn(Protocol) -> (usize, usize),
+    /// Rows of the batches that are run in-process; none where nothing is compared with that.
+    pub batches: &'static [usize],
+    /// The elements of the row that is asked about, by their number.
+    pub element: fn(usize) -> [u8; 4],
+}
+
+/// W1: costs less than a request.
+pub(super) const IRIS: Workload = Workload {
+    name: "w1",
+    model: "iris",
+    concurrency: Protocol::concurrency,
+    batches: &[1, 2, 4, 8, 16, 32, 64],
+    element: |index| [5.7_f32, 2.8, 4.1, 1.3][index % 4].to_le_bytes(),
+};
+pub(super) const DIGITS: Workload = Workload {
+    name: "digits",
+    model: "digits",
+    concurrency: Protocol::concurrency,
+    batches: &[1, 2, 4, 8, 16, 32, 64],
+    element: |index| ((index % 17) as f32 / 16.0).to_le_bytes(),
+};
+/// W3: images of 602 KB that come back as they are.
+pub(super) const IDENTITY: Workload =
+    Workload { name: "w3", model: "identity", concurrency: few, batches: &[], element: pixel };
+/// W3: the same images through a small convolution.
+pub(super) const CONVOLUTION: Workload =
+    Workload { name: "convolution", model: "convolution", concurrency: few, batches: &[1, 2, 4, 8], element: pixel };
+/// Some milliseconds a row, which batches do not make cheaper.
+pub(super) const MAGIKA: Workload = Workload {
+    name: "magika",
+    model: "magika",
+    concurrency: few,
+    batches: &[1, 2, 4, 8],
+    element: |index| (index as u32 % 256).to_le_bytes(),
+};
+
+/// Enough to fill batches of four while the next four wait; more would only wait longer, and take caches.
+fn few(protocol: Protocol) -> (usize, usize) {
+    if protocol == Protocol::Grpc { (4, 2) } else { (8, 1) }
+}
+
+fn pixel(index: usize) -> [u8; 4] {
+    ((index % 251) as f32 / 251.0).to_le_bytes()
+}
+
+/// A model that is loaded in-process, with what its runs take there.
+pub(super) struct Bare {
+    pub model: Model,
+    /// Seconds of a run with one row.
+    pub single: f64,
+    /// Rows of the batch that takes the least time for each.
+    pub best: usize,
+}
+
+impl Bench {
+    /// Where a version of the model lies; `None` for a model that is not there and need not be.
+    pub(super) fn files(&self, workload: &Workload) -> Option<PathBuf> {
+        match workload.model {
+            "identity" | "convolution" => Some(self.made.join(workload.model).join("1")),
+            "magika" => self.magika.clone(),
+            shipped => Some(self.models.join(shipped).join("1")),
+        }
+    }
+
+    /// Loads the model in-process.
+    pub(super) fn load(&self, workload: &Workload) -> Result<Model> {
+        let files = self.files(workload).with_context(|| format!("no files of '{}'", workload.model))?;
+        Model::load(&self.programs.onnxruntime, &files, self.programs.core, workload.element)
+    }
+
+    /// Loads the model in-process and runs it alone and in batches.
+    pub(super) fn bare(&mut self, workload: &Workload) -> Result<Bare> {
+        let mut model = self.load(workload)?;
+        let mut times = Vec::new();
+        for &rows in workload.batches {
+            let (seconds, usage) = model.run(rows, self.pace.sweep)?;
+            times.push((rows, seconds));
+            let name = format!("{}_inprocess_{rows}_us", workload.model);
+            let title = format!("`{}` in-process, one run with a batch of {rows}", workload.model);
+            self.report.single(&name, &title, "µs", Lower, seconds * 1e6, disturbance(&usage));
+        }
+        let each = |&(rows, seconds): &(usize, f64)| seconds / rows as f64;
+        let best = times.iter().min_by(|a, b| each(a).total_cmp(&each(b)));
+        let (single, best) = (times.first().map_or(f64::NAN, each), best.map_or(1, |&(rows, _)| rows));
+        if times.len() > 1 {
+            let (line, model) = (fit(&times), workload.model);
+            let mut add = |part: &str, what: &str, value: f64| {
+                let (name, title) = (format!("{model}_{part}_us"), format!("`{model}` in-process, fitted: {what}"));
+                self.report.single(&name, &title, "µs", Lower, value * 1e6, None);
+            };
+            add("alpha", "α, each row", line.row);
+            add("tau0", "τ0, each batch", line.fixed);
+            let title = format!("`{model}` in-process: the batch that takes least for each row");
+            self.report.single(&format!("{model}_best_batch"), &title, "rows", Higher, best as f64, None);
+        }
+        Ok(Bare { model, single, best })
+    }
+}
+
+impl Bare {
+    /// Runs the best batch for a while: rows per second, CPU seconds for each row, and what was used.
+    pub(super) fn run(&mut self, window: std::time::Duration) -> Result<(f64, f64, Usage)> {
+        let (seconds, usage) = self.model.run(self.best, window)?;
+        let rate = self.best as f64 / seconds;
+        Ok((rate, usage.own / (usage.seconds * rate), usage))
+    }
+}
