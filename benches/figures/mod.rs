@@ -25,6 +25,7 @@ use crate::{
 mod latency;
 mod memory;
 mod peer;
+mod shared_memory;
 mod start;
 mod swap;
 mod throughput;
@@ -129,6 +130,7 @@ impl Bench {
         let mut iris = self.bare(&workload::IRIS)?;
         let rate = self.small(&mut iris)?;
         self.larger()?;
+        self.shared_memory()?;
         self.magika()?;
         self.added_latency(&iris, rate / 10.0)?;
         self.swaps(&iris, rate / 2.0)?;

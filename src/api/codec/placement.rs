@@ -126,7 +126,7 @@ mod tests {
         assert_eq!(read(&[region("r"), size.clone(), offset]), Ok(Some(Placement { offset: u64::MAX, ..expected })));
         for (parameters, named) in [
             (&[region("r")][..], BYTE_SIZE),
-            (&[size.clone()], REGION),
+            (std::slice::from_ref(&size), REGION),
             (&[region(""), size.clone()], REGION),
             (&[(REGION, Parameter::Int(1)), size.clone()], REGION),
             (&[region("r"), (BYTE_SIZE, Parameter::Int(-8))], BYTE_SIZE),
