@@ -13,7 +13,7 @@ use tidegate::{
 use crate::wire::Request;
 
 pub const HEADER_LENGTH: &str = "inference-header-content-length";
-const INFER: &str = "/inference.GRPCInferenceService/ModelInfer";
+pub const INFER: &str = "/inference.GRPCInferenceService/ModelInfer";
 
 /// How a request is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -13,7 +13,7 @@ use serde_json::Value as Json;
 use toml::{Table, Value};
 
 use crate::{
-    api::{LimitsConfig, auth::Token, client::Clients, codec::NonFinite},
+    api::{LimitsConfig, auth::Token, client::Clients, codec::NonFinite, shared_memory::SharedMemoryConfig},
     control::{ModelControl, spec::Profile},
     logging::LogConfig,
     model::QueueConfig,
@@ -70,6 +70,8 @@ pub struct Config {
     pub limits: LimitsConfig,
     /// Bounds of each version's queue; a request for which it has no room is answered at once with "overloaded".
     pub queue: QueueConfig,
+    /// Tensors in shared memory, for clients on this machine.
+    pub shared_memory: SharedMemoryConfig,
     /// How the server stops.
     pub shutdown: ShutdownConfig,
     /// What is written to standard error.
@@ -98,6 +100,7 @@ impl Default for Config {
             load_concurrency: None,
             limits: LimitsConfig::default(),
             queue: QueueConfig::default(),
+            shared_memory: SharedMemoryConfig::default(),
             shutdown: ShutdownConfig::default(),
             log: LogConfig::default(),
         }
@@ -169,6 +172,7 @@ impl Config {
             ("queue.max_rows", self.queue.max_rows),
             ("queue.max_requests", self.queue.max_requests),
             ("queue.max_bytes", self.queue.max_bytes),
+            ("shared_memory.max_regions", self.shared_memory.max_regions),
         ];
         if let Some((key, _)) = positive.into_iter().find(|&(_, value)| value == 0) {
             bail!("{key} must be at least 1");

@@ -22,7 +22,7 @@
 //! 1. `api::listen` accepts on one listener per port and hands the connection to an I/O thread.
 //! 2. `api::rest` or `api::grpc` opens a `Record`, finds the version (`engine` → `model::catalog`, one snapshot), and
 //!    decodes the body through `api::codec`, other servers' shapes of it through `api::shapes`; raw tensor bytes are
-//!    not copied.
+//!    not copied; `api::shared_memory` fetches those that were left in memory instead of being sent.
 //! 3. `engine` checks the inputs against the `Signature` and submits them.
 //! 4. `model::batcher` queues, with turns for clients (`api::client` tells them apart), or refuses; an idle thread of
 //!    `model::executor`, woken through `model::relay`, takes what may run together, gathers it, runs it, and hands

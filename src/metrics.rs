@@ -37,6 +37,8 @@ const PENDING: &str = "tidegate_pending_requests";
 const DROPPED: &str = "tidegate_dropped_requests_total";
 const STATE: &str = "tidegate_model_state";
 const LOAD_DURATION: &str = "tidegate_model_load_duration_seconds";
+const SHARED_MEMORY_REGIONS: &str = "tidegate_shared_memory_regions";
+const SHARED_MEMORY_BYTES: &str = "tidegate_shared_memory_bytes";
 const BUILD_INFO: &str = "tidegate_build_info";
 
 /// Upper bounds of every duration histogram, in seconds.
@@ -82,7 +84,7 @@ impl Kind {
 }
 
 /// Every family of our own, in the order README lists them.
-pub const FAMILIES: [Family; 12] = [
+pub const FAMILIES: [Family; 14] = [
     Family { name: REQUESTS, kind: Kind::Counter, labels: "protocol, code", help: "Inference requests answered" },
     Family {
         name: REQUEST_DURATION,
@@ -115,6 +117,18 @@ pub const FAMILIES: [Family; 12] = [
     },
     Family { name: STATE, kind: Kind::Gauge, labels: "state", help: "1 for the state a version is in, else 0" },
     Family { name: LOAD_DURATION, kind: Kind::Gauge, labels: "", help: "Seconds the version took to load and warm" },
+    Family {
+        name: SHARED_MEMORY_REGIONS,
+        kind: Kind::Gauge,
+        labels: "",
+        help: "Regions of shared memory that are registered; only with shared_memory.enabled",
+    },
+    Family {
+        name: SHARED_MEMORY_BYTES,
+        kind: Kind::Gauge,
+        labels: "",
+        help: "Bytes of the registered regions; only with shared_memory.enabled",
+    },
     Family { name: BUILD_INFO, kind: Kind::Gauge, labels: "version, onnxruntime", help: "Always 1" },
 ];
 
@@ -193,6 +207,14 @@ impl Metrics {
     /// The counters of requests that never found a version.
     pub fn unknown(&self) -> &Arc<VersionMetrics> {
         &self.unknown
+    }
+
+    /// How many regions of shared memory are registered, and their bytes together.
+    pub fn shared_memory(&self, regions: usize, bytes: u64) {
+        ::metrics::with_local_recorder(&self.server.recorder, || {
+            gauge!(SHARED_MEMORY_REGIONS).set(regions as f64);
+            gauge!(SHARED_MEMORY_BYTES).set(bytes as f64);
+        });
     }
 
     /// The exposition text of everything there is.

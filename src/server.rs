@@ -27,6 +27,7 @@ use crate::{
         grpc,
         listen::{IoThreads, Port, Wire},
         ops, rest,
+        shared_memory::{Reach, Regions},
     },
     backend::Backends,
     config::Config,
@@ -115,6 +116,7 @@ impl Server {
             limits: config.limits.clone(),
             clients: Clients::new(config.queue.client_header.as_deref())?,
             token: config.token.clone(),
+            shared_memory: Regions::new(&config.shared_memory, metrics.clone()),
             json_nonfinite: config.json_nonfinite,
             strict_readiness: config.strict_readiness,
             onnxruntime_version: onnxruntime_version.to_owned(),
@@ -186,7 +188,10 @@ fn settings(config: &Config, cores: usize) -> control::Settings {
 
 /// The tensors of a sample request, which is a REST body.
 fn decode_sample(body: &[u8]) -> Result<Vec<Tensor>, Error> {
-    Ok(api::codec::decode_json(&Bytes::copy_from_slice(body), None)?.inputs)
+    let mut call = api::codec::decode_json(&Bytes::copy_from_slice(body), None)?;
+    // No client's memory belongs to a model.
+    Reach::Off.fetch(&mut call, 0)?;
+    Ok(call.inputs)
 }
 
 /// Makes sure that no other server works in `directory`.

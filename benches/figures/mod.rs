@@ -27,6 +27,7 @@ mod loading;
 mod memory;
 mod peer;
 mod queue;
+mod shared_memory;
 mod start;
 mod swap;
 mod throughput;
@@ -145,6 +146,7 @@ impl Bench {
         let mut iris = self.bare(&workload::IRIS)?;
         let rate = self.small(&mut iris)?;
         self.larger()?;
+        self.shared_memory()?;
         self.magika()?;
         self.added_latency(&iris, rate / 10.0)?;
         self.queues()?;

@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// Above this share of its core the generator, and not the server, may be what was measured.
-const MAX_GENERATOR: f64 = 0.95;
+pub(super) const MAX_GENERATOR: f64 = 0.95;
 
 /// The model without a server.
 #[derive(Clone, Copy)]

@@ -25,6 +25,7 @@ mod elements;
 mod envelope;
 mod json;
 mod literals;
+mod placement;
 mod proto;
 mod reply;
 #[cfg(test)]
@@ -33,12 +34,14 @@ mod values;
 mod wire;
 
 pub use binary::decode_raw;
+pub(super) use binary::write as write_binary;
 pub use classification::classify;
 pub(super) use column::{Column, coded};
 pub use document::Document;
 pub(super) use document::Json;
 pub(super) use json::put_json;
 pub use json::{Encoded, JsonOptions, decode_json, encode_json};
+pub use placement::{PlacedInput, Placement};
 pub use proto::{decode_proto, encode_proto};
 pub use reply::{Pieces, write_message, write_reply};
 pub use values::NonFinite;
@@ -81,6 +84,8 @@ pub struct InferCall {
     pub parameters: Parameters,
     /// In the order of the message; a name given twice is found when the call meets a signature.
     pub inputs: Vec<Tensor>,
+    /// Inputs whose elements must be fetched from shared memory yet.
+    pub placed: Vec<PlacedInput>,
     /// Without duplicates; empty stands for every output of the model.
     pub outputs: Vec<RequestedOutput>,
     /// Whether outputs go back as binary unless they say otherwise; the parameter `binary_data_output`.
@@ -96,6 +101,8 @@ pub struct RequestedOutput {
     pub binary: Option<bool>,
     /// How many of the best classes are wanted instead of the values; the parameter `classification`.
     pub classes: Option<usize>,
+    /// Where in shared memory the values are to be written, instead of being sent.
+    pub placement: Option<Placement>,
 }
 
 /// What goes back.
@@ -151,7 +158,7 @@ impl InferCall {
         refuse_reserved(&parameters)?;
         let binary_output = flag(&parameters, "binary_data_output", "the request")?.unwrap_or(false);
         let outputs = requested(outputs)?;
-        Ok(Self { id, timeout, priority, parameters, inputs, outputs, binary_output })
+        Ok(Self { id, timeout, priority, parameters, inputs, placed: Vec::new(), outputs, binary_output })
     }
 
     /// Whether an output goes back as binary data.
@@ -193,7 +200,7 @@ fn requested(outputs: Vec<(Arc<str>, Parameters)>) -> Result<Vec<RequestedOutput
             if !seen.insert(name.clone()) {
                 return Err(Error::invalid(format!("{label} is requested twice")));
             }
-            refuse_shared_memory(&label, &parameters)?;
+            let placement = Placement::read(&label, &parameters)?;
             let classes = match parameters.get("classification") {
                 None => None,
                 Some(value) => Some(value.as_unsigned().ok_or_else(|| {
@@ -204,7 +211,7 @@ fn requested(outputs: Vec<(Arc<str>, Parameters)>) -> Result<Vec<RequestedOutput
             // More classes than memory can count are as good as all of them.
             let classes = classes.filter(|&count| count > 0).map(|count| usize::try_from(count).unwrap_or(usize::MAX));
             let binary = flag(&parameters, "binary_data", &label)?;
-            Ok(RequestedOutput { name, parameters, binary, classes })
+            Ok(RequestedOutput { name, parameters, binary, classes, placement })
         })
         .collect()
 }
@@ -220,17 +227,6 @@ fn flag(parameters: &Parameters, name: &str, label: &str) -> Result<Option<bool>
         None => Ok(None),
         Some(Parameter::Bool(value)) => Ok(Some(*value)),
         Some(_) => Err(Error::invalid(format!("{label}: parameter '{name}' must be true or false"))),
-    }
-}
-
-/// Ignoring where a tensor lies would answer with a complaint about missing data, or send outputs nobody reads.
-fn refuse_shared_memory(label: &str, parameters: &Parameters) -> Result<(), Error> {
-    match parameters.keys().find(|name| name.starts_with("shared_memory_")) {
-        None => Ok(()),
-        Some(name) => Err(Error::new(
-            Code::Unimplemented,
-            format!("shared memory is not supported, and {label} has the parameter '{}'", shorten(name)),
-        )),
     }
 }
 

@@ -8,11 +8,13 @@ use std::{sync::Arc, time::Instant};
 use tonic::{Request, Response, Status, codec::CompressionEncoding, service::Routes as Services};
 
 use super::{
-    App, EXTENSIONS, Record, SERVER_NAME, check_size, classify,
-    codec::{self, InferCall, InferReply},
+    App, Record, SERVER_NAME, check_size, classify,
+    codec::{self, InferCall, InferReply, RequestedOutput},
     health,
     listen::Routes,
-    log, pb, reflection, repository, triton, urgency,
+    log, pb, reflection, repository,
+    shared_memory::{Places, Reach},
+    triton, urgency,
 };
 use crate::{
     engine::{self, Target},
@@ -56,21 +58,30 @@ struct Service {
 struct Answered {
     version: Arc<ModelVersion>,
     id: String,
+    /// What was asked for; empty for everything.
+    wanted: Vec<RequestedOutput>,
     outputs: Vec<Tensor>,
 }
 
 impl Service {
+    /// What of shared memory the caller may use.
+    fn reach<T>(&self, request: &Request<T>) -> Reach {
+        Reach::of(&self.app, request.metadata().as_ref(), request.extensions())
+    }
+
     /// Answers one request, which the call that carries it wants to have until `latest`.
     async fn infer(
         &self,
         message: pb::ModelInferRequest,
         latest: Option<Instant>,
+        reach: &Reach,
         record: &mut Record,
     ) -> Result<pb::ModelInferResponse, Error> {
-        let (target, call) = prepare(&self.app, message, record)?;
-        let Answered { version, id, outputs } = self.run(target, call, latest, record).await?;
+        let (target, call, places) = prepare(&self.app, message, reach, record)?;
+        let Answered { version, id, wanted, outputs } = self.run(target, call, latest, record).await?;
         let (model, version) = (version.name.as_str(), version.version.as_str());
-        Ok(codec::encode_proto(&InferReply { model, version, id: &id, outputs: &outputs }))
+        places.fill(&outputs).map_err(|error| error.of_model(model))?;
+        Ok(codec::encode_proto(&InferReply { model, version, id: &id, outputs: &outputs }, &wanted))
     }
 
     /// Runs a call on `target`, or on its successor.
@@ -88,7 +99,7 @@ impl Service {
         // It may have run on the successor of the version that was found first.
         record.aim(&target);
         let outputs = classify(&target.version, &call.outputs, outputs?)?;
-        Ok(Answered { version: target.version, id: call.id, outputs })
+        Ok(Answered { version: target.version, id: call.id, wanted: call.outputs, outputs })
     }
 }
 
@@ -101,11 +112,21 @@ fn aim(app: &App, model: &str, version: &str, record: &mut Record) -> Result<Tar
 }
 
 /// Finds the version that a request is for, and reads the rest of it.
-fn prepare(app: &App, message: pb::ModelInferRequest, record: &mut Record) -> Result<(Target, InferCall), Error> {
+fn prepare(
+    app: &App,
+    message: pb::ModelInferRequest,
+    reach: &Reach,
+    record: &mut Record,
+) -> Result<(Target, InferCall, Places), Error> {
     record.request_id.clone_from(&message.id);
     let target = aim(app, &message.model_name, &message.model_version, record)?;
-    let call = check(app, &target, codec::decode_proto(message))?;
-    Ok((target, call))
+    let mut places = Places::default();
+    let call = codec::decode_proto(message).and_then(|mut call| {
+        places = reach.fetch(&mut call, app.limits.max_message_bytes)?;
+        Ok(call)
+    });
+    let call = check(app, &target, call)?;
+    Ok((target, call, places))
 }
 
 /// What was read of a request for `target`, if it can be run; what is wrong with it names the model.
@@ -143,7 +164,7 @@ impl GrpcInferenceService for Service {
         Ok(Response::new(pb::ServerMetadataResponse {
             name: SERVER_NAME.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            extensions: EXTENSIONS.map(str::to_owned).to_vec(),
+            extensions: self.app.extensions().into_iter().map(str::to_owned).collect(),
         }))
     }
 
@@ -164,7 +185,8 @@ impl GrpcInferenceService for Service {
         let unclaimed = request.extensions().get::<Unclaimed>().and_then(|unclaimed| unclaimed.lock().take());
         let Some(mut record) = unclaimed else { return Err(Error::internal("the call came in past the edge").into()) };
         let latest = edge::latest(record.started(), request.metadata());
-        match self.infer(request.into_inner(), latest, &mut record).await {
+        let reach = self.reach(&request);
+        match self.infer(request.into_inner(), latest, &reach, &mut record).await {
             Ok(response) => {
                 record.finish(None);
                 Ok(Response::new(response))
@@ -233,23 +255,27 @@ impl GrpcInferenceService for Service {
 
     async fn system_shared_memory_status(
         &self,
-        _: Request<pb::SystemSharedMemoryStatusRequest>,
+        request: Request<pb::SystemSharedMemoryStatusRequest>,
     ) -> Answer<pb::SystemSharedMemoryStatusResponse> {
-        unimplemented("shared memory")
+        let regions = self.reach(&request).status(&request.get_ref().name)?;
+        let regions = regions.into_iter().map(|region| (region.name.clone(), region)).collect();
+        Ok(Response::new(pb::SystemSharedMemoryStatusResponse { regions }))
     }
 
     async fn system_shared_memory_register(
         &self,
-        _: Request<pb::SystemSharedMemoryRegisterRequest>,
+        request: Request<pb::SystemSharedMemoryRegisterRequest>,
     ) -> Answer<pb::SystemSharedMemoryRegisterResponse> {
-        unimplemented("shared memory")
+        self.reach(&request).register(request.get_ref())?;
+        Ok(Response::new(pb::SystemSharedMemoryRegisterResponse {}))
     }
 
     async fn system_shared_memory_unregister(
         &self,
-        _: Request<pb::SystemSharedMemoryUnregisterRequest>,
+        request: Request<pb::SystemSharedMemoryUnregisterRequest>,
     ) -> Answer<pb::SystemSharedMemoryUnregisterResponse> {
-        unimplemented("shared memory")
+        self.reach(&request).unregister(&request.get_ref().name)?;
+        Ok(Response::new(pb::SystemSharedMemoryUnregisterResponse {}))
     }
 
     async fn cuda_shared_memory_status(

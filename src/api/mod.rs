@@ -39,6 +39,7 @@ mod reflection;
 mod repository;
 pub mod rest;
 pub mod shapes;
+pub mod shared_memory;
 pub mod status;
 mod triton;
 mod v1;
@@ -50,8 +51,8 @@ use codec::NonFinite;
 /// The server's name in metadata.
 pub const SERVER_NAME: &str = "tidegate";
 
-/// The protocol extensions that work, as server metadata lists them.
-pub const EXTENSIONS: [&str; 9] = [
+/// The protocol extensions that always work.
+const EXTENSIONS: [&str; 9] = [
     "binary_tensor_data",
     "classification",
     "logging",
@@ -118,6 +119,8 @@ pub struct App {
     pub clients: Clients,
     /// What changes by request need from everyone; without it, they must come from this machine.
     pub token: Option<Token>,
+    /// `None` when clients may keep no tensors in shared memory.
+    pub shared_memory: Option<Arc<shared_memory::Regions>>,
     pub json_nonfinite: NonFinite,
     /// Whether a failed model makes the whole server unready.
     pub strict_readiness: bool,
@@ -134,6 +137,12 @@ impl App {
     pub fn is_ready(&self) -> bool {
         let catalog = self.engine.catalog().load();
         catalog.complete && !self.draining.is_cancelled() && (!self.strict_readiness || catalog.all_ready())
+    }
+
+    /// The protocol extensions that work, as server metadata lists them.
+    pub fn extensions(&self) -> Vec<&'static str> {
+        let shared_memory = self.shared_memory.is_some().then_some(shared_memory::EXTENSION);
+        EXTENSIONS.into_iter().chain(shared_memory).collect()
     }
 
     /// Checks that a request may change the server.

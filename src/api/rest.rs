@@ -11,7 +11,7 @@ use axum::{
 use http::{HeaderValue, StatusCode, header, request::Parts};
 use serde_json::json;
 
-use super::{App, EXTENSIONS, SERVER_NAME, log, repository, status, triton};
+use super::{App, SERVER_NAME, log, repository, shared_memory, status, triton};
 use crate::{
     error::{Code, Error},
     id::shorten,
@@ -29,9 +29,8 @@ use exchange::infer;
 use front::Front;
 
 /// Why the other verbs of Triton's REST interface are refused.
-const UNSUPPORTED: [(&str, &str); 4] = [
-    ("/v2/systemsharedmemory/{*rest}", "shared memory is not supported; send tensors in the request"),
-    ("/v2/cudasharedmemory/{*rest}", "shared memory is not supported; send tensors in the request"),
+const UNSUPPORTED: [(&str, &str); 3] = [
+    ("/v2/cudasharedmemory/{*rest}", "CUDA shared memory is not supported; send tensors in the request"),
     ("/v2/trace/setting", "trace settings are not supported"),
     ("/v2/models/{model}/trace/setting", "trace settings are not supported"),
 ];
@@ -69,6 +68,7 @@ pub fn router(app: Arc<App>) -> Router {
         .merge(generate::routes())
         .merge(predict::routes())
         .merge(invocations::routes())
+        .merge(shared_memory::calls::routes())
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_verb)
         .with_state(app.clone());
@@ -102,8 +102,9 @@ impl FromRequestParts<Arc<App>> for Named {
     }
 }
 
-async fn server_metadata() -> Response {
-    Json(json!({ "name": SERVER_NAME, "version": env!("CARGO_PKG_VERSION"), "extensions": EXTENSIONS })).into_response()
+async fn server_metadata(State(app): State<Arc<App>>) -> Response {
+    let extensions = app.extensions();
+    Json(json!({ "name": SERVER_NAME, "version": env!("CARGO_PKG_VERSION"), "extensions": extensions })).into_response()
 }
 
 async fn server_ready(State(app): State<Arc<App>>) -> Response {

@@ -46,6 +46,11 @@ def rest_body() -> dict[str, bytes]:
         "outputs": [{"name": "y", "parameters": {"binary_data": False}}, {"name": "z"}],
         "unknown": {"nested": [1, None]},
     }
+    where = {"shared_memory_region": "r", "shared_memory_byte_size": 8, "shared_memory_offset": 4}
+    placed = {
+        "inputs": [tensor("FP32", [1, 2], parameters=where), tensor("INT8", [1], data=[1]) | {"name": "sent"}],
+        "outputs": [{"name": "y", "parameters": where}],
+    }
 
     def one(datatype: str, data: list) -> bytes:
         return json.dumps({"inputs": [tensor(datatype, list(np.shape(data)), data=data)]}).encode()
@@ -53,6 +58,7 @@ def rest_body() -> dict[str, bytes]:
     return {
         "full": json.dumps(full).encode(),
         "spaced": json.dumps(full, indent=1).encode(),
+        "placed": json.dumps(placed).encode(),
         "bool": one("BOOL", [True, False, 1, 0]),
         **{datatype.lower(): one(datatype, [[1, 2], [3, 4.0]]) for datatype in INTEGERS},
         **{datatype.lower(): one(datatype, [0.1, -2e10, 3]) for datatype in FLOATS},
@@ -121,6 +127,15 @@ def protobuf() -> dict[str, bytes]:
         setattr(raw.parameters[name], name, value)
     raw.inputs[0].parameters["k"].int64_param = -1
     seeds["raw"] = raw
+    placed = message("INT8", [1])
+    placed.raw_input_contents.append(b"\1")
+    placed.inputs.add(name="p", datatype="FP32", shape=[1, 2])
+    placed.outputs.add(name="y")
+    for each in (placed.inputs[1], placed.outputs[0]):
+        each.parameters["shared_memory_region"].string_param = "r"
+        each.parameters["shared_memory_byte_size"].int64_param = 8
+        each.parameters["shared_memory_offset"].uint64_param = 4
+    seeds["placed"] = placed
     return {name: seed.SerializeToString(deterministic=True) for name, seed in seeds.items()}
 
 

@@ -56,7 +56,7 @@ pub(super) fn read(label: &str, dtype: DType, shape: &Shape, bytes: Bytes) -> Re
 }
 
 /// The bytes of a tensor; copies only `BYTES` elements, to put the lengths in front.
-pub(super) fn write(data: &Data) -> Bytes {
+pub(in crate::api) fn write(data: &Data) -> Bytes {
     match data {
         Data::Plain(bytes) => bytes.clone(),
         Data::Strings(_) => {

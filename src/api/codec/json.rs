@@ -13,7 +13,9 @@ use super::{
     direct::{self, Parts},
     elements,
     envelope::{Envelope, Members, ParameterMap, Place},
-    literals, refuse_shared_memory, values,
+    literals,
+    placement::{BYTE_SIZE, OFFSET, PlacedInput, Placement, REGION},
+    values,
     values::Spelling,
 };
 use crate::{
@@ -84,10 +86,13 @@ pub(super) fn decode_carefully(body: &Bytes, header_length: Option<usize>) -> Re
     let Some(inputs) = &envelope.inputs else {
         return Err(Error::invalid("the request has no 'inputs'"));
     };
+    let mut placed = Vec::new();
     let inputs = inputs
         .iter()
         .enumerate()
-        .map(|(index, members)| input(Place("inputs", index), members, &mut tail, &json))
+        .filter_map(|(index, members)| {
+            input(Place("inputs", index), members, &mut tail, &json, &mut placed).transpose()
+        })
         .collect::<Result<_, _>>()?;
     if !tail.rest.is_empty() {
         return Err(Error::invalid(format!(
@@ -102,7 +107,7 @@ pub(super) fn decode_carefully(body: &Bytes, header_length: Option<usize>) -> Re
         .enumerate()
         .map(|(index, members)| output(Place("outputs", index), members))
         .collect::<Result<_, _>>()?;
-    InferCall::new(id, request_parameters, inputs, outputs)
+    InferCall::new(id, request_parameters, inputs, outputs).map(|call| InferCall { placed, ..call })
 }
 
 /// Writes a reply, outputs that are not asked for as binary in the JSON.
@@ -132,7 +137,9 @@ pub fn encode_json(reply: &InferReply<'_>, options: &JsonOptions<'_>) -> Result<
         json.extend_from_slice(br#","shape":"#);
         put_json(&mut json, &tensor.shape[..])?;
         let requested = options.requested.iter().find(|requested| requested.name == tensor.name);
-        if requested.and_then(|requested| requested.binary).unwrap_or(options.binary_output) {
+        if let Some(placement) = requested.and_then(|requested| requested.placement.as_ref()) {
+            put_placement(&mut json, placement, binary::length(&tensor.data))?;
+        } else if requested.and_then(|requested| requested.binary).unwrap_or(options.binary_output) {
             let bytes = binary::write(&tensor.data);
             json.extend_from_slice(br#","parameters":{"binary_data_size":"#);
             put_json(&mut json, &bytes.len())?;
@@ -147,6 +154,13 @@ pub fn encode_json(reply: &InferReply<'_>, options: &JsonOptions<'_>) -> Result<
     json.extend_from_slice(b"]}");
     let header_length = (!tensors.is_empty()).then_some(json.len());
     Ok(Encoded { json: json.into(), tensors, header_length })
+}
+
+/// Where an output was written, and how many bytes of it.
+fn put_placement(json: &mut Vec<u8>, placement: &Placement, written: usize) -> Result<(), Error> {
+    let told = serde_json::json!({ REGION: placement.region, OFFSET: placement.offset, BYTE_SIZE: written });
+    json.extend_from_slice(br#","parameters":"#);
+    put_json(json, &told)
 }
 
 pub(in crate::api) fn put_json<T: serde::Serialize + ?Sized>(json: &mut Vec<u8>, value: &T) -> Result<(), Error> {
@@ -189,7 +203,14 @@ impl Tail {
     }
 }
 
-fn input(place: Place, members: &Members<'_, 5>, tail: &mut Tail, source: &Bytes) -> Result<Tensor, Error> {
+/// An input; `None` for one that lies in shared memory, which goes to `placed`.
+fn input(
+    place: Place,
+    members: &Members<'_, 5>,
+    tail: &mut Tail,
+    source: &Bytes,
+    placed: &mut Vec<PlacedInput>,
+) -> Result<Option<Tensor>, Error> {
     let [name, datatype, shape, parameter_text, data] = *members;
     let name = text(required(name, place, "name")?, format_args!("{place}.name"))?;
     let datatype = text(required(datatype, place, "datatype")?, format_args!("{place}.datatype"))?;
@@ -201,7 +222,13 @@ fn input(place: Place, members: &Members<'_, 5>, tail: &mut Tail, source: &Bytes
     let (dtype, shape) = declared(&label, &datatype, &shape)?;
 
     let parameters = parameters(parameter_text, format_args!("{place}.parameters"))?;
-    refuse_shared_memory(&label, &parameters)?;
+    if let Some(placement) = Placement::read(&label, &parameters)? {
+        if data.is_some() || parameters.contains_key("binary_data_size") {
+            return Err(Error::invalid(format!("{label} lies in shared memory and must not be sent as well")));
+        }
+        placed.push(PlacedInput { name: name.into(), dtype, shape, placement });
+        return Ok(None);
+    }
     let data = match (parameters.get("binary_data_size"), data) {
         (Some(_), Some(_)) => {
             return Err(Error::invalid(format!("{label} has both 'data' and the parameter 'binary_data_size'")));
@@ -221,7 +248,7 @@ fn input(place: Place, members: &Members<'_, 5>, tail: &mut Tail, source: &Bytes
             elements::read(&label, dtype, expected, data.get(), source)?
         }
     };
-    Tensor::new(name.into(), dtype, shape, data)
+    Tensor::new(name.into(), dtype, shape, data).map(Some)
 }
 
 fn output(place: Place, members: &Members<'_, 2>) -> Result<(Arc<str>, Parameters), Error> {

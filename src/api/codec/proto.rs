@@ -3,11 +3,14 @@
 //! Raw contents are slices of the received message. Typed contents are packed into the same layout, so that nothing
 //! behind the codec knows which of the two a client chose.
 
-use std::fmt::Display;
+use std::{collections::HashMap, fmt::Display};
 
 use bytes::Bytes;
 
-use super::{InferCall, InferReply, Parameter, Parameters, binary, declared, refuse_shared_memory};
+use super::{
+    InferCall, InferReply, Parameter, Parameters, RequestedOutput, binary, declared,
+    placement::{BYTE_SIZE, OFFSET, PlacedInput, Placement, REGION},
+};
 use crate::{
     api::pb::{
         InferParameter, InferTensorContents, ModelInferRequest, ModelInferResponse, infer_parameter::ParameterChoice,
@@ -24,26 +27,27 @@ use crate::{
 /// `InvalidArgument` naming the input or the parameter, `Unimplemented` for features that are not here.
 pub fn decode_proto(request: ModelInferRequest) -> Result<InferCall, Error> {
     let raw = request.raw_input_contents;
-    // Shared memory is looked for before the counts, which it makes differ.
-    let tensors = request
-        .inputs
-        .into_iter()
-        .map(|mut tensor| {
-            let label = format!("input '{}'", shorten(&tensor.name));
-            let sent = parameters(&label, std::mem::take(&mut tensor.parameters))?;
-            refuse_shared_memory(&label, &sent).map(|()| (label, tensor))
-        })
-        .collect::<Result<Vec<_>, Error>>()?;
-    if !raw.is_empty() && raw.len() != tensors.len() {
+    // Inputs in shared memory have no entry among the raw contents, so they are set apart before these are counted.
+    let mut placed = Vec::new();
+    let mut sent = Vec::with_capacity(request.inputs.len());
+    for mut tensor in request.inputs {
+        let label = format!("input '{}'", shorten(&tensor.name));
+        let parameters = parameters(&label, std::mem::take(&mut tensor.parameters))?;
+        match Placement::read(&label, &parameters)? {
+            None => sent.push((label, tensor)),
+            Some(placement) => placed.push(placed_input(&label, tensor, placement)?),
+        }
+    }
+    if !raw.is_empty() && raw.len() != sent.len() {
         return Err(Error::invalid(format!(
-            "raw_input_contents must have one entry for each of the {} inputs, got {}",
-            tensors.len(),
+            "raw_input_contents must have one entry for each of the {} inputs{}, got {}",
+            sent.len(),
+            if placed.is_empty() { "" } else { " outside shared memory" },
             raw.len()
         )));
     }
     let mut raw = raw.into_iter();
-    let inputs =
-        tensors.into_iter().map(|(label, tensor)| input(&label, tensor, raw.next())).collect::<Result<_, _>>()?;
+    let inputs = sent.into_iter().map(|(label, tensor)| input(&label, tensor, raw.next())).collect::<Result<_, _>>()?;
     let outputs = request
         .outputs
         .into_iter()
@@ -52,12 +56,22 @@ pub fn decode_proto(request: ModelInferRequest) -> Result<InferCall, Error> {
             Ok((output.name.into(), sent))
         })
         .collect::<Result<_, Error>>()?;
-    InferCall::new(request.id, parameters("the request", request.parameters)?, inputs, outputs)
+    let call = InferCall::new(request.id, parameters("the request", request.parameters)?, inputs, outputs)?;
+    Ok(InferCall { placed, ..call })
 }
 
-/// Writes a reply; outputs are always raw, one entry for each.
-pub fn encode_proto(reply: &InferReply<'_>) -> ModelInferResponse {
+/// Writes a reply; outputs are always raw, one entry for each, which is empty for one that `requested` has written to
+/// shared memory.
+pub fn encode_proto(reply: &InferReply<'_>, requested: &[RequestedOutput]) -> ModelInferResponse {
+    let placement = |tensor: &Tensor| {
+        requested.iter().find(|requested| requested.name == tensor.name).and_then(|found| found.placement.as_ref())
+    };
+    let raw = |tensor: &Tensor| match placement(tensor) {
+        None => binary::write(&tensor.data),
+        Some(_) => Bytes::new(),
+    };
     let output = |tensor: &Tensor| InferOutputTensor {
+        parameters: placement(tensor).map(|placement| told(placement, &tensor.data)).unwrap_or_default(),
         name: tensor.name.to_string(),
         datatype: tensor.dtype.name().to_owned(),
         // A tensor in memory has no dimension beyond i64, unless it is empty.
@@ -69,9 +83,29 @@ pub fn encode_proto(reply: &InferReply<'_>) -> ModelInferResponse {
         model_version: reply.version.to_owned(),
         id: reply.id.to_owned(),
         outputs: reply.outputs.iter().map(output).collect(),
-        raw_output_contents: reply.outputs.iter().map(|tensor| binary::write(&tensor.data)).collect(),
+        raw_output_contents: reply.outputs.iter().map(raw).collect(),
         ..ModelInferResponse::default()
     }
+}
+
+/// Where an output was written, and how many bytes of it.
+fn told(placement: &Placement, data: &Data) -> HashMap<String, InferParameter> {
+    let number = |number| ParameterChoice::Int64Param(i64::try_from(number).unwrap_or(i64::MAX));
+    [
+        (REGION, ParameterChoice::StringParam(placement.region.clone())),
+        (OFFSET, number(placement.offset)),
+        (BYTE_SIZE, number(binary::length(data) as u64)),
+    ]
+    .map(|(name, choice)| (name.to_owned(), InferParameter { parameter_choice: Some(choice) }))
+    .into()
+}
+
+fn placed_input(label: &str, tensor: InferInputTensor, placement: Placement) -> Result<PlacedInput, Error> {
+    let (dtype, shape) = declared(label, &tensor.datatype, &tensor.shape)?;
+    if tensor.contents.is_some_and(|contents| lengths(&contents).iter().any(|&(_, length)| length > 0)) {
+        return Err(Error::invalid(format!("{label} lies in shared memory and must not be sent as well")));
+    }
+    Ok(PlacedInput { name: tensor.name.into(), dtype, shape, placement })
 }
 
 fn input(label: &str, tensor: InferInputTensor, raw: Option<Bytes>) -> Result<Tensor, Error> {

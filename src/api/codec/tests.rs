@@ -15,6 +15,7 @@ use crate::{
     tensor::Data,
 };
 
+mod placement;
 mod properties;
 mod wire;
 
@@ -246,15 +247,12 @@ fn features_that_are_not_here_are_refused() {
     let with = |place: &str, parameters: &str| {
         let at = |wanted| if place == wanted { format!(r#","parameters":{parameters}"#) } else { String::new() };
         decode(&format!(
-            r#"{{"inputs":[{{"name":"x","datatype":"INT8","shape":[1]{}}}],"outputs":[{{"name":"y"{}}}]{}}}"#,
-            if place == "input" { at("input") } else { r#","data":[1]"#.to_owned() },
+            r#"{{"inputs":[{{"name":"x","datatype":"INT8","shape":[1],"data":[1]}}],"outputs":[{{"name":"y"{}}}]{}}}"#,
             at("output"),
             at("request"),
         ))
     };
     for (place, parameters, message) in [
-        ("input", r#"{"shared_memory_region":"r","shared_memory_byte_size":1}"#, "input 'x'"),
-        ("output", r#"{"shared_memory_region":"r"}"#, "shared memory is not supported, and output 'y'"),
         ("request", r#"{"sequence_id":7}"#, "sequence batching is not supported"),
         ("request", r#"{"sequence_id":"s"}"#, "'sequence_id'"),
         ("request", r#"{"sequence_start":true}"#, "'sequence_start'"),
@@ -338,6 +336,7 @@ fn replies_are_written_exactly() {
         parameters: Parameters::new(),
         binary,
         classes: None,
+        placement: None,
     };
     let requested = [wants("h", Some(true)), wants("f", None)];
     let options = JsonOptions { requested: &requested, binary_output: false, non_finite: NonFinite::Literal };
@@ -501,11 +500,6 @@ fn proto_parameters_mean_the_same() {
     let mut empty = sent.clone();
     empty.parameters.insert("none".into(), InferParameter::default());
     assert!(decode_proto(empty).unwrap_err().message.contains("parameter 'none' has no value"));
-    let mut shared = sent.clone();
-    shared.raw_input_contents.clear();
-    let region = parameter(ParameterChoice::StringParam("r".into()));
-    shared.inputs[0].parameters.insert("shared_memory_region".into(), region);
-    assert_eq!(decode_proto(shared).unwrap_err().code, Code::Unimplemented);
     sent.parameters.insert("sequence_id".into(), parameter(ParameterChoice::Uint64Param(5)));
     assert_eq!(decode_proto(sent).unwrap_err().code, Code::Unimplemented);
 }

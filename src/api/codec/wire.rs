@@ -77,7 +77,13 @@ impl<'a> Draft<'a> {
                 return None;
             }
             let name = known(&signature.outputs, name)?;
-            outputs.push(RequestedOutput { name, parameters: Parameters::new(), binary: None, classes: None });
+            outputs.push(RequestedOutput {
+                name,
+                parameters: Parameters::new(),
+                binary: None,
+                classes: None,
+                placement: None,
+            });
         }
         Some(InferCall {
             id: self.id.to_owned(),
@@ -85,6 +91,7 @@ impl<'a> Draft<'a> {
             priority: 0,
             parameters: Parameters::new(),
             inputs,
+            placed: Vec::new(),
             outputs,
             binary_output: false,
         })

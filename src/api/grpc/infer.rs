@@ -31,6 +31,7 @@ use crate::{
         codec::{self, Draft, InferCall, InferReply, Pieces},
         message,
         paced::Paced,
+        shared_memory::Reach,
     },
     engine::Target,
     error::Error,
@@ -63,7 +64,7 @@ impl Call {
         router: Router,
         peer: Peer,
     ) -> Result<Response<Payload>, Infallible> {
-        let (parts, body) = request.into_parts();
+        let (mut parts, body) = request.into_parts();
         let client = app.clients.of(&parts.headers, Some(&peer));
         let mut record = Record::start(&app, Protocol::Grpc, &parts.headers, client);
         let latest = after(record.started(), self.timeout);
@@ -84,7 +85,11 @@ impl Call {
                     service.run(target, call, latest, &mut record).await.and_then(|answered| answered.write())
                 }
                 // The compiler's types read it, or say what is wrong with it.
-                Ok(None) => Box::pin(in_full(&service, message, latest, &mut record)).await,
+                Ok(None) => {
+                    parts.extensions.insert(peer);
+                    let reach = Reach::of(&service.app, &parts.headers, &parts.extensions);
+                    Box::pin(in_full(&service, message, latest, &reach, &mut record)).await
+                }
                 Err(error) => Err(error),
             },
             Ok(Gathered::Other(body)) => return Box::pin(reroute(router, parts, body, record, peer)).await,
@@ -124,9 +129,10 @@ async fn in_full(
     service: &Service,
     message: Bytes,
     latest: Option<Instant>,
+    reach: &Reach,
     record: &mut Record,
 ) -> Result<Pieces, Error> {
-    let response = service.infer(message::decode(message)?, latest, record).await?;
+    let response = service.infer(message::decode(message)?, latest, reach, record).await?;
     codec::write_message(&response)
 }
 

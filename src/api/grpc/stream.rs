@@ -38,6 +38,7 @@ use crate::{
             InferParameter, ModelInferRequest, ModelInferResponse, ModelStreamInferResponse,
             infer_parameter::ParameterChoice,
         },
+        shared_memory::Reach,
         status,
     },
     error::{Code, Error},
@@ -57,6 +58,8 @@ pub(super) struct Answers {
     /// What the call began with, for the records of its requests.
     headers: HeaderMap,
     client: Client,
+    /// What of shared memory its requests may use.
+    reach: Arc<Reach>,
     /// `None` when there are no more.
     requests: Option<Streaming<ModelInferRequest>>,
     /// Oldest first. Dropping one gives it up.
@@ -80,6 +83,7 @@ struct Running {
 
 impl Answers {
     pub(super) fn new(service: Service, request: Request<Streaming<ModelInferRequest>>) -> Self {
+        let reach = Arc::new(service.reach(&request));
         let (metadata, extensions, requests) = request.into_parts();
         let client = service.app.clients.of(metadata.as_ref(), extensions.get());
         let latest = latest(Instant::now(), &metadata);
@@ -87,6 +91,7 @@ impl Answers {
         Self {
             service,
             client,
+            reach,
             requests: Some(requests),
             running: VecDeque::new(),
             held: Arc::default(),
@@ -126,9 +131,9 @@ impl Answers {
         let mut record = Record::start(&self.service.app, Protocol::Grpc, &self.headers, self.client);
         let id = message.id.clone();
         let mut held = Held::new(&self.held, message.encoded_len());
-        let (service, latest) = (self.service.clone(), self.latest);
+        let (service, reach, latest) = (self.service.clone(), self.reach.clone(), self.latest);
         let answer = AbortOnDropHandle::new(tokio::spawn(async move {
-            let answer = service.infer(message, latest, &mut record).await;
+            let answer = service.infer(message, latest, &reach, &mut record).await;
             held.change(answer.as_ref().map_or(0, Message::encoded_len));
             record.finish(answer.as_ref().err().map(|error| error.code));
             (answer, held)

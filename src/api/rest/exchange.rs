@@ -21,6 +21,7 @@ use crate::{
         App, Record, after, check_size, classify,
         codec::{self, InferCall, InferReply, JsonOptions},
         compression::{self, Encoding},
+        shared_memory::Reach,
         urgency,
     },
     engine,
@@ -116,17 +117,21 @@ async fn try_exchange<A: Send + 'static>(
     let body = body::read_body(app, body, limit).await?;
     let aside = app.limits.max_inline_bytes;
     let is_long = body.len() > aside && (encoding != Encoding::Identity || json_length(&headers, &body) > aside);
+    let reach = Reach::of(app, &headers, &parts.extensions);
     let mut question = Question { headers, body, version: target.version.clone(), limit };
     let look = move || {
         let asked = compression::decode_body(encoding, std::mem::take(&mut question.body), limit).map(|body| {
             question.body = body;
-            let asked = read(&question).and_then(|(call, asked)| Ok((check_size(call, limit)?, asked)));
+            let asked = read(&question).and_then(|(mut call, asked)| {
+                let places = reach.fetch(&mut call, limit)?;
+                Ok((check_size(call, limit)?, places, asked))
+            });
             asked.map_err(|error| error.of_model(question.version.name.as_str()))
         });
         (asked.flatten(), question.headers)
     };
     let (asked, headers) = run(is_long, look).await?;
-    let (mut call, asked) = asked?;
+    let (mut call, places, asked) = asked?;
     if !call.id.is_empty() {
         record.request_id.clone_from(&call.id);
     }
@@ -139,6 +144,7 @@ async fn try_exchange<A: Send + 'static>(
     // It may have run on the successor of the version that was found first.
     record.aim(&target);
     let outputs = classify(&target.version, &call.outputs, outputs?)?;
+    places.fill(&outputs).map_err(|error| error.of_model(target.version.name.as_str()))?;
 
     let spelled = |output: &&Tensor| encoding != Encoding::Identity || !call.wants_binary(&output.name);
     let is_long = outputs.iter().filter(spelled).map(Tensor::byte_len).sum::<usize>() > aside;

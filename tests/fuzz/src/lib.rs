@@ -46,15 +46,26 @@ fn check_call(call: &InferCall) {
     for (index, output) in call.outputs.iter().enumerate() {
         assert!(call.outputs[..index].iter().all(|other| other.name != output.name), "{} twice", output.name);
     }
-    for tensor in &call.inputs {
-        let again = Tensor::new(tensor.name.clone(), tensor.dtype, tensor.shape.clone(), tensor.data.clone());
-        assert_eq!(again.as_ref(), Ok(tensor));
+    for placed in &call.placed {
+        // Shared memory holds what anybody likes.
+        for bytes in [&b""[..], b"\x01\0\0\0\x01", b"\0\0\0\0\x09\0\0\0"] {
+            match placed.check_size().and_then(|()| placed.clone().filled(Bytes::from_static(bytes))) {
+                Ok(tensor) => check_tensor(&tensor),
+                Err(error) => check(&Err(error)),
+            }
+        }
     }
+    call.inputs.iter().for_each(check_tensor);
     assert_eq!(decode_proto(proto_request(&call.inputs)).unwrap().inputs, call.inputs, "gRPC");
     if call.inputs.len() <= MAX_REST_INPUTS {
         assert_eq!(through_rest(&call.inputs, true).unwrap(), call.inputs, "REST binary");
         check_json(&call.inputs);
     }
+}
+
+fn check_tensor(tensor: &Tensor) {
+    let again = Tensor::new(tensor.name.clone(), tensor.dtype, tensor.shape.clone(), tensor.data.clone());
+    assert_eq!(again.as_ref(), Ok(tensor));
 }
 
 fn check_json(tensors: &[Tensor]) {
@@ -102,7 +113,7 @@ fn through_rest(tensors: &[Tensor], binary_output: bool) -> Result<Vec<Tensor>, 
 
 /// The request that sends the tensors as gRPC does, off the wire.
 fn proto_request(tensors: &[Tensor]) -> ModelInferRequest {
-    let reply = encode_proto(&InferReply { model: "m", version: "1", id: "", outputs: tensors });
+    let reply = encode_proto(&InferReply { model: "m", version: "1", id: "", outputs: tensors }, &[]);
     let input = |(name, datatype, shape)| InferInputTensor { name, datatype, shape, ..Default::default() };
     let request = ModelInferRequest {
         inputs: reply.outputs.into_iter().map(|output| input((output.name, output.datatype, output.shape))).collect(),

@@ -143,7 +143,7 @@ proptest! {
     #[test]
     fn proto_round_trips(tensor in tensors(false)) {
         let outputs = [tensor.clone()];
-        let reply = encode_proto(&InferReply { model: "m", version: "1", id: "i", outputs: &outputs });
+        let reply = encode_proto(&InferReply { model: "m", version: "1", id: "i", outputs: &outputs }, &[]);
         let output = &reply.outputs[0];
         let mut sent = request(&output.datatype, &output.shape, None, &[]);
         sent.inputs[0].name = output.name.clone();
@@ -204,7 +204,7 @@ proptest! {
     ) {
         let reply = InferReply { model: "m", version: "1", id: "i", outputs: &tensors };
         let options = JsonOptions { requested: &[], binary_output: binary, non_finite: NonFinite::Literal };
-        let proto = encode_proto(&reply).encode_to_vec();
+        let proto = encode_proto(&reply, &[]).encode_to_vec();
         let json = encode_json(&reply, &options).map(|encoded| {
             let json = std::str::from_utf8(&encoded.json).unwrap().replacen("\"outputs\":", "\"inputs\":", 1);
             [json.as_bytes(), &encoded.tensors.concat()].concat()

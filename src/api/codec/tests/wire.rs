@@ -26,7 +26,7 @@ fn signature() -> Signature {
 
 /// A request that sends tensors as clients do.
 fn usual(tensors: &[Tensor], outputs: &[&str]) -> ModelInferRequest {
-    let reply = encode_proto(&InferReply { model: "m", version: "1", id: "i", outputs: tensors });
+    let reply = encode_proto(&InferReply { model: "m", version: "1", id: "i", outputs: tensors }, &[]);
     let input = |output: crate::api::pb::model_infer_response::InferOutputTensor| InferInputTensor {
         name: output.name,
         datatype: output.datatype,
@@ -209,7 +209,7 @@ proptest! {
     fn both_ways_of_writing_agree(outputs in vec(tensors(false), 0..4), id: String, large: bool) {
         let outputs: Vec<_> = outputs.into_iter().chain(large.then(|| floats(1500))).collect();
         let reply = InferReply { model: "m", version: "1", id: &id, outputs: &outputs };
-        let message = encode_proto(&reply);
+        let message = encode_proto(&reply, &[]);
         let expected = message.encode_to_vec();
         let written = write_reply(&reply).unwrap().concat();
         prop_assert_eq!(&written[..5], [&[0][..], &(expected.len() as u32).to_be_bytes()].concat());
