@@ -22,7 +22,7 @@ const LIGHT: f32 = 100.0;
 #[derive(Clone)]
 enum Way {
     Rest,
-    Grpc(GrpcClient),
+    Grpc(Box<GrpcClient>),
 }
 
 /// A server with the model "m", whose runs are of one request each and wait while the gate is shut.
@@ -46,7 +46,7 @@ impl Gated {
     }
 
     fn connect(&self) -> Way {
-        Way::Grpc(grpc_client(self.running.grpc_address))
+        Way::Grpc(Box::new(grpc_client(self.running.grpc_address)))
     }
 
     /// Shuts the gate and has the executor wait behind it with a request of nobody else's.
