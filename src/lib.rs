@@ -15,7 +15,7 @@
 //! | 4 | [`model`] | a model in memory: load, warm-up, catalog, batcher, executors |
 //! | 3 | [`backend`] · [`source`] | running a graph · finding its files |
 //! | 2 | [`metrics`] · [`logging`] | every metric there is · what is logged |
-//! | 1 | [`tensor`] · [`id`] · [`priority`] | bricks |
+//! | 1 | [`tensor`] · [`id`] · [`priority`] · [`heap`] | bricks |
 //! | 0 | [`error`] | the closed list of ways to fail |
 //!
 //! # A request's way
@@ -55,6 +55,7 @@ pub mod config;
 pub mod control;
 pub mod engine;
 pub mod error;
+pub mod heap;
 pub mod id;
 pub mod logging;
 pub mod metrics;

@@ -7,7 +7,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     keep_telemetry_off();
-    give_memory_back();
+    tidegate::heap::fix_thresholds();
     tidegate::cli::run().unwrap_or_else(|error| {
         #[expect(clippy::print_stderr, reason = "whoever typed the command reads standard error")]
         {
@@ -27,21 +27,3 @@ fn main() -> ExitCode {
 fn keep_telemetry_off() {
     unsafe { std::env::set_var("ORT_DISABLE_TELEMETRY", "1") };
 }
-
-/// Has the C allocator, which is ONNX Runtime's, return what it gets back to the system.
-///
-/// Its thresholds are 128 KiB at first, but grow to 32 and 64 MiB with the first large block that is freed, and then
-/// what loading needs for a moment stays for good: 200 MB of weights cost 390 MB, with fixed thresholds 210 MB, and
-/// 10 MB instead of 190 MB once they are unloaded. Setting a threshold fixes it.
-#[cfg(target_env = "gnu")]
-#[expect(unsafe_code, reason = "no other thread exists yet that could allocate")]
-fn give_memory_back() {
-    const THRESHOLD: libc::c_int = 128 << 10;
-    unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, THRESHOLD);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, THRESHOLD);
-    }
-}
-
-#[cfg(not(target_env = "gnu"))]
-fn give_memory_back() {}

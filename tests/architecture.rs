@@ -8,7 +8,7 @@ use std::{
 /// Top-level modules by layer; a module may import only from layers below its own.
 const LAYERS: [(u8, &[&str]); 11] = [
     (0, &["error"]),
-    (1, &["tensor", "id", "priority"]),
+    (1, &["tensor", "id", "priority", "heap"]),
     (2, &["metrics", "logging"]),
     (3, &["backend", "source"]),
     (4, &["model"]),
@@ -23,7 +23,7 @@ const LAYERS: [(u8, &[&str]); 11] = [
 /// The only places (files, or folders and the file of the same name) that may name a foreign crate.
 const HOMES: [(&str, &[&str]); 21] = [
     ("ort", &["backend/onnx"]),
-    ("libc", &["priority", "main"]),
+    ("libc", &["priority", "heap"]),
     ("half", &["backend/onnx", "model/warmup", "api/codec"]),
     ("prost", &["backend/onnx", "api"]),
     ("tonic", &["api"]),

@@ -24,6 +24,7 @@ use super::{
 use crate::{
     backend::Backends,
     error::Error,
+    heap,
     id::{ModelName, Version},
     metrics::Metrics,
     model::{
@@ -408,6 +409,7 @@ impl Reconciler {
         tracing::info!(model = %version.name, version = %version.version, in_flight = version.in_flight(), "draining");
         self.drains.spawn_blocking(move || {
             let cut = version.drain(limit);
+            trim();
             tracing::info!(model = %version.name, version = %version.version, cut_short = cut, "unloaded");
             cut
         });
@@ -463,6 +465,16 @@ fn log_ready(version: &ModelVersion) {
     );
 }
 
+/// Returns the memory of what was unloaded, on a thread that stays behind requests. Blocks.
+fn trim() {
+    let trimmer = std::thread::Builder::new().name("trim".to_owned()).spawn(|| {
+        priority::step_back();
+        heap::trim();
+    });
+    // Without a thread the memory is used by the next load.
+    let _ = trimmer.map(|thread| thread.join());
+}
+
 /// Runs `work` on a thread of its own: with others of this process serving, one that takes only what they leave of the
 /// processor. Threads that operators run on are started elsewhere and keep their priority.
 async fn on_loader_thread<T: Send + 'static>(
@@ -478,6 +490,7 @@ async fn on_loader_thread<T: Send + 'static>(
             let _ = rustix::process::nice(LOADER_NICENESS);
         }
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+        heap::trim();
         let _ = sender.send(result.unwrap_or_else(|_| Err(Error::internal("loading panicked"))));
     });
     spawned.map_err(|error| Error::internal(format!("cannot start a loader thread: {error}")))?;
