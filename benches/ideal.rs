@@ -18,9 +18,11 @@ impl Curve {
         Self(times)
     }
 
-    /// The largest batch that was measured.
-    pub fn largest(&self) -> usize {
-        self.0.last().map_or(1, |&(rows, _)| rows)
+    /// The largest batch that is worth its wait: the next size gives less than 2 % more rows per second.
+    pub fn knee(&self) -> usize {
+        let rate = |&(rows, seconds): &(usize, f64)| rows as f64 / seconds;
+        let worth = self.0.windows(2).take_while(|pair| rate(&pair[1]) >= 1.02 * rate(&pair[0])).last();
+        worth.map(|pair| &pair[1]).or(self.0.first()).map_or(1, |&(rows, _)| rows)
     }
 
     pub fn time(&self, rows: usize) -> Duration {
@@ -93,7 +95,9 @@ mod tests {
         let times = [1, 2, 5, 8, 10].map(|rows| curve.time(rows).as_secs_f64());
         let expected = [0.001, 0.002, 0.0035, 0.005, 0.006];
         assert!(times.iter().zip(expected).all(|(time, expected)| (time - expected).abs() < 1e-9), "{times:?}");
-        assert_eq!(curve.largest(), 8);
+        assert_eq!(curve.knee(), 1, "two rows take twice as long");
+        assert_eq!(Curve::new(vec![(1, 0.010), (2, 0.015), (4, 0.028), (8, 0.056)]).knee(), 4);
+        assert_eq!(Curve::new(vec![(1, 0.001), (8, 0.001)]).knee(), 8);
         assert_eq!(Curve::new(vec![(1, 0.25)]).time(3), Duration::from_millis(250));
     }
 

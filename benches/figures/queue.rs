@@ -189,7 +189,7 @@ impl Bench {
             let alone = || Ok(p99(load::open(&light, rate, seed, between(warm, end))?));
             pairs.take(beside, alone)?;
         }
-        let batch = served.curve.time(served.curve.largest()).as_secs_f64();
+        let batch = served.curve.time(served.curve.knee()).as_secs_f64();
         let mut add = |name: &str, what: &str, unit, value: &dyn Fn(f64, f64) -> f64| {
             let (name, title) =
                 (format!("{name}_{}", served.name), format!("`{}`, a light client: {what}", served.name));
