@@ -7,7 +7,7 @@ PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
 # ONNX Runtime would otherwise write its telemetry's files, and send them, from the tests too.
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: serve test setup build lint fmt test-rust test-clients fuzz image-test bench models clean
+.PHONY: serve test setup build lint fmt test-rust test-clients fuzz image-test bench bench-counters models clean
 
 serve: build
 	exec ./$(BINARY) serve
@@ -48,6 +48,13 @@ image-test:
 bench: build .venv/clients.installed
 	cargo build --release --locked --package tidegate-bench
 	target/release/tidegate-bench measure --magika .venv/lib/python*/site-packages/magika/models/*/model.onnx
+
+# Instructions, allocations and copies of tensors for each request: fails when one has grown by more than 5 % over
+# benches/results/counters.json, which UPDATE_COUNTERS=1 writes anew.
+bench-counters: setup
+	@deploy/apt.sh valgrind=valgrind strace=strace
+	cargo build --release --locked --package tidegate-bench
+	target/release/tidegate-bench counters
 
 # Trains the models in models/ anew; the files come out the same.
 models: setup .venv/models.installed

@@ -1,5 +1,6 @@
 //! Our own stack without a model: the accept code, runtimes, HTTP settings, generated service and allocator of the
-//! server. Every request is decoded in full, and every reply is built anew, named and sized as those of `iris`.
+//! server. Every request is decoded in full, and every reply is built anew, named and sized as the model's: those of
+//! `iris`, or for a model named `stub` one output with the elements that came in.
 //!
 //! The difference to the server is what finding, checking, queueing and running a model costs.
 
@@ -8,6 +9,7 @@ use std::net::SocketAddr;
 use anyhow::{Context, Result};
 use axum::{
     Json, Router,
+    extract::Path,
     response::{IntoResponse, Response as HttpResponse},
     routing::post,
 };
@@ -25,9 +27,8 @@ use tidegate::api::{
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, service::Routes};
 
-use crate::requests::HEADER_LENGTH;
+use crate::{requests::HEADER_LENGTH, stub};
 
-const MODEL: &str = "iris";
 const LABEL: i64 = 1;
 const PROBABILITIES: [f32; 3] = [0.01, 0.94, 0.05];
 
@@ -84,13 +85,19 @@ fn grpc_reply(request: pb::ModelInferRequest) -> Result<pb::ModelInferResponse, 
         shape,
         ..Default::default()
     };
-    let (labels, probabilities) = raw_outputs(rows);
+    let (outputs, raw_output_contents) = if request.model_name == stub::MODEL {
+        (vec![output(stub::OUTPUT, "FP32", input.shape.clone())], request.raw_input_contents)
+    } else {
+        let (labels, probabilities) = raw_outputs(rows);
+        let outputs = vec![output("label", "INT64", vec![rows]), output("probabilities", "FP32", vec![rows, 3])];
+        (outputs, vec![labels, probabilities])
+    };
     Ok(pb::ModelInferResponse {
         model_name: request.model_name,
         model_version: "1".to_owned(),
         id: request.id,
-        outputs: vec![output("label", "INT64", vec![rows]), output("probabilities", "FP32", vec![rows, 3])],
-        raw_output_contents: vec![labels, probabilities],
+        outputs,
+        raw_output_contents,
         ..Default::default()
     })
 }
@@ -125,8 +132,8 @@ struct Parameters {
 }
 
 #[derive(Serialize)]
-struct Answer {
-    model_name: &'static str,
+struct Answer<'a> {
+    model_name: &'a str,
     model_version: &'static str,
     #[serde(skip_serializing_if = "String::is_empty")]
     id: String,
@@ -148,18 +155,19 @@ struct Output {
 #[serde(untagged)]
 enum Elements {
     Labels(Vec<i64>),
-    Probabilities(Vec<f32>),
+    Floats(Vec<f32>),
 }
 
-async fn infer(headers: HeaderMap, body: Bytes) -> HttpResponse {
+async fn infer(Path(model): Path<String>, headers: HeaderMap, body: Bytes) -> HttpResponse {
     let length = headers.get(HEADER_LENGTH).and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
-    rest_reply(length, &body).unwrap_or_else(|error| (StatusCode::BAD_REQUEST, format!("{error:#}")).into_response())
+    rest_reply(&model, length, &body)
+        .unwrap_or_else(|error| (StatusCode::BAD_REQUEST, format!("{error:#}")).into_response())
 }
 
-fn rest_reply(header_length: Option<usize>, body: &Bytes) -> Result<HttpResponse> {
+fn rest_reply(model: &str, header_length: Option<usize>, body: &Bytes) -> Result<HttpResponse> {
     let json = body.get(..header_length.unwrap_or(body.len())).context("the header is longer than the body")?;
-    let call: Call = serde_json::from_slice(json)?;
-    let input = call.inputs.first().context("no input")?;
+    let mut call: Call = serde_json::from_slice(json)?;
+    let input = call.inputs.first_mut().context("no input")?;
     let given = match (&input.data, input.parameters.binary_data_size) {
         (Some(data), None) => data.len() * size_of::<f32>(),
         (None, Some(size)) if size == body.len() - json.len() => size,
@@ -169,7 +177,8 @@ fn rest_reply(header_length: Option<usize>, body: &Bytes) -> Result<HttpResponse
     anyhow::ensure!(input.datatype == "FP32" && given == expected, "input '{}' has the wrong size", input.name);
 
     let rows = input.shape.first().copied().unwrap_or(1);
-    let answer = |outputs| Answer { model_name: MODEL, model_version: "1", id: call.id.clone(), outputs };
+    let (shape, elements) = (input.shape.clone(), input.data.take());
+    let answer = |outputs| Answer { model_name: model, model_version: "1", id: call.id.clone(), outputs };
     let output = |name, datatype, shape, size: Option<usize>, data| Output {
         name,
         datatype,
@@ -177,9 +186,18 @@ fn rest_reply(header_length: Option<usize>, body: &Bytes) -> Result<HttpResponse
         parameters: size.map(|size| Parameters { binary_data_size: Some(size) }),
         data,
     };
+    if model == stub::MODEL {
+        return if header_length.is_none() {
+            let output = output(stub::OUTPUT, "FP32", shape, None, elements.map(Elements::Floats));
+            Ok(Json(answer(vec![output])).into_response())
+        } else {
+            let raw = &body[json.len()..];
+            binary(&answer(vec![output(stub::OUTPUT, "FP32", shape, Some(raw.len()), None)]), &[raw])
+        };
+    }
     if header_length.is_none() {
         let labels = Elements::Labels((0..rows).map(|_| LABEL).collect());
-        let probabilities = Elements::Probabilities((0..rows).flat_map(|_| PROBABILITIES).collect());
+        let probabilities = Elements::Floats((0..rows).flat_map(|_| PROBABILITIES).collect());
         let outputs = vec![
             output("label", "INT64", vec![rows], None, Some(labels)),
             output("probabilities", "FP32", vec![rows, 3], None, Some(probabilities)),
@@ -191,10 +209,13 @@ fn rest_reply(header_length: Option<usize>, body: &Bytes) -> Result<HttpResponse
         output("label", "INT64", vec![rows], Some(labels.len()), None),
         output("probabilities", "FP32", vec![rows, 3], Some(probabilities.len()), None),
     ];
-    let mut body = serde_json::to_vec(&answer(outputs))?;
+    binary(&answer(outputs), &[&labels, &probabilities])
+}
+
+fn binary(answer: &Answer<'_>, outputs: &[&[u8]]) -> Result<HttpResponse> {
+    let mut body = serde_json::to_vec(answer)?;
     let length = body.len();
-    body.extend_from_slice(&labels);
-    body.extend_from_slice(&probabilities);
+    outputs.iter().for_each(|output| body.extend_from_slice(output));
     let headers = [(header::CONTENT_TYPE.as_str(), "application/octet-stream"), (HEADER_LENGTH, &length.to_string())];
     Ok((headers, body).into_response())
 }

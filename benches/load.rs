@@ -98,6 +98,37 @@ pub fn closed(target: &Target<'_>, warm: Duration, window: Duration) -> Result<S
     Ok(Saturation { rate: replied / usage.seconds, cpu: usage.server / replied, usage })
 }
 
+/// Keeps every connection full until so many requests have been answered as `lengths` says, one after the other over
+/// the same connections, and calls `done` after each.
+///
+/// # Errors
+/// As `closed`.
+pub fn exactly(target: &Target<'_>, lengths: &[usize], mut done: impl FnMut() -> Result<()>) -> Result<()> {
+    let mut generator = Generator::connect(target)?;
+    for &length in lengths {
+        let (mut begun, mut answered) = (0, 0);
+        while answered < length {
+            for connection in &mut generator.connections {
+                while begun < length && connection.wire.has_room() {
+                    connection.begin(Duration::ZERO);
+                    begun += 1;
+                }
+            }
+            generator.turn(Some(STALL))?;
+            let replies = &mut generator.replies;
+            ensure!(
+                replies.all.iter().all(|reply| reply.succeeded),
+                "a request failed: {}",
+                String::from_utf8_lossy(&replies.body)
+            );
+            answered += replies.all.len();
+            replies.all.clear();
+        }
+        done()?;
+    }
+    Ok(())
+}
+
 /// What to do with requests that are meant to be sent now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
@@ -367,6 +398,14 @@ mod tests {
 
             let full = closed(&target, Duration::from_millis(20), Duration::from_millis(200)).unwrap();
             assert!(full.rate > 100.0 && full.usage.seconds >= 0.2, "{protocol:?}: {full:?}");
+
+            let mut done = 0;
+            exactly(&target, &[10, 0, 100], || {
+                done += 1;
+                Ok(())
+            })
+            .unwrap();
+            assert_eq!(done, 3);
 
             let (warm, end) = (Duration::from_millis(100), Duration::from_millis(1100));
             let run = open(&target, 300.0, 7, between(warm, end)).unwrap();

@@ -5,6 +5,8 @@ use std::{io::Write, path::PathBuf};
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+mod counters;
+mod counting;
 mod echo;
 mod figures;
 mod inprocess;
@@ -15,15 +17,17 @@ mod process;
 mod report;
 mod requests;
 mod statistics;
+mod stub;
 mod wire;
 
 use figures::{Bench, Pace};
 use process::Programs;
 use report::Report;
+use stub::Stub;
 
 /// The server's allocator, for the echo and for what runs in-process.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: counting::Counting = counting::Counting;
 
 /// Measures the release binary against an echo on the same stack and against the model without a server.
 #[derive(Parser)]
@@ -55,9 +59,21 @@ enum Command {
         #[arg(long, env = "QUICK", value_parser = clap::builder::FalseyValueParser::new())]
         quick: bool,
     },
-    /// Serve as the echo does; for the benchmark itself.
+    /// Count what no noise can touch, and compare it with what was counted before.
+    Counters {
+        /// What was counted before.
+        #[arg(long, default_value = "benches/results/counters.json")]
+        baseline: PathBuf,
+        /// Let what is counted now be what later counts are compared with.
+        #[arg(long, env = "UPDATE_COUNTERS", value_parser = clap::builder::FalseyValueParser::new())]
+        update: bool,
+    },
+    /// Serve as the echo does until standard input ends; for the benchmark itself.
     #[command(hide = true)]
     Echo,
+    /// Serve a model that costs nothing, or so much, until standard input ends; for the benchmark itself.
+    #[command(hide = true)]
+    Stub(Stub),
     /// Print the seconds it takes to load a model's session; for the benchmark itself.
     #[command(hide = true)]
     Load { files: PathBuf },
@@ -69,7 +85,19 @@ fn main() -> Result<()> {
             let server = echo::Server::bind()?;
             let [rest, grpc] = server.addresses();
             writeln!(std::io::stdout(), "  REST  http://{rest}\n  gRPC  {grpc}\n  try   asking")?;
-            server.serve()
+            // Serves on until standard input ends, and with it this process.
+            let failed = std::thread::spawn(move || server.serve());
+            counting::answer()?;
+            match failed.is_finished().then(|| failed.join()) {
+                Some(Ok(result)) => result,
+                Some(Err(_)) => anyhow::bail!("the echo panicked"),
+                None => Ok(()),
+            }
+        }
+        Command::Stub(stub) => stub.serve(counting::answer),
+        Command::Counters { baseline, update } => {
+            process::end_children_on_signals()?;
+            counters::run(&baseline, update)
         }
         Command::Load { files } => Ok(writeln!(std::io::stdout(), "{}", inprocess::load_time(&files)?)?),
         Command::Measure { server, models, magika, onnxruntime, json, quick } => {

@@ -6,16 +6,16 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::mpsc::{Receiver, channel},
+    sync::mpsc::{Receiver, RecvTimeoutError, channel},
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use parking_lot::Mutex;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use crate::machine::on_core;
+use crate::{machine::on_core, stub::Stub};
 
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// Of the log, this much is shown when a process does not start.
@@ -42,6 +42,7 @@ pub struct Programs {
 /// A server, ours or the echo, until this is dropped.
 pub struct Process {
     running: Running,
+    lines: Lines,
     pub rest: SocketAddr,
     pub grpc: SocketAddr,
     /// From before it was started to its saying that it is ready.
@@ -79,6 +80,16 @@ impl Programs {
         self.start(command, tempfile::tempdir()?)
     }
 
+    /// Starts the server with a stub for a model.
+    ///
+    /// # Errors
+    /// As `serve`.
+    pub fn stub(&self, stub: &Stub) -> Result<Process> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(stub.arguments());
+        self.start(command, tempfile::tempdir()?)
+    }
+
     /// Seconds that a process of its own takes to load the library and one session of the model in `files`.
     ///
     /// # Errors
@@ -87,41 +98,51 @@ impl Programs {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("load").arg(files);
         let home = tempfile::tempdir()?;
-        let (_running, lines) = self.spawn(&mut command, home.path())?;
+        command.env("ORT_DYLIB_PATH", &self.onnxruntime);
+        let (_running, lines) = spawn(&mut command, self.core, home.path())?;
         let line = lines.recv_timeout(START_TIMEOUT).map(|(_, line)| line);
         let seconds = line.ok().and_then(|line| line.parse().ok());
         seconds.with_context(|| format!("a process of its own did not load {}: {}", files.display(), tail(home.path())))
     }
 
     fn start(&self, mut command: Command, home: TempDir) -> Result<Process> {
-        let begun = Instant::now();
-        let (running, lines) = self.spawn(&mut command, home.path())?;
-        let any = SocketAddr::from(([127, 0, 0, 1], 0));
-        let mut process = Process { running, rest: any, grpc: any, ready_after: Duration::ZERO, home };
-        let ready = process.listen(&lines).with_context(|| {
-            format!("{:?} did not start; its log ends:\n{}", command.get_program(), tail(process.home.path()))
-        })?;
-        process.ready_after = ready - begun;
-        Ok(process)
+        command.env("ORT_DYLIB_PATH", &self.onnxruntime);
+        start(command, self.core, home)
     }
+}
 
-    /// Starts `command` on the core for what is measured; its lines follow, and its log is in `home`.
-    fn spawn(&self, command: &mut Command, home: &Path) -> Result<(Running, Lines)> {
-        for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("TIDEGATE_")) {
-            command.env_remove(name);
-        }
-        command.current_dir(home).env("ORT_DYLIB_PATH", &self.onnxruntime);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(File::create(home.join(LOG))?);
-        // A process inherits the core of the thread that starts it, and so finds only one from its first moment on.
-        let mut running = on_core(self.core, || {
-            let mut all = RUNNING.lock();
-            let child = command.spawn().with_context(|| format!("cannot start {:?}", command.get_program()))?;
-            all.push(child.id());
-            Ok(Running(child))
-        })?;
-        let pipe = running.0.stdout.take().context("a process has no standard output")?;
-        Ok((running, lines(pipe)))
+/// Starts a server on `core`, with `home` as its folder.
+///
+/// # Errors
+/// When it is not ready within a minute with every model; the message has the end of its log.
+pub fn start(mut command: Command, core: usize, home: TempDir) -> Result<Process> {
+    let begun = Instant::now();
+    let (running, lines) = spawn(&mut command, core, home.path())?;
+    let any = SocketAddr::from(([127, 0, 0, 1], 0));
+    let mut process = Process { running, lines, rest: any, grpc: any, ready_after: Duration::ZERO, home };
+    let ready = process.listen().with_context(|| {
+        format!("{:?} did not start; its log ends:\n{}", command.get_program(), tail(process.home.path()))
+    })?;
+    process.ready_after = ready - begun;
+    Ok(process)
+}
+
+/// Starts `command` on `core`; its lines follow, and its log is in `home`.
+fn spawn(command: &mut Command, core: usize, home: &Path) -> Result<(Running, Lines)> {
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("TIDEGATE_")) {
+        command.env_remove(name);
     }
+    command.current_dir(home);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(File::create(home.join(LOG))?);
+    // A process inherits the core of the thread that starts it, and so finds only one from its first moment on.
+    let mut running = on_core(core, || {
+        let mut all = RUNNING.lock();
+        let child = command.spawn().with_context(|| format!("cannot start {:?}", command.get_program()))?;
+        all.push(child.id());
+        Ok(Running(child))
+    })?;
+    let pipe = running.0.stdout.take().context("a process has no standard output")?;
+    Ok((running, lines(pipe)))
 }
 
 /// The end of a process's log.
@@ -148,11 +169,47 @@ impl Process {
         self.running.0.id()
     }
 
+    /// Its folder.
+    pub fn home(&self) -> &Path {
+        self.home.path()
+    }
+
+    /// Sends it a line; the line that it answers with.
+    ///
+    /// # Errors
+    /// When it does not answer within a minute.
+    pub fn ask(&mut self, line: &str) -> Result<String> {
+        let input = self.running.0.stdin.as_mut().context("a process has no standard input")?;
+        writeln!(input, "{line}")?;
+        let answer = self.lines.recv_timeout(START_TIMEOUT).map(|(_, answer)| answer);
+        answer.with_context(|| format!("no answer to '{line}'; the log ends:\n{}", tail(self.home())))
+    }
+
+    /// Closes its standard input and waits until it has ended; its folder is kept.
+    ///
+    /// # Errors
+    /// When it fails.
+    pub fn finish(mut self) -> Result<TempDir> {
+        drop(self.running.0.stdin.take());
+        // Its standard output ends when it does.
+        let end = loop {
+            match self.lines.recv_timeout(START_TIMEOUT) {
+                Ok(_) => {}
+                Err(end) => break end,
+            }
+        };
+        ensure!(end == RecvTimeoutError::Disconnected, "a process does not end; its log ends:\n{}", tail(self.home()));
+        let status = self.running.0.wait()?;
+        ensure!(status.success(), "a process ended with {status}; its log ends:\n{}", tail(self.home()));
+        Ok(self.home)
+    }
+
     /// Reads addresses until the process is ready; when that was.
-    fn listen(&mut self, lines: &Lines) -> Result<Instant> {
+    fn listen(&mut self) -> Result<Instant> {
         let deadline = Instant::now() + START_TIMEOUT;
         loop {
-            let (at, line) = lines
+            let (at, line) = self
+                .lines
                 .recv_timeout(deadline.saturating_duration_since(Instant::now()))
                 .context("it ended, or said nothing for too long")?;
             let words: Vec<&str> = line.split_whitespace().collect();
