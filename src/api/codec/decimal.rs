@@ -213,9 +213,11 @@ mod tests {
         }
     }
 
+    const NUMBERS: &str = r"-?(0|[1-9][0-9]{0,20})(\.[0-9]{1,24})?([eE][+-]?[0-9]{1,3})?";
+
     proptest! {
         #[test]
-        fn numbers_are_read_as_the_library_does(text in r"-?(0|[1-9][0-9]{0,20})(\.[0-9]{1,24})?([eE][+-]?[0-9]{1,3})?") {
+        fn numbers_are_read_as_the_library_does(text in NUMBERS) {
             same(&text);
         }
 

@@ -1,7 +1,7 @@
 //! One inference over REST from body to answer, the same whichever shape the two have.
 //!
-//! Long messages are unpacked, read and written on a thread of their own: a JSON of 19 MiB takes 0.1 s to read, in which
-//! the I/O thread has other connections to serve.
+//! Long messages are unpacked, read and written on a thread of their own: a JSON of 19 MiB takes 0.1 s to read, in
+//! which the I/O thread has other connections to serve.
 
 use std::{sync::Arc, time::Duration};
 
