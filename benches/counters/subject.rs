@@ -189,7 +189,8 @@ fn total(home: &TempDir) -> Result<f64> {
 fn switches(pid: u32) -> Result<u64> {
     let mut sum = 0;
     for task in std::fs::read_dir(Path::new("/proc").join(pid.to_string()).join("task"))? {
-        let status = std::fs::read_to_string(task?.path().join("status"))?;
+        // A thread may end while it is looked at, and takes its number with it.
+        let Ok(status) = std::fs::read_to_string(task?.path().join("status")) else { continue };
         let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
         sum += line.context("a status without switches")?.trim().parse::<u64>()?;
     }
