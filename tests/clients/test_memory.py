@@ -19,19 +19,19 @@ SETTINGS = "[options]\nintra_op_threads = 1\n"
 ROWS = np.linspace(-1, 1, 2 * SIZE, dtype=np.float32).reshape(2, SIZE)
 
 
-def matrices():
+def matrices(layers=LAYERS):
     """A chain of products: as any large model, nearly all weights of matrices."""
     random = np.random.default_rng(0)
-    names = ["x", *(f"t{layer}" for layer in range(1, LAYERS)), "y"]
+    names = ["x", *(f"t{layer}" for layer in range(1, layers)), "y"]
     weights = [
         numpy_helper.from_array(
             (random.random((SIZE, SIZE), dtype=np.float32) - 0.5) / 16, f"w{layer}"
         )
-        for layer in range(LAYERS)
+        for layer in range(layers)
     ]
     nodes = [
         helper.make_node("MatMul", [names[layer], f"w{layer}"], [names[layer + 1]])
-        for layer in range(LAYERS)
+        for layer in range(layers)
     ]
     ends = [helper.make_tensor_value_info(end, TensorProto.FLOAT, ["n", SIZE]) for end in "xy"]
     graph = helper.make_graph(nodes, "matrices", ends[:1], ends[1:], weights)
@@ -171,7 +171,7 @@ def test_a_load_beside_traffic_is_idle_work(repository, serve):
     """The thread that loads gives way to any other, and hands its place to no thread that serves."""
     repository.ship("iris")
     server = serve(repository.path, flags=[*EXPLICIT, "--load-model", "iris"])
-    repository.add("matrices", matrices(), settings="instances = 2\n[options]\nintra_op_threads = 2\n")
+    repository.add("matrices", matrices(layers=1), settings="instances = 2\n[options]\nintra_op_threads = 2\n")
     loading = set()
 
     with HTTP.connect(server) as client:
