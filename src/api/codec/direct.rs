@@ -152,9 +152,9 @@ impl<'a> Text<'a> {
         self.take(b'"')?;
         let rest = &self.bytes[self.at..];
         let length = rest.iter().position(|&byte| matches!(byte, b'"' | b'\\' | ..b' ' | 0x80..))?;
-        self.at += length;
-        self.take(b'"')?;
-        Some(&rest[..length])
+        // Not `take`: a line break in the text must not pass for a space before the quotation mark.
+        self.at += length + 1;
+        (rest[length] == b'"').then_some(&rest[..length])
     }
 
     fn number(&mut self) -> Option<Decimal<'a>> {

@@ -194,6 +194,7 @@ fn broken_messages_say_where() {
         (&format!(r#"{{"inputs":[{}{{}}]}}"#, "{},".repeat(4096)), "inputs has more than 4096 entries"),
         ("{} x", "trailing characters at line 1 column 4"),
         ("{}", "the request has no 'inputs'"),
+        ("{\"id\":\"a\r\",\"inputs\":[]}", "control character"),
         (r#"{"id":5,"inputs":[]}"#, "id must be a string, got 5"),
         (r#"{"id":"a","id":"b"}"#, "duplicate field `id`"),
         (r#"{"inputs":5}"#, "expected inputs to be an array of objects"),

@@ -13,12 +13,13 @@ use crate::{
 };
 
 /// Members of a request, usual ones and others, for requests put together by chance.
-const MEMBERS: [&str; 9] = [
+const MEMBERS: [&str; 10] = [
     r#""inputs":[INPUT]"#,
     r#""inputs" : [ INPUT, INPUT ]"#,
     r#""inputs":[]"#,
     r#""id":"a b""#,
     r#""id":"\u0041""#,
+    "\"id\":\"a\r\"",
     r#""outputs":[{"name":"y"},{"parameters":{"binary_data":true,"classification":2},"name":"z"}]"#,
     r#""outputs":[]"#,
     r#""parameters":{"binary_data_output":true,"timeout":5,"x":"é"}"#,
