@@ -26,7 +26,7 @@ mod stub;
 mod targets;
 mod wire;
 
-use figures::{Bench, Models, Pace, Peer};
+use figures::{Bench, Family, Models, Pace, Peer};
 use process::Programs;
 use report::Report;
 use stub::Stub;
@@ -70,7 +70,10 @@ enum Command {
         /// Keep the report under this name in `benches/results`, too.
         #[arg(long, env = "KEEP")]
         keep: Option<String>,
-        /// Fewer and shorter windows: minutes instead of a quarter of an hour.
+        /// Only these families of figures, with commas between them.
+        #[arg(long, env = "FIGURES", value_delimiter = ',')]
+        figures: Vec<Family>,
+        /// Fewer and shorter windows: minutes instead of half an hour.
         #[arg(long, env = "QUICK", value_parser = clap::builder::FalseyValueParser::new())]
         quick: bool,
     },
@@ -143,7 +146,7 @@ fn main() -> Result<()> {
             Peer { rest, grpc, model }.measure(pace(quick), &mut report)?;
             finish(&report, &out, "peer", keep.as_deref())
         }
-        Command::Measure { server, models, made, magika, onnxruntime, out, keep, quick } => {
+        Command::Measure { server, models, made, magika, onnxruntime, out, keep, figures, quick } => {
             process::end_children_on_signals()?;
             let cores = machine::Cores::choose()?;
             let programs = Programs {
@@ -156,7 +159,7 @@ fn main() -> Result<()> {
             machine::pin(&[cores.generator])?;
             let models = Models { shipped: models, made, magika };
             let mut bench = Bench::new(programs, *pace(quick), &models, Report::new(quick))?;
-            bench.measure()?;
+            bench.measure(&figures)?;
             finish(&bench.report, &out, "report", keep.as_deref())
         }
     }

@@ -1,4 +1,6 @@
-//! Threads that take only what others leave of the processor.
+//! Threads that take only what others leave of the processor, and threads that take it at once.
+
+use std::time::Duration;
 
 /// The calling thread, and what it starts from now on, run only when no other thread wants the processor; whoever wakes
 /// up interrupts it at once. Without privileges there is no way back, so it is for threads that end after their work.
@@ -13,6 +15,53 @@ pub fn step_back() {
     unsafe {
         // Zero is the calling thread; what a policy without priorities asks for is priority zero.
         libc::sched_setscheduler(0, libc::SCHED_IDLE, &libc::sched_param { sched_priority: 0 });
+    }
+}
+
+/// How long the calling thread wants to keep the processor when it has its turn: the least that Linux allows.
+const SLICE: Duration = Duration::from_micros(100);
+
+/// The calling thread, which never works for long, begins soon after it wakes up, and gets no more of the processor for
+/// that.
+///
+/// Linux lets a thread that runs a model go on for some milliseconds before it looks whether another wants its place,
+/// unless that one asks for a shorter turn. Kernels before 6.12 do not know the wish, and take no notice.
+pub fn be_prompt() {
+    #[cfg(target_os = "linux")]
+    {
+        /// `struct sched_attr` of sched_setattr(2), as its first version has it.
+        #[repr(C)]
+        #[derive(Default)]
+        struct Attributes {
+            size: u32,
+            policy: u32,
+            flags: u64,
+            nice: i32,
+            priority: u32,
+            runtime: u64,
+            deadline: u64,
+            period: u64,
+        }
+        let attributes = Attributes {
+            size: size_of::<Attributes>() as u32,
+            policy: libc::SCHED_OTHER as u32,
+            nice: nice(),
+            runtime: SLICE.as_nanos() as u64,
+            ..Attributes::default()
+        };
+        #[expect(unsafe_code, reason = "the call reads a structure that outlives it and says how long it is")]
+        unsafe {
+            // The first zero is the calling thread, the second that there are no flags.
+            libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0);
+        }
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn nice() -> i32 {
+    #[expect(unsafe_code, reason = "the call takes numbers and returns one")]
+    unsafe {
+        libc::getpriority(libc::PRIO_PROCESS, 0)
     }
 }
 

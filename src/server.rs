@@ -253,7 +253,7 @@ impl Parts {
         let (io, io_threads) = IoThreads::start(self.io_threads, &app.limits, &app.closing, &abort)?;
         let io = Arc::new(io);
         let accepting = [
-            (self.rest_port, rest::router(app.clone()).into(), Wire::Http),
+            (self.rest_port, rest::routes(app.clone()), Wire::Http),
             (self.grpc_port, grpc::routes(app.clone()), Wire::Grpc),
         ]
         .map(|(port, routes, wire)| {

@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use clap::ValueEnum;
 use tempfile::TempDir;
 
 use crate::{
@@ -112,6 +113,27 @@ pub struct Models {
     pub magika: Option<PathBuf>,
 }
 
+/// Figures that are found together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Family {
+    /// `iris` under full load.
+    Small,
+    /// `digits` and large images under full load.
+    Larger,
+    SharedMemory,
+    Magika,
+    Latency,
+    /// Beside the ideal queue, under overload, and with clients that want too much.
+    Queue,
+    Swap,
+    Start,
+    Memory,
+    /// `iris` while another model is loaded.
+    Loading,
+    /// `iris` with both cores.
+    BothCores,
+}
+
 /// Measures, and fills the report.
 pub struct Bench {
     programs: Programs,
@@ -138,23 +160,30 @@ impl Bench {
         Ok(Self { programs, pace, models: shipped, made, iris, magika, report, foreign: Vec::new() })
     }
 
-    /// Measures everything.
+    /// Measures the `families` of figures, or all of them when none is named.
     ///
     /// # Errors
     /// When something that must work does not.
-    pub fn measure(&mut self) -> Result<()> {
+    pub fn measure(&mut self, families: &[Family]) -> Result<()> {
+        let all = Family::value_variants();
+        let families = if families.is_empty() { all } else { families };
         let mut iris = self.bare(&workload::IRIS)?;
-        let rate = self.small(&mut iris)?;
-        self.larger()?;
-        self.shared_memory()?;
-        self.magika()?;
-        self.added_latency(&iris, rate / 10.0)?;
-        self.queues()?;
-        self.swaps(&iris, rate / 2.0)?;
-        self.start()?;
-        self.memory(self.magika.clone().as_deref())?;
-        self.loading(iris.model.row(), rate * 0.3)?;
-        self.on_both_cores()?;
+        let rate = if families.contains(&Family::Small) { self.small(&mut iris)? } else { self.full_load(&iris)? };
+        for family in all.iter().filter(|family| families.contains(family)) {
+            match family {
+                Family::Small => {}
+                Family::Larger => self.larger()?,
+                Family::SharedMemory => self.shared_memory()?,
+                Family::Magika => self.magika()?,
+                Family::Latency => self.added_latency(&iris, rate / 10.0)?,
+                Family::Queue => self.queues()?,
+                Family::Swap => self.swaps(&iris, rate / 2.0)?,
+                Family::Start => self.start()?,
+                Family::Memory => self.memory(self.magika.clone().as_deref())?,
+                Family::Loading => self.loading(iris.model.row(), rate * 0.3)?,
+                Family::BothCores => self.on_both_cores()?,
+            }
+        }
         let foreign = 100.0 * median(&self.foreign);
         self.report.single("foreign", "other processes' share of the machine meanwhile", "%", Lower, foreign, None);
         Ok(())

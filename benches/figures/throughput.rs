@@ -62,6 +62,15 @@ impl Bench {
         Ok(median(&rates(Protocol::Grpc).iter().map(|rate| rate.number).collect::<Vec<_>>()))
     }
 
+    /// How many `iris` requests a core serves over gRPC, found once and not reported: what other loads are a share of.
+    pub(super) fn full_load(&self, iris: &Bare) -> Result<f64> {
+        let repository = repository(&[(IRIS.model, &self.iris)])?;
+        let server = self.programs.serve(repository.path())?;
+        let request = Protocol::Grpc.request(IRIS.model, iris.model.row())?;
+        let target = target(&server, Protocol::Grpc, &request, (IRIS.concurrency)(Protocol::Grpc));
+        Ok(load::closed(&target, self.pace.warm, self.pace.window)?.rate)
+    }
+
     /// `digits`, and images of 602 KB as they are and through a convolution.
     pub(super) fn larger(&mut self) -> Result<()> {
         for found in &self.saturate(&IDENTITY, &[Protocol::Grpc, Protocol::Binary], None, self.pace.pairs)? {

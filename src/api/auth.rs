@@ -2,7 +2,7 @@
 
 use std::{fmt, net::IpAddr};
 
-use http::{Extensions, HeaderMap, header};
+use http::{HeaderMap, header};
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -69,8 +69,8 @@ pub struct Peer {
 /// # Errors
 /// `Unauthenticated` when a token is set and the request has another or none, `Forbidden` when none is set and the
 /// request comes from elsewhere, or from a web page or through a proxy on this machine.
-pub fn check_admin(token: Option<&Token>, headers: &HeaderMap, extensions: &Extensions) -> Result<(), Error> {
-    let Some(token) = token else { return check_is_here(headers, extensions) };
+pub fn check_admin(token: Option<&Token>, headers: &HeaderMap, peer: Option<&Peer>) -> Result<(), Error> {
+    let Some(token) = token else { return check_is_here(headers, peer) };
     match bearer(headers) {
         Some(given) if token.is(given) => Ok(()),
         Some(_) => Err(Error::new(Code::Unauthenticated, "the bearer token is not this server's")),
@@ -82,9 +82,9 @@ pub fn check_admin(token: Option<&Token>, headers: &HeaderMap, extensions: &Exte
 }
 
 /// Checks that a request comes from a program on this machine, on its own behalf.
-fn check_is_here(headers: &HeaderMap, extensions: &Extensions) -> Result<(), Error> {
+fn check_is_here(headers: &HeaderMap, peer: Option<&Peer>) -> Result<(), Error> {
     // On a socket of both families, IPv4's loopback comes mapped into IPv6.
-    let here = extensions.get::<Peer>().is_some_and(|peer| peer.address.to_canonical().is_loopback());
+    let here = peer.is_some_and(|peer| peer.address.to_canonical().is_loopback());
     let seen = RELAYED.iter().find(|name| headers.contains_key(**name));
     let got = match seen {
         None if here => return Ok(()),
@@ -112,14 +112,12 @@ mod tests {
 
     fn check(token: Option<&str>, authorization: Option<&str>, peer: Option<&str>) -> Result<(), Code> {
         let token = token.map(|token| Token::parse(token.to_owned()).unwrap());
-        let (mut headers, mut extensions) = (HeaderMap::new(), Extensions::new());
+        let mut headers = HeaderMap::new();
         if let Some(value) = authorization {
             headers.insert(header::AUTHORIZATION, value.parse().unwrap());
         }
-        if let Some(peer) = peer {
-            extensions.insert(Peer { address: peer.parse().unwrap(), connection: 1 });
-        }
-        check_admin(token.as_ref(), &headers, &extensions).map_err(|error| error.code)
+        let peer = peer.map(|peer| Peer { address: peer.parse().unwrap(), connection: 1 });
+        check_admin(token.as_ref(), &headers, peer.as_ref()).map_err(|error| error.code)
     }
 
     #[test]
@@ -145,16 +143,15 @@ mod tests {
         ] {
             let mut headers = HeaderMap::new();
             headers.insert(http::HeaderName::from_bytes(name.as_bytes()).unwrap(), value.parse().unwrap());
-            let mut extensions = Extensions::new();
-            extensions.insert(Peer { address: "127.0.0.1".parse().unwrap(), connection: 1 });
-            let error = check_admin(None, &headers, &extensions).unwrap_err();
+            let here = Peer { address: "127.0.0.1".parse().unwrap(), connection: 1 };
+            let error = check_admin(None, &headers, Some(&here)).unwrap_err();
             assert_eq!(error.code, Code::Forbidden, "{name}");
             let named = format!("'{}'", name.to_lowercase());
             assert!(error.message.contains(&named) && error.message.contains("--token"), "{error}");
 
             let token = Token::parse("s3cret".to_owned()).unwrap();
             headers.insert(header::AUTHORIZATION, "Bearer s3cret".parse().unwrap());
-            assert_eq!(check_admin(Some(&token), &headers, &extensions), Ok(()), "{name}");
+            assert_eq!(check_admin(Some(&token), &headers, Some(&here)), Ok(()), "{name}");
         }
     }
 

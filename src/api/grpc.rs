@@ -11,7 +11,7 @@ use super::{
     App, Record, SERVER_NAME, check_size, classify,
     codec::{self, InferCall, InferReply, RequestedOutput},
     health,
-    listen::Routes,
+    listen::{Inference, Routes},
     log, pb, reflection, repository,
     shared_memory::{Places, Reach},
     triton, urgency,
@@ -46,7 +46,7 @@ pub fn routes(app: Arc<App>) -> Routes {
     let services = reflection::add(services, limit);
     let router = services.prepare().into_axum_router();
     let router = router.layer(axum::middleware::from_fn_with_state(app.clone(), edge::edge));
-    Routes::from(router).with_inference(app)
+    Routes::from(router).with_inference(Inference::Grpc(app))
 }
 
 #[derive(Clone)]
@@ -66,7 +66,7 @@ struct Answered {
 impl Service {
     /// What of shared memory the caller may use.
     fn reach<T>(&self, request: &Request<T>) -> Reach {
-        Reach::of(&self.app, request.metadata().as_ref(), request.extensions())
+        Reach::of(&self.app, request.metadata().as_ref(), request.extensions().get())
     }
 
     /// Answers one request, which the call that carries it wants to have until `latest`.
@@ -305,7 +305,7 @@ impl GrpcInferenceService for Service {
 
     async fn log_settings(&self, request: Request<pb::LogSettingsRequest>) -> Answer<pb::LogSettingsResponse> {
         if !request.get_ref().settings.is_empty() {
-            self.app.check_admin(request.metadata().as_ref(), request.extensions())?;
+            self.app.check_admin(request.metadata().as_ref(), request.extensions().get())?;
         }
         Ok(Response::new(log::message(&log::change(&self.app, request.into_inner().settings)?)))
     }

@@ -28,12 +28,10 @@ use tokio_util::{either::Either, sync::CancellationToken, task::TaskTracker};
 use super::{
     App, LimitsConfig,
     auth::Peer,
-    grpc::{
-        infer::{self, Call},
-        unary::Payload,
-    },
+    grpc::{infer, unary::Payload},
+    rest::front,
 };
-use crate::model::relay;
+use crate::{model::relay, priority};
 
 const BACKLOG: i32 = 1024;
 /// Room for tensors in flight, per request and per connection.
@@ -92,8 +90,16 @@ impl Port {
 #[derive(Clone)]
 pub struct Routes {
     router: Router,
-    /// Whose inferences are answered in front of the router.
-    inference: Option<Arc<App>>,
+    inference: Option<Inference>,
+}
+
+/// Inferences that are answered in front of the router.
+#[derive(Clone)]
+pub(super) enum Inference {
+    /// `ModelInfer`.
+    Grpc(Arc<App>),
+    /// `POST …/infer`.
+    Rest(Arc<App>),
 }
 
 impl From<Router> for Routes {
@@ -103,9 +109,8 @@ impl From<Router> for Routes {
 }
 
 impl Routes {
-    /// With gRPC's `ModelInfer` answered past the router.
-    pub(super) fn with_inference(self, app: Arc<App>) -> Self {
-        Self { inference: Some(app), ..self }
+    pub(super) fn with_inference(self, inference: Inference) -> Self {
+        Self { inference: Some(inference), ..self }
     }
 
     fn answer(
@@ -113,14 +118,21 @@ impl Routes {
         mut request: Request<Incoming>,
         peer: Peer,
     ) -> impl Future<Output = Result<Response<Payload>, Infallible>> + Send + use<> {
-        let router = self.router.clone();
-        if let Some(app) = &self.inference
-            && let Some(call) = Call::of(&request)
-        {
-            return Either::Left(call.answer(request, app.clone(), router, peer));
+        match &self.inference {
+            Some(Inference::Grpc(app)) => {
+                if let Some(call) = infer::Call::of(&request) {
+                    return Either::Left(Either::Left(call.answer(request, app.clone(), self.router.clone(), peer)));
+                }
+            }
+            Some(Inference::Rest(app)) => {
+                if let Some(call) = front::Call::of(&request) {
+                    return Either::Left(Either::Right(call.answer(request, app.clone(), peer)));
+                }
+            }
+            None => {}
         }
         request.extensions_mut().insert(peer);
-        Either::Right(infer::route(router, request.map(Body::new)))
+        Either::Right(infer::route(self.router.clone(), request.map(Body::new)))
     }
 }
 
@@ -164,6 +176,7 @@ impl IoThreads {
                 connections: TaskTracker::new(),
             };
             let thread = std::thread::Builder::new().name(format!("io-{index}")).spawn(move || {
+                priority::be_prompt();
                 runtime.block_on(relay::relayed(context.serve(receiver)));
             })?;
             senders.push(sender);

@@ -126,7 +126,7 @@ pub(super) async fn rest_settings(State(app): State<Arc<App>>) -> Response {
 }
 
 pub(super) async fn rest_change(State(app): State<Arc<App>>, request: Request) -> Result<Response, RestError> {
-    app.check_admin(request.headers(), request.extensions())?;
+    app.check_admin(request.headers(), request.extensions().get())?;
     let body = read_body(&app, request.into_body(), app.limits.max_message_bytes).await?;
     let wishes: Map<String, Value> = if body.is_empty() {
         Map::new()

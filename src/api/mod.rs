@@ -149,8 +149,8 @@ impl App {
     ///
     /// # Errors
     /// See `auth::check_admin`.
-    pub fn check_admin(&self, headers: &http::HeaderMap, extensions: &http::Extensions) -> Result<(), Error> {
-        auth::check_admin(self.token.as_ref(), headers, extensions)
+    pub fn check_admin(&self, headers: &http::HeaderMap, peer: Option<&auth::Peer>) -> Result<(), Error> {
+        auth::check_admin(self.token.as_ref(), headers, peer)
     }
 }
 

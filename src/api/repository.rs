@@ -170,7 +170,7 @@ pub(super) async fn rest_unload(
 
 /// Checks the caller before the body is read, then reads it.
 async fn rest_parameters(app: &App, request: Request, what: &str) -> Result<Parameters, RestError> {
-    app.check_admin(request.headers(), request.extensions())?;
+    app.check_admin(request.headers(), request.extensions().get())?;
     let bytes = read_body(app, request.into_body(), app.limits.max_message_bytes).await?;
     let body: Body = parse(&bytes, what)?;
     Ok(body.parameters.into_iter().map(|(name, value)| parameter(name, value)).collect::<Result<_, Error>>()?)

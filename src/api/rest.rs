@@ -5,13 +5,18 @@ use std::sync::Arc;
 use axum::{
     Json, Router,
     extract::{FromRequestParts, Path, Request, State},
+    middleware::map_response_with_state,
     response::{IntoResponse, Response},
     routing::{get, post},
 };
 use http::{HeaderValue, StatusCode, header, request::Parts};
 use serde_json::json;
 
-use super::{App, SERVER_NAME, log, repository, shared_memory, status, triton};
+use super::{
+    App, SERVER_NAME,
+    listen::{Inference, Routes},
+    log, repository, shared_memory, status, triton,
+};
 use crate::{
     error::{Code, Error},
     id::shorten,
@@ -19,14 +24,13 @@ use crate::{
 
 mod body;
 mod exchange;
-mod front;
+pub(super) mod front;
 mod generate;
 mod invocations;
 mod predict;
 
 pub(super) use body::read_body;
 use exchange::infer;
-use front::Front;
 
 /// Why the other verbs of Triton's REST interface are refused.
 const UNSUPPORTED: [(&str, &str); 3] = [
@@ -36,7 +40,7 @@ const UNSUPPORTED: [(&str, &str); 3] = [
 ];
 
 /// Every REST route of the data port.
-pub fn router(app: Arc<App>) -> Router {
+pub fn routes(app: Arc<App>) -> Routes {
     let mut router = Router::new()
         .route("/v2", get(server_metadata))
         .route("/v2/", get(server_metadata))
@@ -45,12 +49,12 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v2/models/stats", get(all_statistics))
         .route("/v2/models/{model}", get(model_metadata))
         .route("/v2/models/{model}/ready", get(model_ready))
-        .route("/v2/models/{model}/infer", post(infer))
+        .route("/v2/models/{model}/infer", post(escaped))
         .route("/v2/models/{model}/config", get(model_config))
         .route("/v2/models/{model}/stats", get(model_statistics))
         .route("/v2/models/{model}/versions/{version}", get(model_metadata))
         .route("/v2/models/{model}/versions/{version}/ready", get(model_ready))
-        .route("/v2/models/{model}/versions/{version}/infer", post(infer))
+        .route("/v2/models/{model}/versions/{version}/infer", post(escaped))
         .route("/v2/models/{model}/versions/{version}/config", get(model_config))
         .route("/v2/models/{model}/versions/{version}/stats", get(model_statistics))
         .route("/v2/logging", get(log::rest_settings).post(log::rest_change))
@@ -72,7 +76,17 @@ pub fn router(app: Arc<App>) -> Router {
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_verb)
         .with_state(app.clone());
-    Router::new().fallback_service(Front { app, router })
+    let router = router.layer(map_response_with_state(app.clone(), goodbye));
+    Routes::from(router).with_inference(Inference::Rest(app))
+}
+
+/// An inference whose path is written with escapes; all others are answered in front of the router.
+async fn escaped(State(app): State<Arc<App>>, named: Result<Named, RestError>, request: Request) -> Response {
+    infer(&app, named, request.into()).await
+}
+
+async fn goodbye(State(app): State<Arc<App>>, response: Response) -> Response {
+    front::say_goodbye(&app, response)
 }
 
 async fn unknown_path(request: Request) -> Response {

@@ -55,7 +55,7 @@ pub(super) async fn edge(State(app): State<Arc<App>>, mut request: Request, next
     answer_in_kind(request.headers_mut());
     let path = request.uri().path().to_owned();
     if ADMIN_PATHS.contains(&path.as_str())
-        && let Err(error) = app.check_admin(request.headers(), request.extensions())
+        && let Err(error) = app.check_admin(request.headers(), request.extensions().get())
     {
         return Status::from(error).into_http();
     }

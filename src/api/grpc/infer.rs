@@ -64,7 +64,7 @@ impl Call {
         router: Router,
         peer: Peer,
     ) -> Result<Response<Payload>, Infallible> {
-        let (mut parts, body) = request.into_parts();
+        let (parts, body) = request.into_parts();
         let client = app.clients.of(&parts.headers, Some(&peer));
         let mut record = Record::start(&app, Protocol::Grpc, &parts.headers, client);
         let latest = after(record.started(), self.timeout);
@@ -86,8 +86,7 @@ impl Call {
                 }
                 // The compiler's types read it, or say what is wrong with it.
                 Ok(None) => {
-                    parts.extensions.insert(peer);
-                    let reach = Reach::of(&service.app, &parts.headers, &parts.extensions);
+                    let reach = Reach::of(&service.app, &parts.headers, Some(&peer));
                     Box::pin(in_full(&service, message, latest, &reach, &mut record)).await
                 }
                 Err(error) => Err(error),

@@ -130,11 +130,16 @@ impl http_body::Body for Pieces {
     }
 }
 
+/// A body as it comes from the network.
+pub(in crate::api) trait Arriving: http_body::Body<Data = Bytes, Error: Into<axum::BoxError>> + Unpin {}
+
+impl<B: http_body::Body<Data = Bytes, Error: Into<axum::BoxError>> + Unpin> Arriving for B {}
+
 /// Reads a whole body, which may take at most `limit` bytes and pause at most `limits.body_timeout`.
-pub(in crate::api) async fn read_body(app: &App, body: Body, limit: usize) -> Result<Bytes, RestError> {
+pub(in crate::api) async fn read_body<B: Arriving>(app: &App, body: B, limit: usize) -> Result<Bytes, RestError> {
     let too_large =
         || Error::new(Code::TooLarge, format!("the body is larger than the {limit} bytes of limits.max_message_bytes"));
-    let announced = http_body::Body::size_hint(&body).lower();
+    let announced = body.size_hint().lower();
     if announced > limit as u64 {
         return Err(too_large().into());
     }

@@ -6,7 +6,8 @@
 use std::{sync::Arc, time::Duration};
 
 use axum::{
-    extract::{Request, State},
+    body::Body,
+    extract::Request,
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
@@ -14,11 +15,13 @@ use http::{HeaderMap, HeaderName};
 
 use super::{
     Named, RestError,
-    body::{self, HEADER_LENGTH, Reply},
+    body::{self, Arriving, HEADER_LENGTH, Reply},
 };
 use crate::{
     api::{
-        App, Record, after, check_size, classify,
+        App, Record, after,
+        auth::Peer,
+        check_size, classify,
         codec::{self, InferCall, InferReply, JsonOptions},
         compression::{self, Encoding},
         shared_memory::Reach,
@@ -35,6 +38,20 @@ use crate::{
 static TIMEOUT_MS: HeaderName = HeaderName::from_static("x-request-timeout-ms");
 static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
+/// A request for an inference as it comes from the network.
+pub(super) struct Arrival<B = Body> {
+    pub(super) headers: HeaderMap,
+    pub(super) body: B,
+    pub(super) peer: Option<Peer>,
+}
+
+impl From<Request> for Arrival {
+    fn from(request: Request) -> Self {
+        let (parts, body) = request.into_parts();
+        Self { headers: parts.headers, body, peer: parts.extensions.get().copied() }
+    }
+}
+
 /// What a request says, for the function that turns it into tensors.
 pub(super) struct Question {
     pub(super) headers: HeaderMap,
@@ -47,7 +64,11 @@ pub(super) struct Question {
 }
 
 /// `POST …/infer`, the Open Inference Protocol's own shape.
-pub(super) async fn infer(State(app): State<Arc<App>>, named: Result<Named, RestError>, request: Request) -> Response {
+pub(super) async fn infer<B: Arriving>(
+    app: &Arc<App>,
+    named: Result<Named, RestError>,
+    arrival: Arrival<B>,
+) -> Response {
     let non_finite = app.json_nonfinite;
     let read = |question: &Question| {
         let length = body::number_header(&question.headers, &HEADER_LENGTH, "Inference-Header-Content-Length")?;
@@ -61,24 +82,24 @@ pub(super) async fn infer(State(app): State<Arc<App>>, named: Result<Named, Rest
         let options = JsonOptions { requested: &call.outputs, binary_output: call.binary_output, non_finite };
         codec::encode_json(reply, &options).map(Reply::from)
     };
-    exchange(&app, named, request, read, write).await
+    exchange(app, named, arrival, read, write).await
 }
 
 /// Has the model that `named` names answer `request`, and counts it.
 ///
 /// `read` turns the question into tensors and into what `write` must know of it to put the answer into words; errors
 /// of both need not name the model.
-pub(super) async fn exchange<A: Send + 'static>(
+pub(super) async fn exchange<A: Send + 'static, B: Arriving>(
     app: &Arc<App>,
     named: Result<Named, RestError>,
-    request: Request,
+    arrival: Arrival<B>,
     read: impl FnOnce(&Question) -> Result<(InferCall, A), Error> + Send + 'static,
     write: impl FnOnce(&InferReply<'_>, &InferCall, A) -> Result<Reply, Error> + Send + 'static,
 ) -> Response {
-    let client = app.clients.of(request.headers(), request.extensions().get());
-    let mut record = Record::start(app, Protocol::Rest, request.headers(), client);
+    let client = app.clients.of(&arrival.headers, arrival.peer.as_ref());
+    let mut record = Record::start(app, Protocol::Rest, &arrival.headers, client);
     let answer = match named {
-        Ok(named) => try_exchange(app, &named, request, &mut record, read, write).await,
+        Ok(named) => try_exchange(app, &named, arrival, &mut record, read, write).await,
         Err(error) => Err(error),
     };
     match answer {
@@ -93,16 +114,15 @@ pub(super) async fn exchange<A: Send + 'static>(
     }
 }
 
-async fn try_exchange<A: Send + 'static>(
+async fn try_exchange<A: Send + 'static, B: Arriving>(
     app: &App,
     named: &Named,
-    request: Request,
+    arrival: Arrival<B>,
     record: &mut Record,
     read: impl FnOnce(&Question) -> Result<(InferCall, A), Error> + Send + 'static,
     write: impl FnOnce(&InferReply<'_>, &InferCall, A) -> Result<Reply, Error> + Send + 'static,
 ) -> Result<Response, RestError> {
-    let (parts, body) = request.into_parts();
-    let headers = parts.headers;
+    let Arrival { headers, body, peer } = arrival;
     if let Some(id) = headers.get(&REQUEST_ID).and_then(|id| id.to_str().ok()) {
         id.clone_into(&mut record.request_id);
     }
@@ -117,7 +137,7 @@ async fn try_exchange<A: Send + 'static>(
     let body = body::read_body(app, body, limit).await?;
     let aside = app.limits.max_inline_bytes;
     let is_long = body.len() > aside && (encoding != Encoding::Identity || json_length(&headers, &body) > aside);
-    let reach = Reach::of(app, &headers, &parts.extensions);
+    let reach = Reach::of(app, &headers, peer.as_ref());
     let mut question = Question { headers, body, version: target.version.clone(), limit };
     let look = move || {
         let asked = compression::decode_body(encoding, std::mem::take(&mut question.body), limit).map(|body| {

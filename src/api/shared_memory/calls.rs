@@ -71,7 +71,7 @@ fn name(named: Named) -> String {
 }
 
 async fn status(State(app): State<Arc<App>>, named: Named, request: Request) -> Result<Response, RestError> {
-    let regions = Reach::of(&app, request.headers(), request.extensions()).status(&name(named))?;
+    let regions = Reach::of(&app, request.headers(), request.extensions().get()).status(&name(named))?;
     let entry = |region: RegionStatus| {
         let RegionStatus { name, key, offset, byte_size } = region;
         json!({ "name": name, "key": key, "offset": offset, "byte_size": byte_size })
@@ -87,7 +87,7 @@ async fn register(State(app): State<Arc<App>>, named: Named, request: Request) -
         offset: u64,
         byte_size: u64,
     }
-    let reach = Reach::of(&app, request.headers(), request.extensions());
+    let reach = Reach::of(&app, request.headers(), request.extensions().get());
     // Nothing is read of those who may not.
     reach.regions()?;
     let body = read_body(&app, request.into_body(), app.limits.max_message_bytes).await?;
@@ -99,6 +99,6 @@ async fn register(State(app): State<Arc<App>>, named: Named, request: Request) -
 }
 
 async fn unregister(State(app): State<Arc<App>>, named: Named, request: Request) -> Result<Response, RestError> {
-    Reach::of(&app, request.headers(), request.extensions()).unregister(&name(named))?;
+    Reach::of(&app, request.headers(), request.extensions().get()).unregister(&name(named))?;
     Ok(Json(json!({})).into_response())
 }

@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
-use http::{Extensions, HeaderMap};
+use http::HeaderMap;
 
 use super::{Regions, region::Window};
 use crate::{
     api::{
         App,
+        auth::Peer,
         codec::{InferCall, Placement, write_binary},
     },
     error::{Code, Error},
@@ -29,10 +30,10 @@ pub enum Reach {
 pub struct Places(Vec<(Arc<str>, Window)>);
 
 impl Reach {
-    /// What the caller with these headers and extensions may use.
-    pub fn of(app: &App, headers: &HeaderMap, extensions: &Extensions) -> Self {
+    /// What the caller with these headers, at this end of the connection, may use.
+    pub fn of(app: &App, headers: &HeaderMap, peer: Option<&Peer>) -> Self {
         let Some(regions) = &app.shared_memory else { return Reach::Off };
-        match app.check_admin(headers, extensions) {
+        match app.check_admin(headers, peer) {
             Ok(()) => Reach::Open(regions.clone()),
             Err(error) => Reach::Refused(error),
         }
