@@ -26,8 +26,10 @@ use crate::{
 const STALL: Duration = Duration::from_secs(20);
 /// What is read at once, at most.
 const READ: usize = 256 << 10;
-/// A request sent later than this after its time was held up by the generator.
-const LATE: Duration = Duration::from_millis(1);
+/// When an open loop, which never sleeps, has not run for so long, its core was taken from it.
+const HELD_UP: Duration = Duration::from_millis(1);
+/// What was to be sent meanwhile comes all at once then, and the server needs some time for that: so many times as long.
+const AFTERMATH: u32 = 4;
 
 /// Whom to ask what, and over how many connections.
 #[derive(Clone)]
@@ -52,6 +54,9 @@ pub struct Saturation {
 }
 
 /// What an open loop found.
+///
+/// Latencies are those of requests that were not on their way while the generator was held up, nor just after that:
+/// all others would tell of the generator's core, not of the server.
 #[derive(Default)]
 pub struct Arrivals {
     pub latencies: Latencies,
@@ -60,8 +65,10 @@ pub struct Arrivals {
     pub failed: usize,
     /// How long failures took among those that counted.
     pub refusals: Latencies,
-    /// The share of requests that the generator sent late.
-    pub late: f64,
+    /// Of all requests that counted and succeeded, whatever happened to the generator.
+    pub all: Latencies,
+    /// The share of requests whose latencies say nothing, because the generator was held up.
+    pub held_up: f64,
     pub usage: Usage,
 }
 
@@ -229,10 +236,40 @@ struct Strangers<I> {
     waiting: VecDeque<Duration>,
     /// When phases began.
     phases: Vec<(Duration, Phase)>,
-    sent: u32,
-    late: u32,
+    stalls: Stalls,
     begun: Option<Moment>,
     arrivals: Arrivals,
+}
+
+/// When the generator was held up.
+#[derive(Default)]
+struct Stalls {
+    /// When it last ran.
+    ran: Duration,
+    /// The end of the latest stall and of what follows from it.
+    over: Duration,
+    /// Requests that were sent where latencies count, and those of them that were on their way during a stall.
+    asked: u32,
+    spoiled: u32,
+}
+
+impl Stalls {
+    /// It runs.
+    fn run(&mut self, now: Duration) {
+        let pause = now.saturating_sub(self.ran);
+        self.ran = now;
+        if pause > HELD_UP {
+            self.over = now + pause * AFTERMATH;
+        }
+    }
+
+    /// Whether the latency of a request that was meant to be sent at `intended` says something of the server.
+    fn is_clear(&mut self, intended: Duration) -> bool {
+        let clear = intended >= self.over;
+        self.asked += 1;
+        self.spoiled += u32::from(!clear);
+        clear
+    }
 }
 
 impl<I: Iterator<Item = Duration>> Strangers<I> {
@@ -245,8 +282,7 @@ impl<I: Iterator<Item = Duration>> Strangers<I> {
             next,
             waiting: VecDeque::new(),
             phases: Vec::new(),
-            sent: 0,
-            late: 0,
+            stalls: Stalls::default(),
             begun: None,
             arrivals: Arrivals::default(),
         })
@@ -255,38 +291,63 @@ impl<I: Iterator<Item = Duration>> Strangers<I> {
     /// Sends what is to be sent by now, and takes what has come.
     fn turn(&mut self, current: Phase) -> Result<()> {
         let now = self.generator.now();
-        let counts = current != Phase::Pass;
         if self.phases.last().is_none_or(|last| last.1 != current) {
             self.phases.push((now, current));
         }
-        if self.begun.is_none() && counts {
+        if self.begun.is_none() && current != Phase::Pass {
             self.begun = Some(Moment::now(self.pid)?);
         }
+        // What came while it did not run is read late, too, and so the stall is known before.
+        self.stalls.run(now);
         while self.next <= now {
-            self.sent += u32::from(counts);
-            self.late += u32::from(counts && now - self.next > LATE);
             self.waiting.push_back(self.next);
             self.next = self.moments.next().unwrap_or(Duration::MAX);
         }
         self.generator.begin_waiting(&mut self.waiting);
         self.generator.turn(Some(Duration::ZERO))?;
-        self.generator.record(&self.phases, &mut self.arrivals);
+        self.record();
         Ok(())
     }
 
     /// Sends no more, and waits for what was begun: the slowest requests must not be the ones that are left out.
     fn finish(mut self) -> Result<Arrivals> {
-        let begun = self.begun.context("the run ended before anything counted")?;
+        let begun = self.begun.take().context("the run ended before anything counted")?;
         self.arrivals.usage = begun.until(&Moment::now(self.pid)?);
-        self.arrivals.late = f64::from(self.late) / f64::from(self.sent.max(1));
         let deadline = self.generator.now() + STALL;
         while !self.waiting.is_empty() || self.generator.is_open() {
             ensure!(self.generator.now() < deadline, "requests are not answered within {STALL:?}");
             self.generator.begin_waiting(&mut self.waiting);
-            self.generator.turn(Some(Duration::from_millis(1)))?;
-            self.generator.record(&self.phases, &mut self.arrivals);
+            self.stalls.run(self.generator.now());
+            self.generator.turn(Some(Duration::ZERO))?;
+            self.record();
         }
+        self.arrivals.held_up = f64::from(self.stalls.spoiled) / f64::from(self.stalls.asked.max(1));
         Ok(self.arrivals)
+    }
+
+    /// Takes the replies; each latency counts as the phase says in which the request was meant to be sent.
+    fn record(&mut self) {
+        let now = self.generator.now();
+        for reply in self.generator.replies.all.drain(..) {
+            let phase = self.phases[..self.phases.partition_point(|(begun, _)| *begun <= reply.intended)].last();
+            let phase = phase.map_or(Phase::Pass, |(_, phase)| *phase);
+            let (took, arrivals) = (now - reply.intended, &mut self.arrivals);
+            arrivals.failed += usize::from(!reply.succeeded);
+            if phase == Phase::Pass {
+                continue;
+            }
+            if phase == Phase::Count && reply.succeeded {
+                arrivals.all.record(took);
+            }
+            if self.stalls.is_clear(reply.intended) {
+                match (reply.succeeded, phase) {
+                    (true, Phase::Steady) => arrivals.steady.record(took),
+                    (true, _) => arrivals.latencies.record(took),
+                    (false, Phase::Count) => arrivals.refusals.record(took),
+                    (false, _) => {}
+                }
+            }
+        }
     }
 }
 
@@ -395,25 +456,6 @@ impl Generator {
         }
         Ok(())
     }
-
-    /// Takes the replies; each latency counts as the phase says in which the request was meant to be sent.
-    fn record(&mut self, phases: &[(Duration, Phase)], arrivals: &mut Arrivals) {
-        let now = self.epoch.elapsed();
-        for reply in self.replies.all.drain(..) {
-            let phase = phases[..phases.partition_point(|(begun, _)| *begun <= reply.intended)].last();
-            match (reply.succeeded, phase.map(|(_, phase)| phase)) {
-                (false, phase) => {
-                    arrivals.failed += 1;
-                    if phase == Some(&Phase::Count) {
-                        arrivals.refusals.record(now - reply.intended);
-                    }
-                }
-                (true, Some(Phase::Count)) => arrivals.latencies.record(now - reply.intended),
-                (true, Some(Phase::Steady)) => arrivals.steady.record(now - reply.intended),
-                (true, _) => {}
-            }
-        }
-    }
 }
 
 impl Connection {
@@ -507,7 +549,8 @@ mod tests {
             let (warm, end) = (Duration::from_millis(100), Duration::from_millis(1100));
             let run = open(&target, 300.0, 7, between(warm, end)).unwrap();
             // 300 expected with a deviation of 17.
-            assert!((230..370).contains(&run.latencies.count()), "{protocol:?}: {}", run.latencies.count());
+            assert!((230..370).contains(&run.all.count()), "{protocol:?}: {}", run.all.count());
+            assert!(run.latencies.count() + run.all.count() / 2 > run.all.count(), "the generator was held up");
             assert_eq!(run.failed, 0);
         }
     }
@@ -531,6 +574,19 @@ mod tests {
         assert!((320..480).contains(&run.steady.count()), "{}", run.steady.count());
         assert!((140..260).contains(&run.latencies.count()), "{}", run.latencies.count());
         assert_eq!(run.failed, 0);
+    }
+
+    #[test]
+    fn what_was_on_its_way_while_the_generator_was_held_up_says_nothing() {
+        let millis = Duration::from_millis;
+        let mut stalls = Stalls::default();
+        for now in [0, 1, 2, 12, 13] {
+            stalls.run(millis(now));
+        }
+        // From 2 to 12 nothing ran, and what was to be sent then had to come after.
+        let clear = [1, 11, 12, 51, 52, 60].map(|intended| stalls.is_clear(millis(intended)));
+        assert_eq!(clear, [false, false, false, false, true, true]);
+        assert_eq!((stalls.asked, stalls.spoiled), (6, 4));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 
 use super::{
-    Bench, MAX_LATE, OPEN_STREAMS, is_disturbed, repository, target,
+    Bench, MAX_HELD_UP, OPEN_STREAMS, is_disturbed, repository, target,
     workload::{Bare, IRIS},
 };
 use crate::{
@@ -29,7 +29,7 @@ impl Bench {
                 let run = load::open(&target, rate, pair as u64, between(self.pace.warm, end))?;
                 ensure!(run.failed == 0, "{} requests failed at 10 % load", run.failed);
                 let value = [0.5, 0.99].map(|share| run.latencies.quantile(share) * 1e6);
-                Ok(Measured { value, usage: run.usage, spoiled: is_disturbed(&run.usage) || run.late > MAX_LATE })
+                Ok(Measured { value, usage: run.usage, spoiled: is_disturbed(&run.usage) || run.held_up > MAX_HELD_UP })
             };
             pairs.take(|| measure(&server), || measure(&echo))?;
         }

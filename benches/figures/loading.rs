@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use tidegate::tensor::Tensor;
 
-use super::{Bench, MAX_LATE, OPEN_STREAMS, disturbance, repository, target};
+use super::{Bench, MAX_HELD_UP, OPEN_STREAMS, disturbance, repository, target};
 use crate::{
     load::{self, Arrivals, Phase, Target, between},
     machine::pin,
@@ -73,7 +73,8 @@ impl Bench {
         let failed = steady.failed + during.failed;
         ensure!(failed == 0, "{failed} requests failed beside a load");
         let void = [&steady, &during].into_iter().find_map(|run| {
-            let late = (run.late > MAX_LATE).then(|| format!("{:.1} % of requests were sent late", 100.0 * run.late));
+            let late = (run.held_up > MAX_HELD_UP)
+                .then(|| format!("the generator was held up during {:.0} % of requests", 100.0 * run.held_up));
             disturbance(&run.usage).or(late)
         });
         let p99 = |run: &mut Arrivals| run.latencies.quantile(0.99);

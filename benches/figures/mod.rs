@@ -39,8 +39,8 @@ pub use peer::Peer;
 /// With more than this share of the machine in other hands, two programs do not lose alike: the one with more threads
 /// gets more of what is left.
 const MAX_FOREIGN: f64 = 0.1;
-/// A run is void when more than this share of its requests were sent late.
-const MAX_LATE: f64 = 0.001;
+/// A run is void when the latencies of more than this share of its requests say nothing.
+const MAX_HELD_UP: f64 = 0.3;
 
 /// Requests that may be open on a connection of an open loop before they wait in the generator.
 const OPEN_STREAMS: usize = 256;

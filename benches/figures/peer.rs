@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use tidegate::tensor::{DType, Data, Tensor};
 
-use super::{MAX_LATE, OPEN_STREAMS, Pace};
+use super::{MAX_HELD_UP, OPEN_STREAMS, Pace};
 use crate::{
     load::{self, Target, between},
     pairs::{MAX_STOLEN, Value},
@@ -113,7 +113,7 @@ impl Peer {
             say(format_args!("{} at 10 % load, {}, round {round}", self.model, protocol.title()));
             let run = load::open(&open, rate, round as u64, between(pace.warm, pace.warm + pace.latency_window))?;
             ensure!(run.failed == 0, "{} requests failed at 10 % load", run.failed);
-            let counts = run.usage.stolen <= MAX_STOLEN && run.late <= MAX_LATE;
+            let counts = run.usage.stolen <= MAX_STOLEN && run.held_up <= MAX_HELD_UP;
             for (values, share) in quantiles.iter_mut().zip([0.5, 0.99]) {
                 values.push(Value { number: run.latencies.quantile(share) * 1e6, counts });
             }

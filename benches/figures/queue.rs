@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use tempfile::TempDir;
 
 use super::{
-    Bench, MAX_LATE, OPEN_STREAMS, is_disturbed, repository, target,
+    Bench, MAX_HELD_UP, OPEN_STREAMS, is_disturbed, repository, target,
     workload::{MAGIKA, W4, Workload},
 };
 use crate::{
@@ -137,7 +137,7 @@ impl Bench {
                 // As many connections more: every request shall reach the server when it is meant to.
                 let flood = Target { connections: 4 * CONNECTIONS, ..served.client() };
                 let run = load::open(&flood, rate, pair as u64, between(warm, warm + window))?;
-                let good = run.latencies.within(DEADLINE) as f64 / run.usage.seconds;
+                let good = run.all.within(DEADLINE) as f64 / run.usage.seconds;
                 let refused = run.refusals.count() as f64 / (run.refusals.count() + run.latencies.count()) as f64;
                 Ok(measured(&run, [good, run.refusals.quantile(0.99), refused]))
             };
@@ -221,5 +221,5 @@ fn with_refusals(mut run: Arrivals) -> Arrivals {
 }
 
 fn measured<T>(run: &Arrivals, value: T) -> Measured<T> {
-    Measured { value, usage: run.usage, spoiled: is_disturbed(&run.usage) || run.late > MAX_LATE }
+    Measured { value, usage: run.usage, spoiled: is_disturbed(&run.usage) || run.held_up > MAX_HELD_UP }
 }

@@ -19,7 +19,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 
 use super::{
-    Bench, MAX_LATE, OPEN_STREAMS, disturbance, repository, target,
+    Bench, MAX_HELD_UP, OPEN_STREAMS, disturbance, repository, target,
     workload::{Bare, IRIS},
 };
 use crate::{
@@ -53,7 +53,8 @@ impl Bench {
             let run = self.swap(&server, &target, rate, repository.path(), version)?;
             failed += run.failed;
             answered += run.latencies.count();
-            let late = (run.late > MAX_LATE).then(|| format!("{:.1} % of requests were sent late", 100.0 * run.late));
+            let late = (run.held_up > MAX_HELD_UP)
+                .then(|| format!("the generator was held up during {:.0} % of requests", 100.0 * run.held_up));
             let void = disturbance(&run.usage).or(late);
             if let Some(reason) = &void {
                 say(format_args!("swap {} is void: {reason}", version - 1));

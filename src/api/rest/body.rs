@@ -131,7 +131,10 @@ impl http_body::Body for Pieces {
 }
 
 /// A body as it comes from the network.
-pub(in crate::api) trait Arriving: http_body::Body<Data = Bytes, Error: Into<axum::BoxError>> + Unpin {}
+pub(in crate::api) trait Arriving:
+    http_body::Body<Data = Bytes, Error: Into<axum::BoxError>> + Unpin
+{
+}
 
 impl<B: http_body::Body<Data = Bytes, Error: Into<axum::BoxError>> + Unpin> Arriving for B {}
 
