@@ -45,6 +45,8 @@ pub fn be_prompt() {
         let attributes = Attributes {
             size: size_of::<Attributes>() as u32,
             policy: libc::SCHED_OTHER as u32,
+            // Threads that it starts are as others.
+            flags: libc::SCHED_FLAG_RESET_ON_FORK as u64,
             nice: nice(),
             runtime: SLICE.as_nanos() as u64,
             ..Attributes::default()

@@ -17,7 +17,7 @@ use anyhow::{Context, bail};
 use axum::Router;
 use bytes::Bytes;
 use notify::{RecursiveMode, Watcher};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -25,7 +25,7 @@ use crate::{
         self, App,
         client::Clients,
         grpc,
-        listen::{IoThreads, Port, Wire},
+        listen::{IoThreads, LONG_MESSAGES, Port, Wire},
         ops, rest,
         shared_memory::{Reach, Regions},
     },
@@ -104,6 +104,7 @@ impl Server {
         describe(&mut lock, rest).context("cannot write to the data directory")?;
 
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let io_threads = config.io_threads.unwrap_or((cores / 2).max(1));
         let metrics = Metrics::new(env!("CARGO_PKG_VERSION"), onnxruntime_version);
         let (reader, writer) = catalog();
         let settings = settings(config, cores);
@@ -117,6 +118,7 @@ impl Server {
             clients: Clients::new(config.queue.client_header.as_deref())?,
             token: config.token.clone(),
             shared_memory: Regions::new(&config.shared_memory, metrics.clone()),
+            long_messages: Arc::new(Semaphore::new(LONG_MESSAGES * io_threads)),
             json_nonfinite: config.json_nonfinite,
             strict_readiness: config.strict_readiness,
             onnxruntime_version: onnxruntime_version.to_owned(),
@@ -134,7 +136,7 @@ impl Server {
             settings,
             orders,
             drain_timeout: config.shutdown.drain_timeout,
-            io_threads: config.io_threads.unwrap_or((cores / 2).max(1)),
+            io_threads,
             rest_port,
             grpc_port,
             loader,

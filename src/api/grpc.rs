@@ -24,7 +24,7 @@ use crate::{
 };
 use pb::grpc_inference_service_server::{GrpcInferenceService, GrpcInferenceServiceServer};
 
-mod edge;
+pub(super) mod edge;
 pub(super) mod infer;
 mod stream;
 pub(super) mod unary;

@@ -28,8 +28,10 @@ use tokio_util::{either::Either, sync::CancellationToken, task::TaskTracker};
 use super::{
     App, LimitsConfig,
     auth::Peer,
-    grpc::{infer, unary::Payload},
+    grpc::infer,
+    payload::Payload,
     rest::front,
+    seldom::{Seldom, Unwatched},
 };
 use crate::{model::relay, priority};
 
@@ -40,13 +42,16 @@ const CONNECTION_WINDOW: u32 = 64 << 20;
 const MAX_FRAME: u32 = 1 << 20;
 /// Connections handed to an I/O runtime that it has not picked up; when full, accepting waits.
 const HANDOVER: usize = 256;
-/// Long messages that are read or written at the same time beside an I/O thread's connections; more of them wait.
-const LONG_MESSAGES: usize = 2;
+/// Long messages that are read or written at the same time beside an I/O thread's connections; more of them wait for
+/// `App::long_messages`.
+pub const LONG_MESSAGES: usize = 2;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Bytes that every HTTP/2 connection begins with.
 const HTTP2_PREFACE: usize = 24;
 /// Shorter than a client may take for a request's headers.
 const HEARTBEAT: Duration = Duration::from_millis(500);
+/// How often a REST connection looks whether `limits.header_timeout` is over, in that time.
+const LOOKS: u32 = 8;
 const PEEK_INTERVAL: Duration = Duration::from_millis(20);
 /// How long a connection made just before the port closed may take to send something.
 pub(super) const LAST_CHANCE: Duration = Duration::from_millis(200);
@@ -222,8 +227,8 @@ struct Context {
 
 impl Context {
     async fn serve(self, mut receiver: mpsc::Receiver<Accepted>) {
-        // tokio wakes a runtime, even its own, for each timer that ends before all others: for each request, since
-        // every connection waits for its next one with a timer. There is always one that ends before those.
+        // tokio wakes a runtime, even its own, for each timer that ends before all others: for each request, when all
+        // have deadlines. There is always one that ends before most of those.
         let heartbeat = tokio::spawn(async {
             let mut interval = tokio::time::interval(HEARTBEAT);
             loop {
@@ -272,16 +277,26 @@ impl Context {
         let connection = builder.serve_connection(io, service);
         tokio::pin!(connection);
         let late = self.closing.is_cancelled() && accepted.wire == Wire::Http;
-        let end = async {
+        let end = std::pin::pin!(async {
             self.closing.cancelled().await;
             if late {
                 // Its first request is on the way; the answer to that closes the connection.
                 self.abort.cancelled().await;
             }
-        };
+        });
+        // Wakes the connection, which then looks at its times.
+        let looks = std::pin::pin!(async {
+            let mut looks = tokio::time::interval(self.limits.header_timeout / LOOKS);
+            while accepted.wire == Wire::Http {
+                looks.tick().await;
+            }
+            std::future::pending::<()>().await;
+        });
         let result = tokio::select! {
+            biased;
             result = connection.as_mut() => result,
-            () = end => {
+            () = Seldom::new(looks) => Ok(()),
+            () = Seldom::new(end) => {
                 connection.as_mut().graceful_shutdown();
                 let useless = async {
                     tokio::time::sleep(LAST_CHANCE).await;
@@ -305,7 +320,7 @@ impl Context {
     fn builder(&self, wire: Wire) -> auto::Builder<TokioExecutor> {
         let limits = &self.limits;
         let mut builder = auto::Builder::new(TokioExecutor::new());
-        builder.http1().timer(TokioTimer::new()).header_read_timeout(limits.header_timeout);
+        builder.http1().timer(Unwatched).header_read_timeout(limits.header_timeout);
         builder
             .http2()
             .timer(TokioTimer::new())

@@ -11,6 +11,7 @@ use std::{
 use http::HeaderName;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -34,10 +35,12 @@ mod log;
 mod message;
 pub mod ops;
 mod paced;
+mod payload;
 pub mod pb;
 mod reflection;
 mod repository;
 pub mod rest;
+mod seldom;
 pub mod shapes;
 pub mod shared_memory;
 pub mod status;
@@ -121,6 +124,8 @@ pub struct App {
     pub token: Option<Token>,
     /// `None` when clients may keep no tensors in shared memory.
     pub shared_memory: Option<Arc<shared_memory::Regions>>,
+    /// Turns to read or write a long REST message; who waits for one may leave, with what it brought.
+    pub long_messages: Arc<Semaphore>,
     pub json_nonfinite: NonFinite,
     /// Whether a failed model makes the whole server unready.
     pub strict_readiness: bool,

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use axum::{
     Json, Router,
+    body::Body,
     extract::{FromRequestParts, Path, Request, State},
     middleware::map_response_with_state,
     response::{IntoResponse, Response},
@@ -82,7 +83,7 @@ pub fn routes(app: Arc<App>) -> Routes {
 
 /// An inference whose path is written with escapes; all others are answered in front of the router.
 async fn escaped(State(app): State<Arc<App>>, named: Result<Named, RestError>, request: Request) -> Response {
-    infer(&app, named, request.into()).await
+    infer(&app, named, request.into()).await.map(Body::new)
 }
 
 async fn goodbye(State(app): State<Arc<App>>, response: Response) -> Response {

@@ -41,7 +41,7 @@ const STREAM_PATHS: [&str; 3] =
 /// Names made beforehand are found without being parsed for each call.
 pub(super) static ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
 static ACCEPT_ENCODING: HeaderName = HeaderName::from_static("grpc-accept-encoding");
-pub(super) static GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+pub(in crate::api) static GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 static GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 
 /// How much later than the handler the edge gives up, so that the handler's more exact answer comes first.

@@ -22,7 +22,7 @@ use tower::ServiceExt;
 use super::{
     Answered, Service,
     edge::{self, EDGE_GRACE, ENCODING, INFER_PATH, Unclaimed},
-    unary::{Gathered, Payload, Resumed, gather},
+    unary::{Gathered, Resumed, gather},
 };
 use crate::{
     api::{
@@ -31,6 +31,7 @@ use crate::{
         codec::{self, Draft, InferCall, InferReply, Pieces},
         message,
         paced::Paced,
+        payload::Payload,
         shared_memory::Reach,
     },
     engine::Target,

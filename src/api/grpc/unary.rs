@@ -1,4 +1,4 @@
-//! The one message of a unary call: gathered from the DATA frames it came in, and sent as the pieces it is made of.
+//! The one message of a unary call, gathered from the DATA frames it came in.
 
 use std::{
     pin::Pin,
@@ -7,14 +7,12 @@ use std::{
 
 use axum::body::Body;
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, HeaderValue};
-use http_body::{Frame, SizeHint};
+use http_body::Frame;
 use http_body_util::BodyExt;
 use smallvec::SmallVec;
 
-use super::edge::GRPC_STATUS;
 use crate::api::{
-    codec::{Pieces, contents_start},
+    codec::contents_start,
     paced::{Broken, Paced},
 };
 
@@ -125,64 +123,6 @@ impl http_body::Body for Resumed {
 
     fn is_end_stream(&self) -> bool {
         self.read.is_empty() && self.rest.is_end_stream()
-    }
-}
-
-/// The body of an answer on the gRPC port.
-#[derive(Default)]
-pub enum Payload {
-    /// Of a router's.
-    Routed(Body),
-    /// One message, and that the call succeeded.
-    Message(smallvec::IntoIter<[Bytes; 2]>),
-    /// Nothing, or nothing more.
-    #[default]
-    Over,
-}
-
-impl From<Pieces> for Payload {
-    fn from(pieces: Pieces) -> Self {
-        Self::Message(pieces.into_iter())
-    }
-}
-
-impl http_body::Body for Payload {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
-        match &mut *self {
-            Self::Routed(body) => Pin::new(body).poll_frame(context),
-            Self::Over => Poll::Ready(None),
-            Self::Message(pieces) => Poll::Ready(Some(Ok(match pieces.next() {
-                Some(piece) => Frame::data(piece),
-                None => {
-                    *self = Self::Over;
-                    let mut trailers = HeaderMap::with_capacity(1);
-                    trailers.insert(&GRPC_STATUS, HeaderValue::from_static("0"));
-                    Frame::trailers(trailers)
-                }
-            }))),
-        }
-    }
-
-    fn is_end_stream(&self) -> bool {
-        match self {
-            Self::Routed(body) => body.is_end_stream(),
-            Self::Message(_) => false,
-            Self::Over => true,
-        }
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        match self {
-            Self::Routed(body) => body.size_hint(),
-            // Left open, so that no content-length is sent: gRPC has none.
-            Self::Message(_) | Self::Over => SizeHint::default(),
-        }
     }
 }
 

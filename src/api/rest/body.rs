@@ -1,15 +1,15 @@
 //! Bodies in and out: read whole within their limits, unpacked; sent in pieces, packed as the client likes.
 
 use std::{
-    collections::VecDeque,
     pin::Pin,
     task::{Context, Poll},
 };
 
-use axum::{body::Body, response::Response};
+use axum::body::Body;
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 use http_body_util::BodyExt;
+use smallvec::{SmallVec, smallvec};
 
 use super::RestError;
 use crate::{
@@ -18,6 +18,7 @@ use crate::{
         codec::Encoded,
         compression::{self, Encoding},
         paced::{Broken, Paced},
+        payload::Payload,
     },
     error::{Code, Error},
     id::shorten,
@@ -39,20 +40,20 @@ const JOIN_UP_TO: usize = 16 << 10;
 pub(super) struct Reply {
     media_type: &'static str,
     /// Sent one after the other, as pieces so that tensors need not be copied.
-    pieces: Vec<Bytes>,
+    pieces: SmallVec<[Bytes; 2]>,
     /// What `Inference-Header-Content-Length` must say; `None` when all of it is text.
     header_length: Option<usize>,
 }
 
 impl Reply {
     pub(super) fn json(text: impl Into<Bytes>) -> Self {
-        Self { media_type: "application/json", pieces: vec![text.into()], header_length: None }
+        Self { media_type: "application/json", pieces: smallvec![text.into()], header_length: None }
     }
 
     /// A stream of one server-sent event; `json` has no line ends.
     pub(super) fn event(json: &[u8]) -> Self {
         let text = [b"data: ", json, b"\n\n"].concat();
-        Self { media_type: EVENTS, pieces: vec![text.into()], header_length: None }
+        Self { media_type: EVENTS, pieces: smallvec![text.into()], header_length: None }
     }
 }
 
@@ -66,7 +67,12 @@ impl From<Encoded> for Reply {
 }
 
 /// Sends the answer, compressed as the request was, or as Accept-Encoding asks when it is all JSON.
-pub(super) fn respond(reply: Reply, asked: Encoding, headers: &HeaderMap) -> Result<Response, RestError> {
+///
+/// The request's `headers` make room for the answer's: their memory is there, and hyper uses it for the next request.
+///
+/// # Errors
+/// When it cannot be compressed.
+pub(super) fn respond(reply: Reply, asked: Encoding, mut headers: HeaderMap) -> Result<Response<Payload>, RestError> {
     let Reply { media_type, mut pieces, header_length } = reply;
     let encoding = match asked {
         _ if media_type == EVENTS => Encoding::Identity,
@@ -79,10 +85,9 @@ pub(super) fn respond(reply: Reply, asked: Encoding, headers: &HeaderMap) -> Res
         asked => asked,
     };
     if encoding != Encoding::Identity {
-        pieces = vec![compression::encode_body(encoding, &pieces)?];
+        pieces = smallvec![compression::encode_body(encoding, &pieces)?];
     }
-    let mut response = Response::new(body_of(pieces));
-    let headers = response.headers_mut();
+    headers.clear();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(media_type));
     if let Some(length) = header_length {
         headers.insert(&HEADER_LENGTH, HeaderValue::from(length));
@@ -90,25 +95,27 @@ pub(super) fn respond(reply: Reply, asked: Encoding, headers: &HeaderMap) -> Res
     if encoding != Encoding::Identity {
         headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static(encoding.name()));
     }
+    let mut response = Response::new(payload(pieces));
+    *response.headers_mut() = headers;
     Ok(response)
 }
 
-fn body_of(mut pieces: Vec<Bytes>) -> Body {
+fn payload(mut pieces: SmallVec<[Bytes; 2]>) -> Payload {
     let total: usize = pieces.iter().map(Bytes::len).sum();
     match pieces.len() {
-        1 => Body::from(pieces.remove(0)),
+        1 => Payload::Whole(pieces.remove(0)),
         _ if total <= JOIN_UP_TO => {
             let mut joined = BytesMut::with_capacity(total);
             pieces.iter().for_each(|piece| joined.extend_from_slice(piece));
-            Body::from(joined.freeze())
+            Payload::Whole(joined.freeze())
         }
-        _ => Body::new(Pieces { left: total as u64, pieces: pieces.into() }),
+        _ => Payload::Routed(Body::new(Pieces { left: total as u64, pieces: pieces.into_iter() })),
     }
 }
 
 /// A body of known length that is sent piece by piece, without copying them together.
 struct Pieces {
-    pieces: VecDeque<Bytes>,
+    pieces: smallvec::IntoIter<[Bytes; 2]>,
     left: u64,
 }
 
@@ -120,7 +127,7 @@ impl http_body::Body for Pieces {
         mut self: Pin<&mut Self>,
         _: &mut Context<'_>,
     ) -> Poll<Option<Result<http_body::Frame<Bytes>, Self::Error>>> {
-        let piece = self.pieces.pop_front();
+        let piece = self.pieces.next();
         self.left -= piece.as_ref().map_or(0, |piece| piece.len() as u64);
         Poll::Ready(piece.map(|piece| Ok(http_body::Frame::data(piece))))
     }
@@ -149,7 +156,8 @@ pub(in crate::api) async fn read_body<B: Arriving>(app: &App, body: B, limit: us
     let mut body = Paced::new(body, app.limits.body_timeout);
     let mut first: Option<Bytes> = None;
     let mut rest = BytesMut::new();
-    loop {
+    // Of a body of known length the last frame says that it is the last.
+    while !http_body::Body::is_end_stream(&body) {
         let Some(frame) = body.frame().await else { break };
         let frame = frame.map_err(|broken| match broken {
             // Not 504: nothing behind this server is late.

@@ -3,15 +3,14 @@
 //! Long messages are unpacked, read and written on a thread of their own: a JSON of 19 MiB takes 0.1 s to read, in
 //! which the I/O thread has other connections to serve.
 
-use std::{sync::Arc, time::Duration};
-
-use axum::{
-    body::Body,
-    extract::Request,
-    response::{IntoResponse, Response},
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
 };
+
+use axum::{body::Body, extract::Request, response::IntoResponse};
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName};
+use http::{HeaderMap, HeaderName, Response};
 
 use super::{
     Named, RestError,
@@ -24,11 +23,12 @@ use crate::{
         check_size, classify,
         codec::{self, InferCall, InferReply, JsonOptions},
         compression::{self, Encoding},
+        payload::Payload,
         shared_memory::Reach,
         urgency,
     },
     engine,
-    error::Error,
+    error::{Code, Error},
     metrics::Protocol,
     model::ModelVersion,
     tensor::Tensor,
@@ -68,7 +68,7 @@ pub(super) async fn infer<B: Arriving>(
     app: &Arc<App>,
     named: Result<Named, RestError>,
     arrival: Arrival<B>,
-) -> Response {
+) -> Response<Payload> {
     let non_finite = app.json_nonfinite;
     let read = |question: &Question| {
         let length = body::number_header(&question.headers, &HEADER_LENGTH, "Inference-Header-Content-Length")?;
@@ -95,7 +95,7 @@ pub(super) async fn exchange<A: Send + 'static, B: Arriving>(
     arrival: Arrival<B>,
     read: impl FnOnce(&Question) -> Result<(InferCall, A), Error> + Send + 'static,
     write: impl FnOnce(&InferReply<'_>, &InferCall, A) -> Result<Reply, Error> + Send + 'static,
-) -> Response {
+) -> Response<Payload> {
     let client = app.clients.of(&arrival.headers, arrival.peer.as_ref());
     let mut record = Record::start(app, Protocol::Rest, &arrival.headers, client);
     let answer = match named {
@@ -109,7 +109,7 @@ pub(super) async fn exchange<A: Send + 'static, B: Arriving>(
         }
         Err(RestError { error, status }) => {
             record.finish(Some(error.code));
-            RestError { error, status }.into_response()
+            RestError { error, status }.into_response().map(Payload::Routed)
         }
     }
 }
@@ -121,7 +121,7 @@ async fn try_exchange<A: Send + 'static, B: Arriving>(
     record: &mut Record,
     read: impl FnOnce(&Question) -> Result<(InferCall, A), Error> + Send + 'static,
     write: impl FnOnce(&InferReply<'_>, &InferCall, A) -> Result<Reply, Error> + Send + 'static,
-) -> Result<Response, RestError> {
+) -> Result<Response<Payload>, RestError> {
     let Arrival { headers, body, peer } = arrival;
     if let Some(id) = headers.get(&REQUEST_ID).and_then(|id| id.to_str().ok()) {
         id.clone_into(&mut record.request_id);
@@ -150,14 +150,15 @@ async fn try_exchange<A: Send + 'static, B: Arriving>(
         });
         (asked.flatten(), question.headers)
     };
-    let (asked, headers) = run(is_long, look).await?;
+    let latest = after(record.started(), waits);
+    let (asked, headers) = run(app, is_long, latest, look).await?;
     let (mut call, places, asked) = asked?;
     if !call.id.is_empty() {
         record.request_id.clone_from(&call.id);
     }
 
     let names: Vec<Arc<str>> = call.outputs.iter().map(|output| output.name.clone()).collect();
-    let urgency = urgency(record, &call, after(record.started(), waits));
+    let urgency = urgency(record, &call, latest);
     let inputs = std::mem::take(&mut call.inputs);
     let request = engine::Request { inputs, outputs: &names, urgency };
     let outputs = app.engine.infer(&mut target, request).await;
@@ -173,17 +174,35 @@ async fn try_exchange<A: Send + 'static, B: Arriving>(
         let (model, version) = (version.name.as_str(), version.version.as_str());
         let reply = InferReply { model, version, id: &call.id, outputs: &outputs };
         let reply = write(&reply, &call, asked).map_err(|error| error.of_model(model))?;
-        body::respond(reply, encoding, &headers)
+        body::respond(reply, encoding, headers)
     };
-    run(is_long, tell).await?
+    run(app, is_long, latest, tell).await?
 }
 
-/// Runs `work`, elsewhere when the message is long.
-async fn run<T: Send + 'static>(is_long: bool, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {
+/// Runs `work`, elsewhere when the message is long; then it waits for its turn, with what it holds, here and not in
+/// line, so that nobody works for a client that is gone.
+async fn run<T: Send + 'static>(
+    app: &App,
+    is_long: bool,
+    latest: Option<Instant>,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Error> {
     if !is_long {
         return Ok(work());
     }
-    let done = tokio::task::spawn_blocking(work).await;
+    let turn = app.long_messages.clone().acquire_owned();
+    let turn = match latest {
+        None => turn.await,
+        Some(latest) => tokio::time::timeout_at(latest.into(), turn).await.map_err(|_| {
+            Error::new(Code::DeadlineExceeded, "the deadline passed while other long messages were read or written")
+        })?,
+    };
+    let done = tokio::task::spawn_blocking(move || {
+        let result = work();
+        drop(turn);
+        result
+    });
+    let done = done.await;
     done.map_err(|_| Error::internal("reading or writing a long message failed"))
 }
 

@@ -50,5 +50,5 @@ async fn answer(
         Ok((generate::read(&document, &question.version.signature, question.limit)?, ()))
     };
     let write = move |outputs: &InferReply<'_>, _: &InferCall, ()| generate::write(outputs, non_finite).map(reply);
-    exchange(app, named, request.into(), read, write).await
+    exchange(app, named, request.into(), read, write).await.map(axum::body::Body::new)
 }

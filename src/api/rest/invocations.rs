@@ -86,7 +86,7 @@ async fn answer(app: &Arc<App>, named: Result<Named, RestError>, request: Reques
     let write = move |outputs: &InferReply<'_>, _: &InferCall, orient: Orient| {
         invocations::write(outputs, orient, non_finite).map(Reply::json)
     };
-    exchange(app, named, request.into(), read, write).await
+    exchange(app, named, request.into(), read, write).await.map(axum::body::Body::new)
 }
 
 #[derive(Debug, PartialEq, Eq)]

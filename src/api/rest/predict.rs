@@ -96,5 +96,5 @@ async fn predict(app: &Arc<App>, named: Result<Named, RestError>, request: Reque
     let write = move |outputs: &InferReply<'_>, _: &InferCall, format: Format| {
         predict::write(outputs, format, non_finite).map(Reply::json)
     };
-    exchange(app, named, request.into(), read, write).await
+    exchange(app, named, request.into(), read, write).await.map(axum::body::Body::new)
 }
