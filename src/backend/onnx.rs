@@ -118,12 +118,8 @@ impl OnnxRuntime {
     }
 
     fn configure(&self, model: &Model, options: &Options, instances: usize, id: &str) -> ort::Result<SessionBuilder> {
-        let intra = options.intra_op_threads.unwrap_or_else(|| {
-            let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
-            (cores / instances).max(1)
-        });
-        // Asked to run in parallel and not told how many threads to use, ONNX Runtime takes all cores (0).
-        let inter = options.inter_op_threads.unwrap_or(if options.parallel == Some(true) { 0 } else { 1 });
+        let intra = intra_threads(options, instances);
+        let inter = inter_threads(options);
         let mut builder = ort::session::Session::builder(&self.library.environment)?
             .with_log_id(id)?
             // `ort` would otherwise let ONNX Runtime pick an accelerator that nobody asked for.
@@ -229,6 +225,12 @@ impl Backend for OnnxRuntime {
             sessions.push(session);
         }
         let mut signature = signature(&sessions[0], &model).map_err(named)?;
+        // A device's time is shared with whoever else uses it.
+        signature.steady &= options.device == Device::Cpu;
+        signature.on_thread = options.device == Device::Cpu
+            && !self.library.shares_threads
+            && intra_threads(options, instances) == 1
+            && inter_threads(options) == 1;
         signature.notes.append(&mut notes);
         if options.flush_to_zero {
             // ONNX Runtime sets the flag on its own threads, never on the one that calls it.
@@ -353,6 +355,20 @@ fn commit(
         }
         Err(_) => Err(Error::invalid("the model has inputs or outputs of an unknown type")),
     }
+}
+
+/// Threads that share the work of one operator.
+fn intra_threads(options: &Options, instances: usize) -> usize {
+    options.intra_op_threads.unwrap_or_else(|| {
+        let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
+        (cores / instances).max(1)
+    })
+}
+
+/// Threads that run operators beside each other. Asked to run in parallel and not told how many to use, ONNX Runtime
+/// takes all cores (0).
+fn inter_threads(options: &Options) -> usize {
+    options.inter_op_threads.unwrap_or(if options.parallel == Some(true) { 0 } else { 1 })
 }
 
 fn signature(session: &ort::session::Session, model: &Model) -> Result<Signature, Error> {

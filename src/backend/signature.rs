@@ -28,6 +28,8 @@ pub struct Signature {
     /// Whether the time of a run follows from its rows alone, so that a few runs tell how long all others take: no
     /// dimension but the first is open, and no operator does as much work as some value asks for.
     pub steady: bool,
+    /// Whether a run does all of its work on the thread that asks for it, so that its time is that thread's.
+    pub on_thread: bool,
     /// Things about the graph that an operator should know, such as outputs left out.
     pub notes: Vec<String>,
 }

@@ -465,12 +465,10 @@ fn log_ready(version: &ModelVersion) {
     );
 }
 
-/// Returns the memory of what was unloaded, on a thread that stays behind requests. Blocks.
+/// Returns the memory of what was loaded or unloaded, on a thread of ordinary priority: it locks the heap meanwhile, and
+/// whoever waits for that lock must not wait for a thread that gets no turn. Blocks.
 fn trim() {
-    let trimmer = std::thread::Builder::new().name("trim".to_owned()).spawn(|| {
-        priority::step_back();
-        heap::trim();
-    });
+    let trimmer = std::thread::Builder::new().name("trim".to_owned()).spawn(heap::trim);
     // Without a thread the memory is used by the next load.
     let _ = trimmer.map(|thread| thread.join());
 }
@@ -490,9 +488,10 @@ async fn on_loader_thread<T: Send + 'static>(
             let _ = rustix::process::nice(LOADER_NICENESS);
         }
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
-        heap::trim();
         let _ = sender.send(result.unwrap_or_else(|_| Err(Error::internal("loading panicked"))));
     });
     spawned.map_err(|error| Error::internal(format!("cannot start a loader thread: {error}")))?;
-    receiver.await.unwrap_or_else(|_| Err(Error::internal("the loader thread ended without a result")))
+    let result = receiver.await.unwrap_or_else(|_| Err(Error::internal("the loader thread ended without a result")));
+    let _ = tokio::task::spawn_blocking(trim).await;
+    result
 }

@@ -169,9 +169,9 @@ impl<T> Batcher<T> {
         (self.max_delay.is_zero() && !expected.is_zero()).then_some(expected)
     }
 
-    /// Whether as much waits as one run may take, where runs take more than one request.
+    /// Whether as much waits as one run may take: nothing is won by waiting for more.
     pub fn fills_a_batch(&self) -> bool {
-        self.group > 1 && self.lanes.iter().map(|lane| lane.rows).sum::<usize>() >= self.group
+        self.lanes.iter().map(|lane| lane.rows).sum::<usize>() >= self.group
     }
 
     /// The time of the run that a request of `rows` rows, queued now, will most likely share.

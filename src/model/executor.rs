@@ -135,7 +135,8 @@ impl Queue {
         let Some(mut session) = state.idle.pop() else { return };
         let start = Instant::now();
         let mut now = start;
-        while now.duration_since(start) < AT_ONCE && !state.batcher.is_empty() {
+        // What others have queued meanwhile may be more than is quickly done.
+        while now.duration_since(start) < AT_ONCE && self.is_quick(&state) {
             let next = state.batcher.next(now, |job| job.reply.is_closed());
             drop(state);
             self.drop_dead(next.dropped);
@@ -300,7 +301,13 @@ fn execute(queue: &Queue, session: &mut dyn Session, start: Instant, batch: Vec<
         queue.metrics.queued(start.saturating_duration_since(entry.queued_at));
     }
     let jobs = batch.into_iter().map(|entry| entry.item).collect();
-    Done { start, rows, took: run_batch(queue, session, jobs, rows) }
+    // An I/O thread that runs it has connections to serve, and an executor a session to bring back.
+    let took = std::panic::catch_unwind(AssertUnwindSafe(|| run_batch(queue, session, jobs, rows)));
+    let took = took.unwrap_or_else(|_| {
+        tracing::error!(model = %queue.model, rows, "a batch was lost to a panic");
+        None
+    });
+    Done { start, rows, took }
 }
 
 /// The time of the run when it went well.

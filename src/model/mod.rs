@@ -24,6 +24,7 @@ pub mod relay;
 pub mod schedule;
 pub mod service_time;
 pub mod warmup;
+mod watch;
 
 use batcher::{Batcher, Cost, Limits, ShapeKey};
 pub use executor::Refused;

@@ -5,6 +5,9 @@ use std::time::Duration;
 /// How much of the past each new run replaces once there is some: the last twenty or so count.
 const FRESHNESS: f64 = 0.05;
 
+/// Once enough runs were seen, none counts for more than so many times what was expected, or than the sweep said.
+const OUTLIER: f64 = 8.0;
+
 /// A line `fixed + per_row · rows` from the warm-up sweep, times how much slower or faster runs have been since.
 ///
 /// Only the factor is learned online: recent runs are often all of one size, which says nothing of a slope.
@@ -52,7 +55,10 @@ impl ServiceTime {
         if expected > 0.0 {
             self.seen = self.seen.saturating_add(1);
             let share = FRESHNESS.max(1.0 / f64::from(self.seen.saturating_add(1)));
-            self.factor += share * (took.as_secs_f64() / expected - self.factor);
+            let ratio = took.as_secs_f64() / expected;
+            // A run in which the machine stood still says little of those to come.
+            let most = if share > FRESHNESS { f64::INFINITY } else { OUTLIER * self.factor.max(1.0) };
+            self.factor += share * (ratio.min(most) - self.factor);
         } else {
             // Nothing was measured at warm-up: the first run stands for all.
             self.per_row = took.as_secs_f64() / rows as f64;
@@ -112,6 +118,8 @@ mod tests {
         assert!(close(service.estimate(1), ms(1)), "{:?}", service.estimate(1));
         (0..200).for_each(|_| service.observe(1, ms(50)));
         assert!(close(service.estimate(2), ms(100)), "{:?}", service.estimate(2));
+        service.observe(1, ms(60_000));
+        assert!(service.estimate(1) < ms(80), "one run in which the machine stood still: {:?}", service.estimate(1));
     }
 
     #[test]

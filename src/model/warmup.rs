@@ -3,16 +3,13 @@
 //! A silently wrong batch is the worst bug a server can have, so grouping requests is switched on only after at least
 //! three different rows, with different answers, gave the same answers alone, together and in reverse order.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
 use rand_distr::{Distribution, StandardNormal};
 
-use super::{Batching, service_time::ServiceTime};
+use super::{Batching, service_time::ServiceTime, watch::Watch};
 use crate::{
     backend::{Session, Signature, TensorSpec},
     error::Error,
@@ -76,10 +73,10 @@ pub fn warm(session: &mut dyn Session, samples: &[Sample], wanted: &Wanted<'_>, 
     let mut batches = Vec::new();
     let mut service = ServiceTime::default();
     for sample in samples {
-        let mut start = Instant::now();
+        let mut start = Watch::start(signature.on_thread);
         let mut result = session.run(&sample.inputs);
         for _ in 1..sample.runs {
-            start = Instant::now();
+            start = Watch::start(signature.on_thread);
             result = result.and_then(|_| session.run(&sample.inputs));
         }
         match result {
@@ -188,11 +185,12 @@ fn warm_rows(session: &mut dyn Session, signature: &Signature, sample: Option<&V
 
 /// Runs candidates until at least three have run and every float output differs between some of them.
 fn run_alone(session: &mut dyn Session, candidates: Vec<Vec<Tensor>>) -> Result<Runs, String> {
-    let start = Instant::now();
+    let on_thread = session.signature().on_thread;
+    let start = Watch::start(on_thread);
     let mut rows: Vec<Run> = Vec::new();
     let mut told_apart = Err("warm-up ran no row".to_owned());
     for inputs in candidates {
-        let run_start = Instant::now();
+        let run_start = Watch::start(on_thread);
         match session.run(&inputs) {
             Ok(outputs) => rows.push(Run { inputs, outputs, took: run_start.elapsed() }),
             Err(error) if rows.is_empty() => return Err(format!("made-up warm-up inputs failed: {error}")),
@@ -376,7 +374,7 @@ struct Sweep {
 
 /// Runs 1, 2, 4, … rows until more rows per run hardly pay.
 fn sweep(session: &mut dyn Session, rows: &[Vec<Tensor>], limit: usize) -> Sweep {
-    let start = Instant::now();
+    let start = Watch::start(session.signature().on_thread);
     let mut sweep = Sweep { group: 1, times: Vec::new(), batches: Vec::new() };
     let mut best = 0.0;
     let mut size = 1;
@@ -407,7 +405,7 @@ impl Sweep {
             }
             let order: Vec<usize> = (0..size).map(|index| index % rows.len()).collect();
             let batch = stack(rows, &order);
-            let start = Instant::now();
+            let start = Watch::start(session.signature().on_thread);
             session
                 .run(&batch)
                 .map_err(|error| Error { message: format!("a run of {size} rows failed: {error}"), ..error })?;
@@ -421,7 +419,7 @@ impl Sweep {
 fn fastest_run(session: &mut dyn Session, batch: &[Tensor]) -> Option<Duration> {
     (0..RUNS_PER_SIZE)
         .map(|_| {
-            let start = Instant::now();
+            let start = Watch::start(session.signature().on_thread);
             session.run(batch).ok().map(|_| start.elapsed())
         })
         .collect::<Option<Vec<_>>>()?

@@ -32,6 +32,8 @@ static LOADED: Mutex<Option<Arc<Library>>> = Mutex::new(None);
 pub struct Library {
     pub environment: Environment,
     pub pool: PoolThreads,
+    /// Whether all sessions share one pool of operator threads.
+    pub shares_threads: bool,
     pub path: PathBuf,
     pub version: String,
 }
@@ -115,7 +117,7 @@ impl Library {
             _ => path,
         };
         let version = version(&path);
-        Ok(Self { environment, pool, path, version })
+        Ok(Self { environment, pool, shares_threads: shared_threads.is_some(), path, version })
     }
 
     /// Whether the loaded library is the one that `places` asks for.

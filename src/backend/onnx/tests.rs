@@ -110,14 +110,15 @@ fn instances_map_one_file_and_answer_as_one_alone() {
     let runtime = OnnxRuntime::open(Some(testing::runtime().path()), None).unwrap();
     let runtime = runtime.with_scratch(scratch.path().to_owned());
     for (directory, mapped) in [(made.path(), true), (&digits, false)] {
-        let mut alone = load(directory, &Options::default()).unwrap();
+        let alone = Options { intra_op_threads: Some(1), ..Options::default() };
+        let mut alone = load(directory, &alone).unwrap();
         let spec = alone.signature().inputs[0].clone();
         let shape: Vec<usize> = spec.shape.iter().map(|&size| usize::try_from(size).unwrap_or(3)).collect();
         let elements: Vec<f32> = (0..shape.iter().product()).map(|i| (i % 17) as f32 / 4.0).collect();
         let input = floats(&spec.name, &shape, &elements);
         let expected = alone.run(std::slice::from_ref(&input)).unwrap();
 
-        let options = Options { share_prepacked_weights: Some(true), ..Options::default() };
+        let options = Options { share_prepacked_weights: Some(true), intra_op_threads: Some(1), ..Options::default() };
         let mut sessions = runtime.load(&directory.join(FILE_NAME), &options, 3).unwrap();
         assert_eq!(mappings_below(scratch.path()) >= 3, mapped, "{}", directory.display());
         assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 0, "the files are left behind");

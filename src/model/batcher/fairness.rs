@@ -65,11 +65,12 @@ impl Shares {
         round_of(share, self.earliest(), self.round, price)
     }
 
-    /// How many rows may run before a request of `client` and `round`, if everyone who waits takes all of their turns.
-    pub fn before(&self, client: Client, round: u64) -> usize {
-        let new = self.clients.get(&client).is_none_or(|share| share.waiting == 0);
+    /// How many rows of other clients may run before a request of `client` and `round`, if everyone who waits takes all
+    /// of their turns; and how many requests of its own wait.
+    pub fn before(&self, client: Client, round: u64) -> (usize, usize) {
+        let own = self.clients.get(&client).map_or(0, |share| share.waiting);
         let rounds = usize::try_from(round.saturating_sub(self.round)).unwrap_or(usize::MAX);
-        rounds.saturating_mul(self.waiting + usize::from(new))
+        (rounds.saturating_mul(self.waiting - usize::from(own > 0)), own)
     }
 
     /// Grants a request its round.

@@ -84,7 +84,10 @@ impl<T> Lane<T> {
     /// The same, if every client that waits takes all of its turns until then.
     pub fn expected_ahead(&self, client: Client, round: u64) -> (usize, usize) {
         let (requests, rows) = self.ahead(round);
-        let expected = self.shares.before(client, round);
+        let (others, own) = self.shares.before(client, round);
+        // Its own requests are taken to be as large as all are on average; all of them run before a new one.
+        let own_rows = own * self.rows / self.len().max(1);
+        let expected = others.saturating_add(own_rows);
         if expected <= rows {
             return (requests, rows);
         }

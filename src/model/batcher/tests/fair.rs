@@ -188,7 +188,7 @@ fn a_light_client_s_deadline_is_judged_by_its_own_wait() {
     // The run in progress and its own.
     batcher.push(22, within(2, ms(2500)), now).unwrap();
     assert_eq!(batcher.push(23, within(2, ms(2500)), now).unwrap_err().1.code, Code::DeadlineExceeded, "its second");
-    batcher.push(24, within(2, ms(3500)), now).unwrap();
+    batcher.push(24, within(2, ms(4000)), now).unwrap();
     let patient = Limits { max_wait: ms(9500), ..WIDE };
     let (mut batcher, now) = busy(1, patient);
     let refused = (0..100).find(|&item| batcher.push(item, of(1, 1), now).is_err());
