@@ -19,7 +19,8 @@
 //! | 0 | [`error`] | the closed list of ways to fail |
 //!
 //! # A request's way
-//! 1. `api::listen` accepts on one listener per port and hands the connection to an I/O thread.
+//! 1. `api::listen` accepts on one listener per port and hands the connection to an I/O thread. Inferences go straight on,
+//!    all else through a router.
 //! 2. `api::rest` or `api::grpc` opens a `Record`, finds the version (`engine` → `model::catalog`, one snapshot), and
 //!    decodes the body through `api::codec`, other servers' shapes of it through `api::shapes`; raw tensor bytes are
 //!    not copied; `api::shared_memory` fetches those that were left in memory instead of being sent.
@@ -33,12 +34,14 @@
 //! `control::reconcile` scans the folder (`source::local`), waits until files settle, and has `model::load` load and
 //! warm them on a low-priority thread, as `control::spec` says (from model.toml, or through `control::pbtxt` from
 //! Triton's config.pbtxt). What the author declares of inputs and outputs is a session before the graph's
-//! (`backend::declared`). Clients' wishes to load and unload come in as `control::command`. Warm-up proves that rows are independent before requests may share runs. Then
-//! one new catalog is published, the old version takes no more requests, finishes those it has, and is dropped off the
-//! serving threads. Everything that can fail happens before the publish.
+//! (`backend::declared`). Clients' wishes to load and unload come in as `control::command`. Warm-up proves that rows are
+//! independent before requests may share runs. Then one new catalog is published, the old version takes no more
+//! requests, finishes those it has, and is dropped off the serving threads. Everything that can fail happens before the
+//! publish.
 //!
 //! # Invariants
-//! - A request sees one catalog snapshot. Only when its version began to drain meanwhile does it look once more.
+//! - A request sees one catalog snapshot. Only when its version began to drain meanwhile, or its gRPC message turns out
+//!   to be unusual, does it look once more.
 //! - There is one `CatalogWriter`, and it is not `Clone`.
 //! - `model::batcher`, `model::schedule` and `model::service_time` are pure: time is passed in.
 //! - Every queue is bounded, and full means an answer.
