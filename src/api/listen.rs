@@ -286,16 +286,15 @@ impl Context {
         });
         // Wakes the connection, which then looks at its times.
         let looks = std::pin::pin!(async {
-            let mut looks = tokio::time::interval(self.limits.header_timeout / LOOKS);
-            while accepted.wire == Wire::Http {
+            let mut looks = tokio::time::interval((self.limits.header_timeout / LOOKS).max(Duration::from_millis(1)));
+            loop {
                 looks.tick().await;
             }
-            std::future::pending::<()>().await;
         });
         let result = tokio::select! {
             biased;
             result = connection.as_mut() => result,
-            () = Seldom::new(looks) => Ok(()),
+            () = Seldom::new(looks), if accepted.wire == Wire::Http => Ok(()),
             () = Seldom::new(end) => {
                 connection.as_mut().graceful_shutdown();
                 let useless = async {
