@@ -18,15 +18,19 @@ pub struct Figure {
     pub name: String,
     /// What it is, for people.
     pub title: String,
+    /// `None` when the figure is void.
     pub value: Option<f64>,
     /// The 95 % interval of the median, where the value is one.
     pub low: Option<f64>,
     pub high: Option<f64>,
+    /// The number of a figure that is void, for those who want to know why.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub raw: Option<f64>,
     pub unit: &'static str,
     pub better: Better,
     pub target: Option<f64>,
     pub stretch: Option<f64>,
-    /// Why the value does not count.
+    /// Why there is no value that counts.
     pub void: Option<String>,
 }
 
@@ -69,8 +73,8 @@ impl Report {
         Self { peer: Some(address.to_owned()), ..Self::new(quick) }
     }
 
-    /// Adds the median of the values that count. With more than half of them void the figure is void, and its number,
-    /// that of all of them, stays in the JSON for those who want to know why.
+    /// Adds the median of the values that count. With more than half of them void the figure is void, and its raw number
+    /// is that of all of them.
     pub fn median(&mut self, name: &str, title: &str, unit: &'static str, better: Better, values: &[Value]) {
         let voided = values.iter().filter(|value| !value.counts).count();
         let void = (voided * 2 > values.len()).then(|| format!("{voided} of {} pairs were void", values.len()));
@@ -116,23 +120,23 @@ impl Report {
         void: Option<String>,
     ) {
         let goal = goal(name);
+        // Whoever reads values only must not take a void one for measured.
+        let counts = |number: f64| finite(number).filter(|_| void.is_none());
         let figure = Figure {
             name: name.to_owned(),
             title: title.to_owned(),
-            value: finite(number.value),
-            low: finite(number.low),
-            high: finite(number.high),
+            value: counts(number.value),
+            low: counts(number.low),
+            high: counts(number.high),
+            raw: finite(number.value).filter(|_| void.is_some()),
             unit,
             better,
             target: goal.map(|goal| goal.target),
             stretch: goal.map(|goal| goal.stretch),
             void,
         };
-        let number = figure
-            .value
-            .filter(|_| figure.void.is_some())
-            .map_or(String::new(), |value| format!(" ({})", digits(value)));
-        say(format_args!("{:<28} {}{number}", figure.name, figure.shown()));
+        let raw = figure.raw.map_or(String::new(), |raw| format!(" ({})", digits(raw)));
+        say(format_args!("{:<28} {}{raw}", figure.name, figure.shown()));
         self.figures.push(figure);
     }
 
@@ -233,15 +237,14 @@ impl Figure {
 
     fn interval(&self) -> String {
         match (self.low, self.high) {
-            (Some(low), Some(high)) if self.void.is_none() => format!("{} – {}", digits(low), digits(high)),
+            (Some(low), Some(high)) => format!("{} – {}", digits(low), digits(high)),
             _ => String::new(),
         }
     }
 
     /// Whether the value is as good as it must be; that of a void figure is not known.
     fn reached(&self) -> &'static str {
-        let value = self.value.filter(|_| self.void.is_none());
-        let (Some(value), Some(target), Some(stretch)) = (value, self.target, self.stretch) else { return "?" };
+        let (Some(value), Some(target), Some(stretch)) = (self.value, self.target, self.stretch) else { return "?" };
         if self.better.reaches(value, stretch) {
             "stretch"
         } else if self.better.reaches(value, target) {
@@ -328,8 +331,12 @@ mod tests {
         let table = report.markdown();
         assert!(table.contains("| A | `a` | 15,000 req/s | 10,000 – 20,000 |"), "{table}");
         assert!(table.contains("| B | `b` | void: 2 of 3 pairs were void |  |"), "{table}");
-        assert_eq!(report.figures[1].value, Some(2.0));
-        assert!(serde_json::to_string(&report).unwrap().contains(r#""value":null"#), "not a number is no JSON");
+        let json = serde_json::to_value(&report).unwrap();
+        let (valid, void, nothing) = (&json["figures"][0], &json["figures"][1], &json["figures"][2]);
+        assert_eq!((&valid["value"], valid.get("raw")), (&15_000.0.into(), None));
+        assert!(["value", "low", "high"].iter().all(|field| void[field].is_null()), "{void}");
+        assert_eq!(void["raw"], 2.0);
+        assert!(nothing["value"].is_null() && nothing.get("raw").is_none(), "not a number is no JSON: {nothing}");
     }
 
     #[test]
