@@ -322,7 +322,8 @@ mod tests {
         let values = |numbers: &[(f64, bool)]| -> Vec<Value> {
             numbers.iter().map(|&(number, counts)| Value { number, counts }).collect()
         };
-        let half = values(&[(10_000.0, true), (1.0, false), (20_000.0, true), (2.0, false)]);
+        let half =
+            values(&[(10_000.0, true), (1.0, false), (15_000.0, true), (2.0, false), (20_000.0, true), (3.0, false)]);
         report.median("a", "A", "req/s", Better::Higher, &half);
         report.median("b", "B", "", Better::Higher, &values(&[(1.0, true), (2.0, false), (3.0, false)]));
         report.median("c", "C", "", Better::Higher, &values(&[(f64::NAN, false)]));
@@ -342,7 +343,7 @@ mod tests {
     #[test]
     fn figures_are_held_against_their_targets() {
         let mut report = report();
-        let counts = |number| [Value { number, counts: true }];
+        let counts = |number| [Value { number, counts: true }; 3];
         report.median("w1_grpc_vs_echo", "ratio", "", Better::Higher, &counts(0.85));
         report.single("added_p99_us", "added", "µs", Better::Lower, 90.0, None);
         report.single("start_ms", "start", "ms", Better::Lower, 100.5, None);
@@ -357,6 +358,9 @@ mod tests {
         row("| failures | `swap_failures` | 0.00 |  | ≤ 0.00 | ≤ 0.00 | stretch |");
         row("| roofline | `roofline_w1` | void: noise |  | ≥ 0.90 | ≥ 0.95 | ? |");
         row("| free | `unheard_of` | 1.00 |  |");
+        report.median("two", "two pairs", "", Better::Higher, &counts(0.5)[..2]);
+        let table = report.markdown();
+        assert!(table.contains("| two pairs | `two` | 0.50 |  |"), "two values have no interval: {table}");
     }
 
     #[test]
@@ -364,7 +368,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (out, kept) = (folder.path().join("out"), folder.path().join("kept"));
         let mut report = report();
-        report.median("roofline_w3", "r", "", Better::Higher, &[Value { number: 0.97, counts: true }]);
+        report.median("roofline_w3", "r", "", Better::Higher, &[Value { number: 0.97, counts: true }; 3]);
         report.write(&out, "report", Some((&kept, "a-1"))).unwrap();
         let read =
             |path: &Path| -> serde_json::Value { serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap() };
