@@ -75,13 +75,13 @@ impl Model {
             for _ in 0..3 {
                 session.run(&batch)?;
             }
-            let start = Moment::now(None)?;
+            let start = Moment::here()?;
             let mut runs = 0u32;
             while start.elapsed() < window {
                 session.run(&batch)?;
                 runs += 1;
             }
-            let usage = start.until(&Moment::now(None)?);
+            let usage = start.until(&Moment::here()?);
             Ok((usage.seconds / f64::from(runs), usage))
         })
     }

@@ -94,11 +94,11 @@ pub fn closed(target: &Target<'_>, warm: Duration, window: Duration) -> Result<S
         ensure!(failed == 0, "{failed} of {count} requests failed under full load");
         // The window begins and ends with replies, so that a batch is in it with all of its time or not at all.
         match &begun {
-            None if count > 0 && now >= warm => begun = Some(Moment::now(target.pid)?),
+            None if count > 0 && now >= warm => begun = Some(Moment::beside(target.pid)?),
             Some(start) => {
                 replied += count;
                 if count > 0 && start.elapsed() >= window {
-                    break start.until(&Moment::now(target.pid)?);
+                    break start.until(&Moment::beside(target.pid)?);
                 }
             }
             None => {}
@@ -295,7 +295,7 @@ impl<I: Iterator<Item = Duration>> Strangers<I> {
             self.phases.push((now, current));
         }
         if self.begun.is_none() && current != Phase::Pass {
-            self.begun = Some(Moment::now(self.pid)?);
+            self.begun = Some(Moment::beside(self.pid)?);
         }
         // What came while it did not run is read late, too, and so the stall is known before.
         self.stalls.run(now);
@@ -312,7 +312,7 @@ impl<I: Iterator<Item = Duration>> Strangers<I> {
     /// Sends no more, and waits for what was begun: the slowest requests must not be the ones that are left out.
     fn finish(mut self) -> Result<Arrivals> {
         let begun = self.begun.take().context("the run ended before anything counted")?;
-        self.arrivals.usage = begun.until(&Moment::now(self.pid)?);
+        self.arrivals.usage = begun.until(&Moment::beside(self.pid)?);
         let deadline = self.generator.now() + STALL;
         while !self.waiting.is_empty() || self.generator.is_open() {
             ensure!(self.generator.now() < deadline, "requests are not answered within {STALL:?}");

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::{
     machine,
-    pairs::Value,
+    pairs::{Value, most_are_void},
     statistics::{interval, median},
     targets::goal,
 };
@@ -76,9 +76,8 @@ impl Report {
     /// Adds the median of the values that count. With more than half of them void the figure is void, and its raw number
     /// is that of all of them.
     pub fn median(&mut self, name: &str, title: &str, unit: &'static str, better: Better, values: &[Value]) {
-        let voided = values.iter().filter(|value| !value.counts).count();
-        let void = (voided * 2 > values.len()).then(|| format!("{voided} of {} pairs were void", values.len()));
-        let counted = values.iter().filter(|value| value.counts || void.is_some());
+        let void = most_are_void("pairs", values.iter().map(|value| value.void.as_ref()));
+        let counted = values.iter().filter(|value| value.void.is_none() || void.is_some());
         let counted: Vec<f64> = counted.map(|value| value.number).collect();
         let (low, high) = interval(&counted);
         self.add(name, title, unit, better, Number { value: median(&counted), low, high }, void);
@@ -320,7 +319,8 @@ mod tests {
     fn a_figure_with_more_than_half_of_its_pairs_void_is_void() {
         let mut report = report();
         let values = |numbers: &[(f64, bool)]| -> Vec<Value> {
-            numbers.iter().map(|&(number, counts)| Value { number, counts }).collect()
+            let void = |counts: bool| (!counts).then(|| "of noise".to_owned());
+            numbers.iter().map(|&(number, counts)| Value { number, void: void(counts) }).collect()
         };
         let half =
             values(&[(10_000.0, true), (1.0, false), (15_000.0, true), (2.0, false), (20_000.0, true), (3.0, false)]);
@@ -331,7 +331,7 @@ mod tests {
         assert_eq!(voids, [false, true, true]);
         let table = report.markdown();
         assert!(table.contains("| A | `a` | 15,000 req/s | 10,000 – 20,000 |"), "{table}");
-        assert!(table.contains("| B | `b` | void: 2 of 3 pairs were void |  |"), "{table}");
+        assert!(table.contains("| B | `b` | void: 2 of 3 pairs were void, the first because of noise |  |"), "{table}");
         let json = serde_json::to_value(&report).unwrap();
         let (valid, void, nothing) = (&json["figures"][0], &json["figures"][1], &json["figures"][2]);
         assert_eq!((&valid["value"], valid.get("raw")), (&15_000.0.into(), None));
@@ -343,7 +343,7 @@ mod tests {
     #[test]
     fn figures_are_held_against_their_targets() {
         let mut report = report();
-        let counts = |number| [Value { number, counts: true }; 3];
+        let counts = |number| [(); 3].map(|()| Value { number, void: None });
         report.median("w1_grpc_vs_echo", "ratio", "", Better::Higher, &counts(0.85));
         report.single("added_p99_us", "added", "µs", Better::Lower, 90.0, None);
         report.single("start_ms", "start", "ms", Better::Lower, 100.5, None);
@@ -368,7 +368,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (out, kept) = (folder.path().join("out"), folder.path().join("kept"));
         let mut report = report();
-        report.median("roofline_w3", "r", "", Better::Higher, &[Value { number: 0.97, counts: true }; 3]);
+        report.median("roofline_w3", "r", "", Better::Higher, &[(); 3].map(|()| Value { number: 0.97, void: None }));
         report.write(&out, "report", Some((&kept, "a-1"))).unwrap();
         let read =
             |path: &Path| -> serde_json::Value { serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap() };

@@ -3,12 +3,12 @@
 use anyhow::{Result, ensure};
 
 use super::{
-    Bench, MAX_HELD_UP, OPEN_STREAMS, is_disturbed, repository, target,
+    Bench, OPEN_STREAMS, in_open_loop, repository, target,
     workload::{Bare, IRIS},
 };
 use crate::{
     load::{self, between},
-    pairs::{Measured, Pairs},
+    pairs::Pairs,
     report::{Better::Lower, say},
     requests::Protocol,
 };
@@ -29,7 +29,7 @@ impl Bench {
                 let run = load::open(&target, rate, pair as u64, between(self.pace.warm, end))?;
                 ensure!(run.failed == 0, "{} requests failed at 10 % load", run.failed);
                 let value = [0.5, 0.99].map(|share| run.latencies.quantile(share) * 1e6);
-                Ok(Measured { value, usage: run.usage, spoiled: is_disturbed(&run.usage) || run.held_up > MAX_HELD_UP })
+                Ok(in_open_loop(&run, value))
             };
             pairs.take(|| measure(&server), || measure(&echo))?;
         }

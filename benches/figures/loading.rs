@@ -13,10 +13,11 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use tidegate::tensor::Tensor;
 
-use super::{Bench, MAX_HELD_UP, OPEN_STREAMS, disturbance, repository, target};
+use super::{Bench, OPEN_STREAMS, in_open_loop, repository, target};
 use crate::{
     load::{self, Arrivals, Phase, Target, between},
     machine::pin,
+    pairs::most_are_void,
     process::{Process, Programs},
     report::{Better::Lower, say},
     requests::Protocol,
@@ -72,21 +73,13 @@ impl Bench {
         order(server.rest, "deep", "unload")?;
         let failed = steady.failed + during.failed;
         ensure!(failed == 0, "{failed} requests failed beside a load");
-        let void = [&steady, &during].into_iter().find_map(|run| {
-            let late = (run.held_up > MAX_HELD_UP)
-                .then(|| format!("the generator was held up during {:.0} % of requests", 100.0 * run.held_up));
-            disturbance(&run.usage).or(late)
-        });
+        let void = [&steady, &during].into_iter().find_map(|run| in_open_loop(run, ()).void());
         let p99 = |run: &mut Arrivals| run.latencies.quantile(0.99);
         Ok(Load { steady: p99(&mut steady), during: p99(&mut during), took: took.as_secs_f64(), void })
     }
 
     fn report_loads(&mut self, loads: &[Load], suffix: &str, cores: &str) {
-        let voided = loads.iter().filter(|load| load.void.is_some()).count();
-        let void = (voided * 2 > loads.len()).then(|| {
-            let reason = loads.iter().find_map(|load| load.void.clone()).unwrap_or_default();
-            format!("{voided} of {} loads were void: {reason}", loads.len())
-        });
+        let void = most_are_void("loads", loads.iter().map(|load| load.void.as_ref()));
         let of = |number: fn(&Load) -> f64| {
             let counted = loads.iter().filter(|load| load.void.is_none() || void.is_some());
             median(&counted.map(number).collect::<Vec<_>>())

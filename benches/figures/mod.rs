@@ -13,9 +13,9 @@ use clap::ValueEnum;
 use tempfile::TempDir;
 
 use crate::{
-    load::Target,
+    load::{Arrivals, Saturation, Target},
     machine::{Moment, Usage},
-    pairs::{MAX_STOLEN, Measured},
+    pairs::Measured,
     process::{Process, Programs},
     report::{Better::Lower, Report},
     requests::Protocol,
@@ -36,11 +36,10 @@ mod workload;
 
 pub use peer::Peer;
 
-/// With more than this share of the machine in other hands, two programs do not lose alike: the one with more threads
-/// gets more of what is left.
-const MAX_FOREIGN: f64 = 0.1;
 /// A run is void when the latencies of more than this share of its requests say nothing.
 const MAX_HELD_UP: f64 = 0.3;
+/// Above this share of its core the generator, and not the server, may be what was measured.
+const MAX_GENERATOR: f64 = 0.95;
 
 /// Requests that may be open on a connection of an open loop before they wait in the generator.
 const OPEN_STREAMS: usize = 256;
@@ -144,7 +143,7 @@ pub struct Bench {
     /// The folder of `magika`'s version.
     magika: Option<PathBuf>,
     pub report: Report,
-    /// The machine's shares that other processes took, a number for each window.
+    /// The cores' shares that other processes took, a number for each window.
     foreign: Vec<f64>,
 }
 
@@ -185,32 +184,37 @@ impl Bench {
             }
         }
         let foreign = 100.0 * median(&self.foreign);
-        self.report.single("foreign", "other processes' share of the machine meanwhile", "%", Lower, foreign, None);
+        self.report.single("foreign", "other processes' share of the cores meanwhile", "%", Lower, foreign, None);
         Ok(())
     }
 }
 
-/// Calls `measure` and watches the machine meanwhile. What is measured is a process of its own that ends with it, so
-/// others are told from it only where they take more than the one core it has.
+/// Calls `measure` and watches this thread's core meanwhile. What is measured is a process of its own that ends with
+/// it, so on its core nobody can be told from it.
 fn watched<T>(measure: impl FnOnce() -> Result<T>) -> Result<Measured<T>> {
-    let start = Moment::now(None)?;
+    let start = Moment::here()?;
     let value = measure()?;
-    let usage = start.until(&Moment::now(None)?);
-    Ok(Measured { value, usage, spoiled: usage.foreign > 1.0 / usage.cores + MAX_FOREIGN })
+    Ok(Measured::new(value, start.until(&Moment::here()?)))
 }
 
-fn is_disturbed(usage: &Usage) -> bool {
-    usage.foreign > MAX_FOREIGN
+/// What was found in an open loop, unless the generator was held up.
+fn in_open_loop<T>(run: &Arrivals, value: T) -> Measured<T> {
+    Measured::new(value, run.usage).unless(held_up(run))
 }
 
-/// Why a figure that was taken once does not count, judged by the machine.
-fn disturbance(usage: &Usage) -> Option<String> {
-    let percent = |share: f64| 100.0 * share;
-    if usage.stolen > MAX_STOLEN {
-        Some(format!("{:.0} % of the time was stolen", percent(usage.stolen)))
-    } else {
-        is_disturbed(usage).then(|| format!("other processes took {:.0} % of the machine", percent(usage.foreign)))
-    }
+/// What a closed loop found, unless the generator is what was measured.
+fn in_closed_loop(found: Saturation) -> Measured<Saturation> {
+    Measured::new(found, found.usage).unless(limited(&found.usage))
+}
+
+fn held_up(run: &Arrivals) -> Option<String> {
+    let share = 100.0 * run.held_up;
+    (run.held_up > MAX_HELD_UP).then(|| format!("the generator was held up during {share:.0} % of the requests"))
+}
+
+fn limited(usage: &Usage) -> Option<String> {
+    let share = usage.own / usage.seconds;
+    (share > MAX_GENERATOR).then(|| format!("the generator took {:.0} % of its core", 100.0 * share))
 }
 
 fn target<'a>(

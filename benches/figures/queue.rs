@@ -7,13 +7,13 @@ use anyhow::{Result, ensure};
 use tempfile::TempDir;
 
 use super::{
-    Bench, MAX_HELD_UP, OPEN_STREAMS, is_disturbed, repository, target,
+    Bench, OPEN_STREAMS, in_closed_loop, in_open_loop, repository, target,
     workload::{MAGIKA, W4, Workload},
 };
 use crate::{
     ideal::Curve,
     load::{self, Arrivals, Target, between},
-    pairs::{Measured, Pairs},
+    pairs::Pairs,
     process::Process,
     report::{
         Better::{Higher, Lower},
@@ -99,7 +99,7 @@ impl Bench {
             let arrivals: Vec<Duration> = load::poisson(rate, seed)?.take_while(|&arrival| arrival < end).collect();
             let ours = || {
                 let run = with_refusals(load::open(&served.client(), rate, seed, between(warm, end))?);
-                Ok(measured(&run, QUANTILES.map(|(_, share)| run.latencies.quantile(share))))
+                Ok(in_open_loop(&run, QUANTILES.map(|(_, share)| run.latencies.quantile(share))))
             };
             let theirs = || {
                 // The round trip hardly varies, so a third of the time will do.
@@ -107,7 +107,7 @@ impl Bench {
                 let run = load::open(&served.client_of(&echo), rate, seed, between(warm, end))?;
                 ensure!(run.failed == 0, "{} requests to the echo failed", run.failed);
                 let trip = run.latencies.quantile(0.5);
-                Ok(measured(&run, QUANTILES.map(|(_, share)| served.curve.best(&arrivals, warm, share) + trip)))
+                Ok(in_open_loop(&run, QUANTILES.map(|(_, share)| served.curve.best(&arrivals, warm, share) + trip)))
             };
             pairs.take(ours, theirs)?;
         }
@@ -139,12 +139,9 @@ impl Bench {
                 let run = load::open(&flood, rate, pair as u64, between(warm, warm + window))?;
                 let good = run.all.within(DEADLINE) as f64 / run.usage.seconds;
                 let refused = run.refusals.count() as f64 / (run.refusals.count() + run.latencies.count()) as f64;
-                Ok(measured(&run, [good, run.refusals.quantile(0.99), refused]))
+                Ok(in_open_loop(&run, [good, run.refusals.quantile(0.99), refused]))
             };
-            let theirs = || {
-                let run = load::closed(full, warm, window)?;
-                Ok(Measured { value: run.rate, usage: run.usage, spoiled: is_disturbed(&run.usage) })
-            };
+            let theirs = || Ok(in_closed_loop(load::closed(full, warm, window)?).map(|run| run.rate));
             pairs.take(ours, theirs)?;
         }
         let name = served.name;
@@ -175,7 +172,7 @@ impl Bench {
         let (warm, end) = (self.pace.warm, self.pace.warm + self.pace.queue_window);
         let p99 = |run| {
             let run = with_refusals(run);
-            measured(&run, run.latencies.quantile(0.99))
+            in_open_loop(&run, run.latencies.quantile(0.99))
         };
         let mut pairs = Pairs::new();
         for pair in 1..=self.pace.queue_pairs {
@@ -218,8 +215,4 @@ impl Served<'_> {
 fn with_refusals(mut run: Arrivals) -> Arrivals {
     (0..run.refusals.count()).for_each(|_| run.latencies.record(DEADLINE));
     run
-}
-
-fn measured<T>(run: &Arrivals, value: T) -> Measured<T> {
-    Measured { value, usage: run.usage, spoiled: is_disturbed(&run.usage) || run.held_up > MAX_HELD_UP }
 }

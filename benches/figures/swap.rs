@@ -19,12 +19,13 @@ use std::{
 use anyhow::{Context, Result, ensure};
 
 use super::{
-    Bench, MAX_HELD_UP, OPEN_STREAMS, disturbance, repository, target,
+    Bench, OPEN_STREAMS, in_open_loop, repository, target,
     workload::{Bare, IRIS},
 };
 use crate::{
     load::{self, Arrivals, Phase, Target},
     machine::pin,
+    pairs::most_are_void,
     process::Process,
     report::{Better::Lower, say},
     requests::Protocol,
@@ -53,19 +54,16 @@ impl Bench {
             let run = self.swap(&server, &target, rate, repository.path(), version)?;
             failed += run.failed;
             answered += run.latencies.count();
-            let late = (run.held_up > MAX_HELD_UP)
-                .then(|| format!("the generator was held up during {:.0} % of requests", 100.0 * run.held_up));
-            let void = disturbance(&run.usage).or(late);
+            let void = in_open_loop(&run, ()).void();
             if let Some(reason) = &void {
                 say(format_args!("swap {} is void: {reason}", version - 1));
             }
-            runs.push((run, void.is_none()));
+            runs.push((run, void));
         }
-        let voided = runs.iter().filter(|(_, counts)| !counts).count();
-        let void = (voided * 2 > SWAPS).then(|| format!("{voided} of {SWAPS} swaps were void"));
+        let void = most_are_void("swaps", runs.iter().map(|(_, void)| void.as_ref()));
         // Of a figure that is void all swaps are shown.
         let counted: Vec<&Arrivals> =
-            runs.iter().filter(|(_, counts)| *counts || void.is_some()).map(|(run, _)| run).collect();
+            runs.iter().filter(|(_, spoiled)| spoiled.is_none() || void.is_some()).map(|(run, _)| run).collect();
         let steady = |drawn: &[usize]| p99_of_all(drawn.iter().map(|&run| &counted[run].steady));
         let during = |drawn: &[usize]| p99_of_all(drawn.iter().map(|&run| &counted[run].latencies));
         let all: Vec<usize> = (0..counted.len()).collect();

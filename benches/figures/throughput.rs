@@ -6,7 +6,7 @@
 use anyhow::{Context, Result, ensure};
 
 use super::{
-    Bench, is_disturbed, repository, target,
+    Bench, in_closed_loop, repository, target,
     workload::{Bare, CONVOLUTION, DIGITS, IDENTITY, IRIS, MAGIKA, Workload},
 };
 use crate::{
@@ -19,9 +19,6 @@ use crate::{
     requests::Protocol,
     statistics::median,
 };
-
-/// Above this share of its core the generator, and not the server, may be what was measured.
-pub(super) const MAX_GENERATOR: f64 = 0.95;
 
 /// The model without a server.
 #[derive(Clone, Copy)]
@@ -54,7 +51,7 @@ impl Bench {
         };
         let both = rates(Protocol::Binary).into_iter().zip(rates(Protocol::Json));
         let ratios: Vec<Value> = both
-            .map(|(binary, json)| Value { number: binary.number / json.number, counts: binary.counts && json.counts })
+            .map(|(binary, json)| Value { number: binary.number / json.number, void: binary.void.or(json.void) })
             .collect();
         self.report.median("w1_binary_vs_json", "`iris`: REST binary ÷ REST JSON", "", Higher, &ratios);
         self.roofline("roofline_w1", &IRIS, &found[0].rounds);
@@ -151,18 +148,13 @@ impl Bench {
             for (request, Found { protocol, rounds }) in &mut all {
                 let measure = |process| {
                     let target = target(process, *protocol, request, (workload.concurrency)(*protocol));
-                    let value = load::closed(&target, self.pace.warm, self.pace.window)?;
-                    let usage = value.usage;
-                    let limited = usage.own / usage.seconds > MAX_GENERATOR;
-                    Ok(Measured { value, usage, spoiled: limited || is_disturbed(&usage) })
+                    Ok(in_closed_loop(load::closed(&target, self.pace.warm, self.pace.window)?))
                 };
                 let beside = || -> Result<Measured<(Saturation, Option<Inprocess>)>> {
                     let echo = measure(&echo)?;
                     let Some(bare) = bare.as_deref_mut() else { return Ok(echo.map(|echo| (echo, None))) };
                     let (rate, cpu, usage) = bare.run(self.pace.bare)?;
-                    let spoiled = is_disturbed(&usage);
-                    let bare = Measured { value: Some(Inprocess { rate, cpu }), usage, spoiled };
-                    Ok(echo.and(bare))
+                    Ok(echo.and(Measured::new(Some(Inprocess { rate, cpu }), usage)))
                 };
                 rounds.take(|| measure(&server), beside)?;
             }

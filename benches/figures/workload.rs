@@ -4,10 +4,11 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
-use super::{Bench, disturbance};
+use super::Bench;
 use crate::{
     inprocess::Model,
     machine::Usage,
+    pairs::disturbance,
     report::Better::{Higher, Lower},
     requests::Protocol,
     statistics::fit,
