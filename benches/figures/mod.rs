@@ -60,7 +60,9 @@ pub struct Pace {
     starts: usize,
     /// Before each swap.
     steady: Duration,
+    /// Each batch in-process; beside other things, in the same seconds, it is less.
     sweep: Duration,
+    short_sweep: Duration,
     /// Loads of another model, each beside some time without.
     loads: usize,
     /// Loads and unloads after which memory must be what it was.
@@ -81,6 +83,7 @@ impl Pace {
         starts: 5,
         steady: Duration::from_millis(300),
         sweep: Duration::from_millis(150),
+        short_sweep: Duration::from_millis(50),
         loads: 5,
         cycles: 100,
     };
@@ -97,6 +100,7 @@ impl Pace {
         starts: 10,
         steady: Duration::from_secs(1),
         sweep: Duration::from_secs(2),
+        short_sweep: Duration::from_millis(250),
         loads: 15,
         cycles: 1000,
     };
