@@ -16,8 +16,8 @@ use tidegate::tensor::Tensor;
 use super::{Bench, OPEN_STREAMS, in_open_loop, repository, target};
 use crate::{
     load::{self, Arrivals, Phase, Target, between},
-    machine::pin,
-    pairs::most_are_void,
+    machine::{Moment, pin},
+    pairs::{Measured, most_are_void, until_it_counts},
     process::{Process, Programs},
     report::{Better::Lower, say},
     requests::Protocol,
@@ -41,8 +41,9 @@ struct Load {
 impl Bench {
     /// The p99 of `iris` at `rate` requests per second while `deep` is loaded again and again.
     pub(super) fn loading(&mut self, row: &Tensor, rate: f64) -> Result<()> {
+        let shared = "two cores, one of which the generator shares";
         for (programs, suffix, cores) in
-            [(self.programs.clone(), "1core", "one core"), (self.programs.on_both(), "2core", "two cores")]
+            [(self.programs.clone(), "1core", "one core"), (self.programs.on_both(), "2core", shared)]
         {
             let repository = repository(&[("iris", &self.iris), ("deep", &self.made.join("deep/1"))])?;
             let explicit = ["--model-control", "explicit", "--load-model", "iris"];
@@ -54,7 +55,10 @@ impl Bench {
                 say(format_args!("iris at 30 % load, deep is loaded on {cores}: {load} of {}", self.pace.loads));
                 loads.push(self.load_beside(&programs, &server, &target, rate, load as u64)?);
             }
-            self.report_loads(&loads, suffix, cores);
+            // After the others, so that nothing is new to the server here that was not there.
+            say(format_args!("deep is loaded on {cores} with nothing asked"));
+            let alone = until_it_counts(|| load_alone(&server))?;
+            self.report_loads(&loads, &alone, suffix, cores);
         }
         Ok(())
     }
@@ -67,7 +71,7 @@ impl Bench {
         rate: f64,
         seed: u64,
     ) -> Result<Load> {
-        let end = self.pace.warm + self.pace.latency_window / 2;
+        let end = self.pace.warm + self.pace.latency_window;
         let mut steady = load::open(target, rate, seed, between(self.pace.warm, end))?;
         let (mut during, took) = load_while_asking(programs, server.rest, target, rate, seed, self.pace.warm)?;
         order(server.rest, "deep", "unload")?;
@@ -78,23 +82,38 @@ impl Bench {
         Ok(Load { steady: p99(&mut steady), during: p99(&mut during), took: took.as_secs_f64(), void })
     }
 
-    fn report_loads(&mut self, loads: &[Load], suffix: &str, cores: &str) {
+    fn report_loads(&mut self, loads: &[Load], alone: &Measured<Duration>, suffix: &str, cores: &str) {
         let void = most_are_void("loads", loads.iter().map(|load| load.void.as_ref()));
         let of = |number: fn(&Load) -> f64| {
             let counted = loads.iter().filter(|load| load.void.is_none() || void.is_some());
             median(&counted.map(number).collect::<Vec<_>>())
         };
+        let (took, alone_took) = (of(|load| load.took * 1e3), alone.value.as_secs_f64() * 1e3);
+        // A server that takes its time with a load can hide it well, so whoever reads the one should read the other.
+        let ratio = format!("p99 during a load, which took {took:.0} ms beside {alone_took:.0} ms alone, ÷ without");
         let numbers = [
             ("load_steady_p99_us", "p99 of `iris` at 30 % load", "µs", of(|load| load.steady * 1e6)),
             ("load_during_p99_us", "its p99 while `deep` is loaded", "µs", of(|load| load.during * 1e6)),
-            ("load_took_ms", "`deep` loaded and warmed beside it", "ms", of(|load| load.took * 1e3)),
-            ("load_p99", "p99 during a load ÷ without", "", of(|load| load.during / load.steady)),
+            ("load_took_ms", "`deep` loaded and warmed beside it", "ms", took),
+            ("load_p99", &ratio, "", of(|load| load.during / load.steady)),
         ];
         for (name, title, unit, value) in numbers {
             let (name, title) = (format!("{name}_{suffix}"), format!("{title}, {cores}"));
             self.report.single(&name, &title, unit, Lower, value, void.clone());
         }
+        let (name, title) = (format!("load_alone_ms_{suffix}"), format!("`deep` loaded and warmed alone, {cores}"));
+        self.report.single(&name, &title, "ms", Lower, alone_took, alone.void());
     }
+}
+
+/// How long the server takes to load `deep` when it has nothing else to do.
+fn load_alone(server: &Process) -> Result<Measured<Duration>> {
+    let begun = Moment::beside(Some(server.id()))?;
+    order(server.rest, "deep", "load")?;
+    let took = begun.elapsed();
+    let usage = begun.until(&Moment::beside(Some(server.id()))?);
+    order(server.rest, "deep", "unload")?;
+    Ok(Measured::new(took, usage))
 }
 
 /// Asks as `target` says, and meanwhile has the server load `deep`; counts from that order to the answer, which is how
