@@ -137,6 +137,14 @@ impl<A, B> Pairs<A, B> {
         self.0.iter().map(of).collect()
     }
 
+    /// The pairs that count; when more than half of them are void, all of them, and why.
+    pub fn counted(&self) -> (Vec<(&A, &B)>, Option<String>) {
+        let voids: Vec<_> = self.0.iter().map(|(ours, theirs)| ours.void().or_else(|| theirs.void())).collect();
+        let void = most_are_void("pairs", voids.iter().map(Option::as_ref));
+        let counted = self.0.iter().zip(&voids).filter(|(_, spoiled)| spoiled.is_none() || void.is_some());
+        (counted.map(|((ours, theirs), _)| (&ours.value, &theirs.value)).collect(), void)
+    }
+
     /// The shares of the cores that other processes took.
     pub fn foreign(&self) -> impl Iterator<Item = f64> {
         self.0.iter().flat_map(|(ours, theirs)| [ours.usage.foreign, theirs.usage.foreign])
@@ -175,6 +183,10 @@ mod tests {
         let voids: Vec<_> = values.iter().map(|value| value.void.as_deref()).collect();
         assert_eq!(voids, [None, None, Some("4 % of the time was stolen"), Some("of noise")]);
         assert_eq!(pairs.foreign().count(), 8);
+        assert_eq!((pairs.counted().0.len(), pairs.counted().1), (2, None));
+        pairs.take(|| Ok(measured(6.0, 0.5, false)), || Ok(measured(3.0, 0.0, false))).unwrap();
+        let (counted, void) = pairs.counted();
+        assert!(counted.len() == 5 && void.is_some_and(|reason| reason.starts_with("3 of 5 pairs")));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use crate::{
     machine,
     pairs::{Value, most_are_void},
     statistics::{interval, median},
-    targets::goal,
+    targets::{goal, is_never_negative},
 };
 
 /// One number, or the reason why there is none.
@@ -244,7 +244,10 @@ impl Figure {
     /// Whether the value is as good as it must be; that of a void figure is not known.
     fn reached(&self) -> &'static str {
         let (Some(value), Some(target), Some(stretch)) = (self.value, self.target, self.stretch) else { return "?" };
-        if self.better.reaches(value, stretch) {
+        if value < 0.0 && is_never_negative(&self.name) && self.better.reaches(value, target) {
+            // How much it is nobody knows, but not so much that the target is missed.
+            "yes, as far as noise lets see"
+        } else if self.better.reaches(value, stretch) {
             "stretch"
         } else if self.better.reaches(value, target) {
             "yes"
@@ -346,6 +349,8 @@ mod tests {
         let counts = |number| [(); 3].map(|()| Value { number, void: None });
         report.median("w1_grpc_vs_echo", "ratio", "", Better::Higher, &counts(0.85));
         report.single("added_p99_us", "added", "µs", Better::Lower, 90.0, None);
+        report.single("added_p50_us", "less", "µs", Better::Lower, -3.0, None);
+        report.single("instructions", "fewer", "", Better::Lower, -3.0, None);
         report.single("start_ms", "start", "ms", Better::Lower, 100.5, None);
         report.single("swap_failures", "failures", "", Better::Lower, 0.0, None);
         report.single("roofline_w1", "roofline", "", Better::Higher, 1.0, Some("noise".to_owned()));
@@ -354,6 +359,8 @@ mod tests {
         let row = |text: &str| assert!(table.contains(text), "{text} is not in\n{table}");
         row("| ratio | `w1_grpc_vs_echo` | 0.85 | 0.85 – 0.85 | ≥ 0.80 | ≥ 0.90 | yes |");
         row("| added | `added_p99_us` | 90.0 µs |  | ≤ 200 | ≤ 100 | stretch |");
+        row("| less | `added_p50_us` | -3.00 µs |  | ≤ 50.0 | ≤ 20.0 | yes, as far as noise lets see |");
+        row("| fewer | `instructions` | -3.00 |  | ≤ 15,000 | ≤ 6,000 | stretch |");
         row("| start | `start_ms` | 100 ms |  | ≤ 100 | ≤ 30.0 | no |");
         row("| failures | `swap_failures` | 0.00 |  | ≤ 0.00 | ≤ 0.00 | stretch |");
         row("| roofline | `roofline_w1` | void: noise |  | ≥ 0.90 | ≥ 0.95 | ? |");

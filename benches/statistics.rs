@@ -6,6 +6,8 @@ use hdrhistogram::Histogram;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
 const RESAMPLES: usize = 10_000;
+/// Resamples of what draws from the histograms of all runs, which takes longer than a median.
+pub const POOLED_RESAMPLES: usize = 300;
 /// Of fewer values an interval would say more than is known.
 const FEWEST: usize = 3;
 
@@ -89,10 +91,17 @@ impl Latencies {
     }
 
     /// Adds those of another run.
-    pub fn add(&mut self, others: &Latencies) {
+    fn add(&mut self, others: &Latencies) {
         // Both have the same bounds, so all of them fit.
         let added = self.0.add(&others.0);
         debug_assert!(added.is_ok(), "{added:?}");
+    }
+
+    /// The quantile of several runs taken together.
+    pub fn pooled<'a>(runs: impl Iterator<Item = &'a Latencies>, share: f64) -> f64 {
+        let mut all = Latencies::default();
+        runs.for_each(|run| all.add(run));
+        all.quantile(share)
     }
 
     pub fn count(&self) -> usize {
@@ -188,5 +197,6 @@ mod tests {
         sum.add(&latencies);
         sum.add(&latencies);
         assert_eq!((sum.count(), sum.quantile(1.0)), (4, latencies.quantile(1.0)));
+        assert_eq!(Latencies::pooled([&latencies, &sum].into_iter(), 1.0), latencies.quantile(1.0));
     }
 }

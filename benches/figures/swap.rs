@@ -29,7 +29,7 @@ use crate::{
     process::Process,
     report::{Better::Lower, say},
     requests::Protocol,
-    statistics::{Latencies, bootstrap},
+    statistics::{Latencies, POOLED_RESAMPLES, bootstrap},
 };
 
 const SWAPS: usize = 20;
@@ -37,8 +37,6 @@ const SWAPS: usize = 20;
 const SWAP_TIMEOUT: Duration = Duration::from_secs(30);
 /// After the load's end the old version is still drained and dropped.
 const AFTERMATH: Duration = Duration::from_millis(100);
-/// Each draws from histograms of all swaps, and so there are fewer of them than for a median.
-const RESAMPLES: usize = 300;
 
 impl Bench {
     /// Twenty new versions of `iris`, one after the other, at `rate` gRPC requests per second.
@@ -64,11 +62,11 @@ impl Bench {
         // Of a figure that is void all swaps are shown.
         let counted: Vec<&Arrivals> =
             runs.iter().filter(|(_, spoiled)| spoiled.is_none() || void.is_some()).map(|(run, _)| run).collect();
-        let steady = |drawn: &[usize]| p99_of_all(drawn.iter().map(|&run| &counted[run].steady));
-        let during = |drawn: &[usize]| p99_of_all(drawn.iter().map(|&run| &counted[run].latencies));
+        let steady = |drawn: &[usize]| Latencies::pooled(drawn.iter().map(|&run| &counted[run].steady), 0.99);
+        let during = |drawn: &[usize]| Latencies::pooled(drawn.iter().map(|&run| &counted[run].latencies), 0.99);
         let all: Vec<usize> = (0..counted.len()).collect();
         let mut add = |name: &str, title: &str, unit, scale: f64, value: &dyn Fn(&[usize]) -> f64| {
-            let found = (scale * value(&all), bootstrap(all.len(), RESAMPLES, |drawn| scale * value(drawn)));
+            let found = (scale * value(&all), bootstrap(all.len(), POOLED_RESAMPLES, |drawn| scale * value(drawn)));
             self.report.with_interval(name, title, unit, Lower, found, void.clone());
         };
         add("swap_steady_p99_us", "p99 without swaps", "µs", 1e6, &steady);
@@ -130,13 +128,6 @@ impl Bench {
             run
         })
     }
-}
-
-/// The p99 of several runs taken together, in seconds.
-fn p99_of_all<'a>(runs: impl Iterator<Item = &'a Latencies>) -> f64 {
-    let mut all = Latencies::default();
-    runs.for_each(|run| all.add(run));
-    all.quantile(0.99)
 }
 
 /// Loads the newest version of `model` through the REST API, and waits for it.
