@@ -293,7 +293,7 @@ pub fn say(line: std::fmt::Arguments<'_>) {
 }
 
 /// The commit of the working directory, with a plus when files differ from it.
-fn commit() -> String {
+pub fn commit() -> String {
     let git = |arguments: &[&str]| {
         let output = std::process::Command::new("git").args(arguments).output().ok().filter(|out| out.status.success());
         output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
