@@ -150,3 +150,32 @@ impl Bare {
         Ok((rate, usage.own / (usage.seconds * rate), usage))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::answers;
+
+    /// Only `iris` is asked over JSON, where a number's length shows.
+    #[test]
+    fn the_echo_answers_what_iris_does() {
+        let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
+        let library = std::env::var_os("ORT_DYLIB_PATH").map_or_else(|| root.join(".onnxruntime"), Into::into);
+        let mut model = Model::load(&library, &root.join("models/iris/1"), 0, IRIS.element).unwrap();
+        let echoed = answers::of("iris").unwrap().iter().map(|output| output.row.bytes(&[1, 4], &Bytes::new()));
+        let (echoed, given): (Vec<_>, Vec<_>) = (echoed.collect(), model.outputs().unwrap());
+        assert_eq!((echoed.len(), &echoed[0]), (2, &given[0]));
+        let floats = |bytes: &[u8]| -> Vec<f32> {
+            bytes.chunks_exact(4).map(|four| f32::from_le_bytes(four.try_into().unwrap())).collect()
+        };
+        let (echoed, given) = (floats(&echoed[1]), floats(&given[1]));
+        // Another processor may add up in another order, and then the last digit is another one.
+        let alike = echoed.iter().zip(&given).all(|(echoed, given)| (echoed - given).abs() < 1e-5);
+        let [echoed, given] = [echoed, given].map(|floats| serde_json::to_string(&floats).unwrap());
+        assert!(alike && echoed.len().abs_diff(given.len()) <= 2, "the echo answers {echoed}, the model {given}");
+    }
+}
