@@ -51,7 +51,7 @@ pub struct Pace {
     pairs_2core: usize,
     warm: Duration,
     window: Duration,
-    /// The model alone, beside the windows of server and echo.
+    /// The model alone, beside the windows of server and echo, unless its runs are slow: then it has a window as well.
     bare: Duration,
     latency_pairs: usize,
     latency_window: Duration,

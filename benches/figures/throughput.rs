@@ -156,8 +156,10 @@ impl Bench {
                 };
                 let beside = || -> Result<Measured<(Saturation, Option<Inprocess>)>> {
                     let echo = measure(&echo)?;
-                    let Some(bare) = bare.as_deref_mut() else { return Ok(echo.map(|echo| (echo, None))) };
-                    let (rate, cpu, usage) = bare.run(self.pace.bare)?;
+                    // Rooflines are of gRPC.
+                    let beside = bare.as_deref_mut().filter(|_| *protocol == Protocol::Grpc);
+                    let Some(bare) = beside else { return Ok(echo.map(|echo| (echo, None))) };
+                    let (rate, cpu, usage) = bare.run(&self.pace)?;
                     Ok(echo.and(Measured::new(Some(Inprocess { rate, cpu }), usage)))
                 };
                 rounds.take(|| measure(&server), beside)?;
