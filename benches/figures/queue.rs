@@ -34,6 +34,10 @@ const OVERLOAD: f64 = 2.0;
 const LIGHT: f64 = 0.1;
 const FLOOD: f64 = 10.0;
 const CONNECTIONS: usize = 4;
+/// In names of figures, the light client's connections beside the flooder's four, and who that is. To a server that
+/// takes turns by connection, a client with as many connections as the flooder is as large.
+const LAYOUTS: [(&str, usize, &str); 2] =
+    [("", 1, "a light client on one connection"), ("_even", CONNECTIONS, "a light client on four connections")];
 
 /// A model that is served, and how it is asked.
 struct Served<'a> {
@@ -180,7 +184,8 @@ impl Bench {
         Ok(())
     }
 
-    /// A client that asks for little beside one that asks for ten times as much, on connections of their own.
+    /// A client that asks for a tenth of what can be served, beside one that asks for all of it, on connections of their
+    /// own.
     fn fairness(&mut self, served: &Served<'_>, model: &mut Model) -> Result<()> {
         let (name, saturation) = (served.workload.name, self.saturation(served)?);
         let rate = LIGHT * saturation.rate;
@@ -193,26 +198,30 @@ impl Bench {
             let run = with_refusals(run);
             in_open_loop(&run, run.latencies.quantile(0.99)).unless(void.clone())
         };
-        let mut pairs = Pairs::new();
-        for pair in 1..=self.pace.queue_pairs {
-            say(format_args!("{name} for a light client, pair {pair} of {}", self.pace.queue_pairs));
-            let seed = pair as u64;
-            let light = served.client();
-            let beside = || {
-                let flood = (&served.client(), FLOOD * rate);
-                Ok(p99(load::beside((&light, rate), flood, seed, between(warm, end))?))
+        for (suffix, connections, client) in LAYOUTS {
+            let light = Target { connections, ..served.client() };
+            let mut pairs = Pairs::new();
+            for pair in 1..=self.pace.queue_pairs {
+                say(format_args!("{name} for {client}, pair {pair} of {}", self.pace.queue_pairs));
+                let seed = pair as u64;
+                let beside = || {
+                    let flood = (&served.client(), FLOOD * rate);
+                    Ok(p99(load::beside((&light, rate), flood, seed, between(warm, end))?))
+                };
+                let alone = || Ok(p99(load::open(&light, rate, seed, between(warm, end))?));
+                pairs.take(beside, alone)?;
+            }
+            let mut add = |figure: &str, what: &str, unit, value: &dyn Fn(f64, f64) -> f64| {
+                let (figure, title) = (format!("{figure}{suffix}_{name}"), format!("`{name}`, {client}: {what}"));
+                self.report.median(&figure, &title, unit, Lower, &pairs.values(|beside, alone| value(*beside, *alone)));
             };
-            let alone = || Ok(p99(load::open(&light, rate, seed, between(warm, end))?));
-            pairs.take(beside, alone)?;
+            add("light_p99_alone_ms", "p99 alone at 10 % load", "ms", &|_, alone| alone * 1e3);
+            let flooder = "p99 beside a flooder of ten times as much on four connections";
+            add("light_p99_beside_ms", flooder, "ms", &|beside, _| beside * 1e3);
+            let ratio = format!("{flooder}, less one batch, ÷ alone");
+            add("fairness_p99", &ratio, "", &|beside, alone| (beside - batch) / alone);
+            self.foreign.extend(pairs.foreign());
         }
-        let mut add = |figure: &str, what: &str, unit, value: &dyn Fn(f64, f64) -> f64| {
-            let (figure, title) = (format!("{figure}_{name}"), format!("`{name}`, a light client: {what}"));
-            self.report.median(&figure, &title, unit, Lower, &pairs.values(|beside, alone| value(*beside, *alone)));
-        };
-        add("light_p99_alone_ms", "p99 alone", "ms", &|_, alone| alone * 1e3);
-        add("light_p99_beside_ms", "p99 beside ten times as much", "ms", &|beside, _| beside * 1e3);
-        add("fairness_p99", "p99 beside, less one batch, ÷ alone", "", &|beside, alone| (beside - batch) / alone);
-        self.foreign.extend(pairs.foreign());
         Ok(())
     }
 }
