@@ -75,7 +75,7 @@ enum Command {
         /// Only these families of figures, with commas between them.
         #[arg(long, env = "FIGURES", value_delimiter = ',')]
         figures: Vec<Family>,
-        /// Fewer and shorter windows: minutes instead of half an hour.
+        /// Fewer and shorter windows: minutes instead of most of an hour.
         #[arg(long, env = "QUICK", value_parser = clap::builder::FalseyValueParser::new())]
         quick: bool,
     },

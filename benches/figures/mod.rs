@@ -48,7 +48,8 @@ const OPEN_STREAMS: usize = 256;
 #[derive(Clone, Copy)]
 pub struct Pace {
     pairs: usize,
-    pairs_2core: usize,
+    /// Of what comes second: two cores, and shared memory.
+    second_pairs: usize,
     warm: Duration,
     window: Duration,
     /// The model alone, beside the windows of server and echo, unless its runs are slow: then it has a window as well.
@@ -65,15 +66,20 @@ pub struct Pace {
     short_sweep: Duration,
     /// Loads of another model, each beside some time without.
     loads: usize,
+    /// Servers started for each figure of memory.
+    memory_starts: usize,
     /// Loads and unloads after which memory must be what it was.
     cycles: usize,
+    /// Whether there is time for variants of figures that have no target of their own.
+    thorough: bool,
 }
 
 impl Pace {
+    /// By the sum of its windows, pauses and starts 250 s on two cores, of 300 that a quick run may take.
     pub const QUICK: Self = Self {
         pairs: 5,
-        pairs_2core: 3,
-        warm: Duration::from_millis(200),
+        second_pairs: 3,
+        warm: Duration::from_millis(100),
         window: Duration::from_secs(1),
         bare: Duration::from_millis(300),
         latency_pairs: 3,
@@ -81,15 +87,18 @@ impl Pace {
         queue_pairs: 3,
         queue_window: Duration::from_secs(1),
         starts: 5,
-        steady: Duration::from_millis(300),
-        sweep: Duration::from_millis(150),
+        steady: Duration::from_millis(200),
+        sweep: Duration::from_millis(100),
         short_sweep: Duration::from_millis(50),
-        loads: 5,
+        loads: 3,
+        memory_starts: 1,
         cycles: 100,
+        thorough: false,
     };
+    /// By the same sum 50 minutes, of an hour.
     pub const FULL: Self = Self {
         pairs: 10,
-        pairs_2core: 6,
+        second_pairs: 6,
         warm: Duration::from_millis(500),
         window: Duration::from_secs(5),
         bare: Duration::from_secs(2),
@@ -102,7 +111,9 @@ impl Pace {
         sweep: Duration::from_secs(2),
         short_sweep: Duration::from_millis(250),
         loads: 15,
+        memory_starts: 3,
         cycles: 1000,
+        thorough: true,
     };
 }
 

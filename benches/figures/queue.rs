@@ -88,15 +88,15 @@ impl Bench {
     /// What it serves under full load at this time, found until it counts.
     fn saturation(&self, served: &Served<'_>) -> Result<Saturation> {
         say(format_args!("{} under full load", served.workload.name));
-        let found = until_it_counts(|| self.full(served))?;
+        let found = until_it_counts(|| self.full(served, self.pace.queue_window / 2))?;
         let void = found.void().map(|reason| format!("what it serves under full load is not known: {reason}"));
         Ok(Saturation { rate: found.value, void })
     }
 
-    fn full(&self, served: &Served<'_>) -> Result<Measured<f64>> {
+    fn full(&self, served: &Served<'_>, window: Duration) -> Result<Measured<f64>> {
         let concurrency = (served.workload.concurrency)(Protocol::Grpc);
         let full = target(&served.server, Protocol::Grpc, served.patient, concurrency);
-        Ok(in_closed_loop(load::closed(&full, self.pace.warm, self.pace.queue_window)?).map(|found| found.rate))
+        Ok(in_closed_loop(load::closed(&full, self.pace.warm, window)?).map(|found| found.rate))
     }
 
     /// Latency beside that of the ideal queue with the echo's round trip.
@@ -161,7 +161,7 @@ impl Bench {
                 let found = [good, run.refusals.quantile(0.99), refused];
                 Ok(in_open_loop(&run, found).unless(saturation.void.clone()))
             };
-            pairs.take(ours, || self.full(served))?;
+            pairs.take(ours, || self.full(served, window))?;
         }
         let title = |what: &str| format!("`{name}` at twice its load with deadlines of {DEADLINE:?}: {what}");
         let report = &mut self.report;
@@ -198,7 +198,8 @@ impl Bench {
             let run = with_refusals(run);
             in_open_loop(&run, run.latencies.quantile(0.99)).unless(void.clone())
         };
-        for (suffix, connections, client) in LAYOUTS {
+        let layouts = if self.pace.thorough { &LAYOUTS[..] } else { &LAYOUTS[..1] };
+        for &(suffix, connections, client) in layouts {
             let light = Target { connections, ..served.client() };
             let mut pairs = Pairs::new();
             for pair in 1..=self.pace.queue_pairs {

@@ -62,8 +62,8 @@ impl Bench {
             anyhow::Ok(in_closed_loop(load::closed(&target, self.pace.warm, self.pace.window)?))
         };
         let mut rounds: Pairs<Saturation, (Saturation, Saturation)> = Pairs::new();
-        for round in 1..=self.pace.pairs {
-            say(format_args!("{model} in shared memory under full load, round {round} of {}", self.pace.pairs));
+        for round in 1..=self.pace.second_pairs {
+            say(format_args!("{model} in shared memory under full load, round {round} of {}", self.pace.second_pairs));
             rounds.take(|| measure(&server, &placed), || Ok(measure(&server, &sent)?.and(measure(&echo, &sent)?)))?;
         }
         let mut add = |name: &str, what: &str, unit, value: &dyn Fn(&Saturation, &Saturation, &Saturation) -> f64| {

@@ -109,7 +109,9 @@ impl Bench {
     pub(super) fn on_both_cores(&mut self) -> Result<()> {
         let one = self.programs.clone();
         self.programs = one.on_both();
-        let found = self.saturate(&IRIS, &[Protocol::Grpc, Protocol::Json], None, self.pace.pairs_2core);
+        let protocols = [Protocol::Grpc, Protocol::Json];
+        let protocols = if self.pace.thorough { &protocols[..] } else { &protocols[..1] };
+        let found = self.saturate(&IRIS, protocols, None, self.pace.second_pairs);
         self.programs = one;
         for found in &found? {
             self.beside_the_echo(&IRIS, found, "_2core");
