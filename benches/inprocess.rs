@@ -30,7 +30,7 @@ pub struct Model {
 }
 
 impl Model {
-    /// Loads the model in `files` as a server on one core does. `bytes` makes the elements of the row by their number.
+    /// Loads the model in `files` as a server on one core does. `element` makes each of the row's by its number.
     ///
     /// # Errors
     /// When it cannot be loaded, or takes more than one input of a fixed size.
@@ -46,7 +46,7 @@ impl Model {
     /// The stub without a server.
     ///
     /// # Errors
-    /// Never.
+    /// When the stub's row does not fit its shape.
     pub fn stub(stub: &Stub, core: usize) -> Result<Self> {
         let session = stub.load(Path::new(""), &Options::default(), 1)?.pop().context("no session was loaded")?;
         Ok(Self { session, row: stub.row()?, core })

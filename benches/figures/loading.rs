@@ -1,22 +1,18 @@
 //! What those who ask for a model notice while another one is loaded and warmed.
 
-use std::{
-    io::{Read, Write},
-    net::{SocketAddr, TcpStream},
-    sync::{
-        atomic::{AtomicBool, Ordering},
-        mpsc::channel,
-    },
-    time::Duration,
-};
+use std::{net::SocketAddr, time::Duration};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use tidegate::tensor::Tensor;
 
-use super::{Bench, OPEN_STREAMS, in_open_loop, repository, target};
+use super::{
+    Bench, OPEN_STREAMS, in_open_loop,
+    order::{beside_load, order},
+    repository, target,
+};
 use crate::{
     load::{self, Arrivals, Phase, Target, between},
-    machine::{Moment, pin},
+    machine::Moment,
     pairs::{Measured, most_are_void, until_it_counts},
     process::{Process, Programs},
     report::{Better::Lower, say},
@@ -24,13 +20,11 @@ use crate::{
     statistics::median,
 };
 
-/// How long a load may take.
-const TIMEOUT: Duration = Duration::from_secs(60);
 /// Connections over which `iris` is asked for.
 const CONNECTIONS: usize = 4;
 
-/// One load, and some time without one just before it.
-struct Load {
+/// What was found beside one load, and in some time without one just before it.
+struct Found {
     /// Seconds.
     steady: f64,
     during: f64,
@@ -70,7 +64,7 @@ impl Bench {
         target: &Target<'_>,
         rate: f64,
         seed: u64,
-    ) -> Result<Load> {
+    ) -> Result<Found> {
         let end = self.pace.warm + self.pace.latency_window;
         let mut steady = load::open(target, rate, seed, between(self.pace.warm, end))?;
         let (mut during, took) = load_while_asking(programs, server.rest, target, rate, seed, self.pace.warm)?;
@@ -79,12 +73,12 @@ impl Bench {
         ensure!(failed == 0, "{failed} requests failed beside a load");
         let void = [&steady, &during].into_iter().find_map(|run| in_open_loop(run, ()).void());
         let p99 = |run: &mut Arrivals| run.latencies.quantile(0.99);
-        Ok(Load { steady: p99(&mut steady), during: p99(&mut during), took: took.as_secs_f64(), void })
+        Ok(Found { steady: p99(&mut steady), during: p99(&mut during), took: took.as_secs_f64(), void })
     }
 
-    fn report_loads(&mut self, loads: &[Load], alone: &Measured<Duration>, suffix: &str, cores: &str) {
+    fn report_loads(&mut self, loads: &[Found], alone: &Measured<Duration>, suffix: &str, cores: &str) {
         let void = most_are_void("loads", loads.iter().map(|load| load.void.as_ref()));
-        let of = |number: fn(&Load) -> f64| {
+        let of = |number: fn(&Found) -> f64| {
             let counted = loads.iter().filter(|load| load.void.is_none() || void.is_some());
             median(&counted.map(number).collect::<Vec<_>>())
         };
@@ -126,54 +120,18 @@ fn load_while_asking(
     seed: u64,
     warm: Duration,
 ) -> Result<(Arrivals, Duration)> {
-    let loaded = AtomicBool::new(false);
-    let (start, started) = channel::<()>();
-    let (done, core) = (&loaded, programs.core);
-    std::thread::scope(|scope| {
-        // Whoever waits for the load does so on the server's core: the generator must not be held up.
-        let loader = scope.spawn(move || -> Result<()> {
-            pin(&[core])?;
-            // Without a word the run has failed, and says so itself.
-            let result = started.recv().map_or(Ok(()), |()| order(rest, "deep", "load"));
-            done.store(true, Ordering::Release);
-            result
-        });
-        let mut start = Some(start);
+    beside_load(programs.core, rest, "deep", |load| {
         let (mut begun, mut ended) = (Duration::ZERO, Duration::ZERO);
         let run = load::open(target, rate, seed, |now, _| {
             if now < warm {
                 return Ok(Phase::Pass);
             }
-            if let Some(start) = start.take() {
-                start.send(()).context("nobody loads models")?;
+            if load.begin()? {
                 begun = now;
             }
             ended = now;
-            Ok(if loaded.load(Ordering::Acquire) { Phase::End } else { Phase::Count })
-        });
-        drop(start);
-        match loader.join() {
-            Ok(result) => result?,
-            Err(panic) => std::panic::resume_unwind(panic),
-        }
-        Ok((run?, ended - begun))
+            Ok(if load.has_ended() { Phase::End } else { Phase::Count })
+        })?;
+        Ok((run, ended - begun))
     })
-}
-
-/// Has the server load or unload a model, and waits until it has.
-///
-/// # Errors
-/// When it refuses, or takes more than a minute.
-pub(super) fn order(rest: SocketAddr, model: &str, what: &str) -> Result<()> {
-    let mut stream = TcpStream::connect(rest)?;
-    stream.set_read_timeout(Some(TIMEOUT))?;
-    let request = format!(
-        "POST /v2/repository/models/{model}/{what} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\
-         connection: close\r\n\r\n"
-    );
-    stream.write_all(request.as_bytes())?;
-    let mut reply = String::new();
-    stream.read_to_string(&mut reply).with_context(|| format!("no answer to the {what} of '{model}'"))?;
-    ensure!(reply.starts_with("HTTP/1.1 200"), "the {what} of '{model}' fails: {reply}");
-    Ok(())
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use tempfile::TempDir;
 
-use super::{Bench, loading::order, repository};
+use super::{Bench, order::order, repository};
 use crate::{
     machine::memory,
     report::{Better::Lower, say},

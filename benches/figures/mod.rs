@@ -26,6 +26,7 @@ use crate::{
 mod latency;
 mod loading;
 mod memory;
+mod order;
 mod peer;
 mod queue;
 mod shared_memory;

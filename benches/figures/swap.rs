@@ -4,27 +4,18 @@
 //! shortly after its end, when the old version is gone, too. Both are seconds apart on the same connections, so a
 //! machine that is slow for a while is slow for both.
 
-use std::{
-    io::{Read, Write},
-    net::{SocketAddr, TcpStream},
-    os::unix::fs::symlink,
-    path::Path,
-    sync::{
-        atomic::{AtomicBool, Ordering},
-        mpsc::channel,
-    },
-    time::Duration,
-};
+use std::{os::unix::fs::symlink, path::Path, time::Duration};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 
 use super::{
-    Bench, OPEN_STREAMS, in_open_loop, repository, target,
+    Bench, OPEN_STREAMS, in_open_loop,
+    order::beside_load,
+    repository, target,
     workload::{Bare, IRIS},
 };
 use crate::{
     load::{self, Arrivals, Phase, Target},
-    machine::pin,
     pairs::most_are_void,
     process::Process,
     report::{Better::Lower, say},
@@ -87,60 +78,25 @@ impl Bench {
         version: usize,
     ) -> Result<Arrivals> {
         symlink(&self.iris, models.join("iris").join(version.to_string()))?;
-        let loaded = AtomicBool::new(false);
-        let (order, orders) = channel::<()>();
         let swap_at = self.pace.warm + self.pace.steady;
-        std::thread::scope(|scope| {
-            // Whoever asks for the load waits beside the server: the generator must not.
-            let (core, rest, done) = (self.programs.core, server.rest, &loaded);
-            let loader = scope.spawn(move || -> Result<()> {
-                pin(&[core])?;
-                // Without an order the run has failed, and says so itself.
-                let result = orders.recv().map_or(Ok(()), |()| load_model(rest, "iris"));
-                done.store(true, Ordering::Release);
-                result
-            });
-            let mut order = Some(order);
+        beside_load(self.programs.core, server.rest, "iris", |load| {
             let mut loaded_at = None;
-            let run = load::open(target, rate, version as u64, |now, reply| {
+            load::open(target, rate, version as u64, |now, reply| {
                 if now < self.pace.warm {
                     return Ok(Phase::Pass);
                 }
                 if now < swap_at {
                     return Ok(Phase::Steady);
                 }
-                if let Some(order) = order.take() {
-                    order.send(()).context("nobody loads models")?;
-                }
-                if loaded_at.is_none() && loaded.load(Ordering::Acquire) {
+                load.begin()?;
+                if loaded_at.is_none() && load.has_ended() {
                     loaded_at = Some(now);
                 }
                 ensure!(now < swap_at + SWAP_TIMEOUT, "version {version} does not answer within {SWAP_TIMEOUT:?}");
                 let over = loaded_at.is_some_and(|loaded| now >= loaded + AFTERMATH);
                 let serves = || Protocol::version(reply).is_ok_and(|serving| serving == version);
                 Ok(if over && serves() { Phase::End } else { Phase::Count })
-            });
-            drop(order);
-            match loader.join() {
-                Ok(result) => result?,
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
-            run
+            })
         })
     }
-}
-
-/// Loads the newest version of `model` through the REST API, and waits for it.
-fn load_model(rest: SocketAddr, model: &str) -> Result<()> {
-    let mut stream = TcpStream::connect(rest)?;
-    let request = format!(
-        "POST /v2/repository/models/{model}/load HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\
-         connection: close\r\n\r\n"
-    );
-    stream.set_read_timeout(Some(SWAP_TIMEOUT))?;
-    stream.write_all(request.as_bytes())?;
-    let mut reply = String::new();
-    stream.read_to_string(&mut reply).with_context(|| format!("no answer to the load of '{model}'"))?;
-    ensure!(reply.starts_with("HTTP/1.1 200"), "'{model}' does not load: {reply}");
-    Ok(())
 }
