@@ -219,14 +219,17 @@ mod tests {
 
     #[test]
     fn a_spinning_process_uses_what_the_clock_says() {
-        let start = Moment::here().unwrap();
-        while start.elapsed().as_millis() < 300 {
-            std::hint::spin_loop();
-        }
-        let usage = start.until(&Moment::beside(Some(std::process::id())).unwrap());
-        assert!(usage.seconds >= 0.3);
-        // Other tests run beside this one, and the machine may be shared.
-        assert!(usage.own > 0.05 && usage.server > 0.05, "{usage:?}");
+        let now = || Moment::beside(Some(std::process::id())).unwrap();
+        let start = now();
+        let end = loop {
+            let now = now();
+            if now.own - start.own > 0.2 {
+                break now;
+            }
+        };
+        let usage = start.until(&end);
+        // The kernel counts what processes take in ticks; other tests run beside this one, on as many cores.
+        assert!(usage.own > 0.2 && usage.server > 0.15 && usage.seconds > 0.01, "{usage:?}");
     }
 
     #[test]
