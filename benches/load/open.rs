@@ -279,15 +279,15 @@ mod tests {
         let mut strangers = Strangers::new(&target, moments()).unwrap();
         // Other tests take the core from this one all the time, and here that is no matter.
         strangers.stalls.limit = Duration::MAX;
-        let mut told = Vec::new();
+        let mut told: Vec<(Duration, Phase)> = Vec::new();
+        let mut phases = [Phase::Pass, Phase::Steady, Phase::Count, Phase::End].into_iter();
+        let (mut phase, mut begun) = (phases.next().unwrap(), Duration::ZERO);
         let run = strangers.run(|now, reply| {
             assert!(reply.is_empty() || Protocol::version(reply).is_ok_and(|version| version == 1));
-            let phase = match now.as_millis() {
-                0..100 => Phase::Pass,
-                100..600 => Phase::Steady,
-                600..900 => Phase::Count,
-                _ => Phase::End,
-            };
+            // However long it does not run, it is told of each phase for at least so long.
+            if told.last().is_some_and(|told| told.0 >= begun + Duration::from_millis(200)) {
+                (phase, begun) = (phases.next().unwrap(), now);
+            }
             told.push((now, phase));
             Ok(phase)
         });
