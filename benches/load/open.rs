@@ -51,12 +51,14 @@ pub enum Phase {
     End,
 }
 
-/// Counts after `warm` and until `end`.
+/// Counts after `warm` and until `end`; when the generator is held up from the one to the other, once after that.
 pub fn between(warm: Duration, end: Duration) -> impl FnMut(Duration, &[u8]) -> Result<Phase> {
+    let mut counted = false;
     move |now, _| {
-        Ok(if now >= end {
+        Ok(if now >= end && counted {
             Phase::End
         } else if now >= warm {
+            counted = true;
             Phase::Count
         } else {
             Phase::Pass
@@ -163,6 +165,11 @@ impl Stalls {
         }
     }
 
+    /// The share of requests whose latencies say nothing; of none there is nothing to learn either.
+    fn share(&self) -> f64 {
+        if self.asked == 0 { 1.0 } else { f64::from(self.spoiled) / f64::from(self.asked) }
+    }
+
     /// Whether the latency of a request that was meant to be sent at `intended` says something of the server.
     fn is_clear(&mut self, intended: Duration) -> bool {
         let clear = intended >= self.over;
@@ -232,7 +239,7 @@ impl<I: Iterator<Item = Duration>> Strangers<I> {
             self.generator.turn(Some(Duration::ZERO))?;
             self.record();
         }
-        self.arrivals.held_up = f64::from(self.stalls.spoiled) / f64::from(self.stalls.asked.max(1));
+        self.arrivals.held_up = self.stalls.share();
         Ok(self.arrivals)
     }
 
@@ -312,6 +319,14 @@ mod tests {
         // From 2 to 12 nothing ran, and what was to be sent then had to come after.
         let clear = [1, 11, 12, 51, 52, 60].map(|intended| stalls.is_clear(millis(intended)));
         assert_eq!(clear, [false, false, false, false, true, true]);
-        assert_eq!((stalls.asked, stalls.spoiled), (6, 4));
+        assert_eq!((stalls.share() * 6.0, Stalls::default().share()), (4.0, 1.0));
+    }
+
+    #[test]
+    fn something_counts_however_late() {
+        let millis = Duration::from_millis;
+        let mut phase = between(millis(10), millis(20));
+        let told = [9, 30, 31].map(|now| phase(millis(now), &[]).unwrap());
+        assert_eq!(told, [Phase::Pass, Phase::Count, Phase::End]);
     }
 }
