@@ -5,7 +5,7 @@
 use std::{
     os::unix::fs::symlink,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
@@ -180,6 +180,7 @@ impl Bench {
     /// # Errors
     /// When something that must work does not.
     pub fn measure(&mut self, families: &[Family]) -> Result<()> {
+        let begun = Instant::now();
         let all = Family::value_variants();
         let families = if families.is_empty() { all } else { families };
         let mut iris = self.bare(&workload::IRIS)?;
@@ -199,8 +200,12 @@ impl Bench {
                 Family::BothCores => self.on_both_cores()?,
             }
         }
-        let foreign = 100.0 * median(&self.foreign);
-        self.report.single("foreign", "other processes' share of the cores meanwhile", "%", Lower, foreign, None);
+        if !self.foreign.is_empty() {
+            let foreign = 100.0 * median(&self.foreign);
+            self.report.single("foreign", "other processes' share of the cores meanwhile", "%", Lower, foreign, None);
+        }
+        let took = begun.elapsed().as_secs_f64();
+        self.report.single("took_s", "how long it took to measure all of this", "s", Lower, took, None);
         Ok(())
     }
 }
