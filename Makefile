@@ -43,8 +43,9 @@ fuzz: setup
 image-test:
 	deploy/image-test.sh
 
-# What a server in front of a model costs, as a table and in target/bench/report.json: half an hour on a quiet machine of
-# two cores or more, or less than five minutes with QUICK=1. KEEP=name also keeps the report in benches/results/.
+# What a server in front of a model costs, as a table and in target/bench/report.json: 50 minutes on a quiet machine of
+# two cores or more, or less than five with QUICK=1. FIGURES=queue,memory measures these families only, KEEP=name also
+# keeps the report in benches/results/.
 bench: build .venv/clients.installed
 	cargo build --release --locked --package tidegate-bench
 	$(PYTHON) benches/models/make.py target/bench/models

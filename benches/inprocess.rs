@@ -14,8 +14,13 @@ use tidegate::{
 
 use crate::{
     machine::{Moment, Usage, on_cores},
+    pairs::Measured,
     stub::Stub,
 };
+
+/// Runs before those that count. A model whose run takes so long is warm after the first.
+const WARM_RUNS: usize = 3;
+const WARM: Duration = Duration::from_millis(20);
 
 /// A loaded model and one row for it.
 pub struct Model {
@@ -25,7 +30,7 @@ pub struct Model {
 }
 
 impl Model {
-    /// Loads the model in `files` as a server on one core does. `bytes` makes the elements of the row by their number.
+    /// Loads the model in `files` as a server on one core does. `element` makes each of the row's by its number.
     ///
     /// # Errors
     /// When it cannot be loaded, or takes more than one input of a fixed size.
@@ -41,7 +46,7 @@ impl Model {
     /// The stub without a server.
     ///
     /// # Errors
-    /// Never.
+    /// When the stub's row does not fit its shape.
     pub fn stub(stub: &Stub, core: usize) -> Result<Self> {
         let session = stub.load(Path::new(""), &Options::default(), 1)?.pop().context("no session was loaded")?;
         Ok(Self { session, row: stub.row()?, core })
@@ -70,21 +75,54 @@ impl Model {
     /// When a run fails.
     pub fn run(&mut self, rows: usize, window: Duration) -> Result<(f64, Usage)> {
         let batch = [gather(&vec![&self.row; rows])];
-        let session = &mut self.session;
+        let session = self.session.as_mut();
         on_cores(&[self.core], || {
-            for _ in 0..3 {
-                session.run(&batch)?;
-            }
-            let start = Moment::now(None)?;
-            let mut runs = 0u32;
-            while start.elapsed() < window {
-                session.run(&batch)?;
-                runs += 1;
-            }
-            let usage = start.until(&Moment::now(None)?);
-            Ok((usage.seconds / f64::from(runs), usage))
+            warm(session, &batch)?;
+            let start = Moment::here()?;
+            let seconds = time(session, &batch, window)?;
+            Ok((seconds, start.until(&Moment::here()?)))
         })
     }
+
+    /// Runs batches of every size of `batches` for `window` each; rows and seconds of a run.
+    ///
+    /// # Errors
+    /// When a run fails.
+    pub fn sweep(&mut self, batches: &[usize], window: Duration) -> Result<Measured<Vec<(usize, f64)>>> {
+        let (row, session) = (&self.row, self.session.as_mut());
+        on_cores(&[self.core], || {
+            // Watched as a whole: the kernel counts in ticks, which are long beside one window.
+            let start = Moment::here()?;
+            let mut times = Vec::new();
+            for &rows in batches {
+                let batch = [gather(&vec![row; rows])];
+                warm(session, &batch)?;
+                times.push((rows, time(session, &batch, window)?));
+            }
+            Ok(Measured::new(times, start.until(&Moment::here()?)))
+        })
+    }
+}
+
+fn warm(session: &mut dyn Session, batch: &[Tensor]) -> Result<()> {
+    let start = Instant::now();
+    for _ in 0..WARM_RUNS {
+        session.run(batch)?;
+        if start.elapsed() > WARM {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Seconds of one of the whole runs that begin within `window`.
+fn time(session: &mut dyn Session, batch: &[Tensor], window: Duration) -> Result<f64> {
+    let (start, mut runs) = (Instant::now(), 0u32);
+    while start.elapsed() < window {
+        session.run(batch)?;
+        runs += 1;
+    }
+    Ok(start.elapsed().as_secs_f64() / f64::from(runs))
 }
 
 /// Seconds to load the library, its environment and one session.
@@ -115,5 +153,7 @@ mod tests {
         let mut model =
             Model::load(&library, &root.join("models/iris/1"), 0, |index| flower[index % 4].to_le_bytes()).unwrap();
         assert_eq!(model.outputs().unwrap()[0], 0_i64.to_le_bytes().as_slice());
+        let times = model.sweep(&[1, 64], Duration::from_millis(20)).unwrap().value;
+        assert!(times[0].0 == 1 && times[1].0 == 64 && times[0].1 > 0.0 && times[0].1 < times[1].1, "{times:?}");
     }
 }

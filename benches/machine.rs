@@ -7,6 +7,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use rustix::{
+    process::Pid,
     thread::{CpuSet, sched_getaffinity, sched_setaffinity},
     time::{ClockId, clock_gettime},
 };
@@ -54,17 +55,18 @@ pub fn on_cores<T: Send>(cores: &[usize], work: impl FnOnce() -> Result<T> + Sen
     })
 }
 
-/// What had been used up at one moment.
+/// What had been used up at one moment of the cores that are watched: on all others anything may happen.
 pub struct Moment {
     at: Instant,
     server: f64,
     own: f64,
-    machine: Machine,
+    cores: CoreTime,
 }
 
-/// Seconds of all cores together.
+/// Seconds of some cores together.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-struct Machine {
+struct CoreTime {
+    cores: f64,
     busy: f64,
     stolen: f64,
     total: f64,
@@ -79,20 +81,35 @@ pub struct Usage {
     pub server: f64,
     /// CPU of this process.
     pub own: f64,
-    /// The share of the machine's time that the hypervisor gave to others.
+    /// The share of the cores' time that the hypervisor gave to others.
     pub stolen: f64,
-    /// The share of the machine's time that other processes took.
+    /// The share of the cores' time that other processes took, less what may be an error of the kernel's count: a tick
+    /// for each core.
     pub foreign: f64,
-    /// Cores of the machine, as many as had time to give.
-    pub cores: f64,
 }
 
 impl Moment {
-    /// Now, watching this process and, if there is one, the server `pid`.
+    /// Now, on the cores of the calling thread and of the server `pid`; without one the server is somebody else's, who
+    /// knows where, and all cores are watched.
     ///
     /// # Errors
     /// When the server is gone.
-    pub fn now(pid: Option<u32>) -> Result<Self> {
+    pub fn beside(pid: Option<u32>) -> Result<Self> {
+        let Some(pid) = pid else { return Self::on(&|_| true, None) };
+        let (own, server) = (affinity(None)?, affinity(Some(pid))?);
+        Self::on(&|core| own.is_set(core) || server.is_set(core), Some(pid))
+    }
+
+    /// Now, on the cores of the calling thread.
+    ///
+    /// # Errors
+    /// When the kernel does not tell.
+    pub fn here() -> Result<Self> {
+        let own = affinity(None)?;
+        Self::on(&|core| own.is_set(core), None)
+    }
+
+    fn on(watched: &dyn Fn(usize) -> bool, pid: Option<u32>) -> Result<Self> {
         let stat = |pid: &str| -> Result<f64> {
             let path = format!("/proc/{pid}/stat");
             let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
@@ -100,10 +117,10 @@ impl Moment {
         };
         let server = pid.map_or(Ok(0.0), |pid| stat(&pid.to_string()))?;
         let text = fs::read_to_string("/proc/stat").context("cannot read /proc/stat")?;
-        let machine = machine_cpu(&text).context("/proc/stat has no line of all cores")?;
+        let cores = core_time(&text, watched).context("/proc/stat has no line of a core that is used")?;
         let own = clock_gettime(ClockId::ProcessCPUTime);
         let own = own.tv_sec as f64 + own.tv_nsec as f64 / 1e9;
-        Ok(Self { at: Instant::now(), server, own, machine })
+        Ok(Self { at: Instant::now(), server, own, cores })
     }
 
     pub fn elapsed(&self) -> std::time::Duration {
@@ -111,17 +128,16 @@ impl Moment {
     }
 
     pub fn until(&self, end: &Moment) -> Usage {
-        let machine = |part: fn(&Machine) -> f64| part(&end.machine) - part(&self.machine);
-        let total = machine(|machine| machine.total).max(1.0 / USER_HZ);
+        let cores = |part: fn(&CoreTime) -> f64| part(&end.cores) - part(&self.cores);
+        let total = cores(|time| time.total).max(1.0 / USER_HZ);
         let (server, own) = (end.server - self.server, end.own - self.own);
-        let seconds = (end.at - self.at).as_secs_f64();
+        let foreign = cores(|time| time.busy) - server - own - end.cores.cores / USER_HZ;
         Usage {
-            seconds,
-            cores: (total / seconds).round().max(1.0),
+            seconds: (end.at - self.at).as_secs_f64(),
             server,
             own,
-            stolen: machine(|machine| machine.stolen) / total,
-            foreign: ((machine(|machine| machine.busy) - server - own) / total).max(0.0),
+            stolen: cores(|time| time.stolen) / total,
+            foreign: (foreign / total).max(0.0),
         }
     }
 }
@@ -135,17 +151,32 @@ fn process_cpu(stat: &str) -> Option<f64> {
     Some((next()? + next()?) / USER_HZ)
 }
 
-/// The line of all cores in the text of `/proc/stat`.
-fn machine_cpu(stat: &str) -> Option<Machine> {
-    let line = stat.lines().find_map(|line| line.strip_prefix("cpu "))?;
-    let seconds: Vec<f64> = line
-        .split_whitespace()
-        .map(|field| field.parse::<f64>().ok().map(|ticks| ticks / USER_HZ))
-        .collect::<Option<_>>()?;
-    // Time of guests is part of user time already.
-    let &[user, nice, system, idle, wait, irq, softirq, stolen, ..] = seconds.as_slice() else { return None };
-    let busy = user + nice + system + irq + softirq;
-    Some(Machine { busy, stolen, total: busy + idle + wait + stolen })
+/// The cores that a process, or the calling thread, may use.
+fn affinity(pid: Option<u32>) -> Result<CpuSet> {
+    let process = pid.and_then(|pid| Pid::from_raw(pid as i32));
+    sched_getaffinity(process).with_context(|| format!("cannot ask for the cores of {pid:?}"))
+}
+
+/// The lines of the cores that are `watched` in the text of `/proc/stat`, together.
+fn core_time(stat: &str, watched: &dyn Fn(usize) -> bool) -> Option<CoreTime> {
+    let mut sum = CoreTime::default();
+    for line in stat.lines() {
+        let mut fields = line.split_whitespace();
+        let core = fields.next().and_then(|name| name.strip_prefix("cpu")?.parse().ok());
+        if !core.is_some_and(watched) {
+            continue;
+        }
+        let seconds: Vec<f64> =
+            fields.map(|field| field.parse::<f64>().ok().map(|ticks| ticks / USER_HZ)).collect::<Option<_>>()?;
+        // Time of guests is part of user time already.
+        let &[user, nice, system, idle, wait, irq, softirq, stolen, ..] = seconds.as_slice() else { return None };
+        let busy = user + nice + system + irq + softirq;
+        sum.cores += 1.0;
+        sum.busy += busy;
+        sum.stolen += stolen;
+        sum.total += busy + idle + wait + stolen;
+    }
+    (sum.cores > 0.0).then_some(sum)
 }
 
 /// Memory of a process in bytes, pages that others use too by its share (PSS): the least that is found in a second, for
@@ -188,23 +219,38 @@ mod tests {
 
     #[test]
     fn a_spinning_process_uses_what_the_clock_says() {
-        let start = Moment::now(None).unwrap();
-        while start.elapsed().as_millis() < 300 {
-            std::hint::spin_loop();
-        }
-        let usage = start.until(&Moment::now(None).unwrap());
-        assert!(usage.seconds >= 0.3);
-        // Other tests run beside this one, and the machine may be shared.
-        assert!(usage.own > 0.05 && usage.server == 0.0, "{usage:?}");
+        let now = || Moment::beside(Some(std::process::id())).unwrap();
+        let start = now();
+        let end = loop {
+            let now = now();
+            if now.own - start.own > 0.2 {
+                break now;
+            }
+        };
+        let usage = start.until(&end);
+        // The kernel counts what processes take in ticks; other tests run beside this one, on as many cores.
+        assert!(usage.own > 0.2 && usage.server > 0.15 && usage.seconds > 0.01, "{usage:?}");
     }
 
     #[test]
-    fn stolen_time_is_a_share_of_all_time() {
-        let moment = |text| Moment { at: Instant::now(), server: 0.0, own: 0.0, machine: machine_cpu(text).unwrap() };
-        let start = moment("cpu  100 0 100 800 0 0 0 0 0 0\ncpu0 1 2 3\n");
-        let end = moment("cpu  150 0 110 830 0 0 0 10 0 0\n");
-        let usage = start.until(&end);
-        assert!((usage.stolen - 0.1).abs() < 1e-9 && (usage.foreign - 0.6).abs() < 1e-9, "{usage:?}");
+    fn only_the_cores_that_are_used_are_watched() {
+        let start = "cpu  9 9\ncpu0 100 0 100 800 0 0 0 0 0 0\ncpu1 0 0 0 0 0 0 0 0 0 0\ncpu2 0 0 0 0 0 0 0 0 0 0\n";
+        let end = "cpu  9 9\ncpu0 150 0 110 830 0 0 0 10 0 0\ncpu1 0 0 0 100 0 0 0 0\ncpu2 99 0 0 0 0 0 0 1\n";
+        let usage = |watched: &dyn Fn(usize) -> bool| {
+            let moment = |text| {
+                let cores = core_time(text, watched).unwrap();
+                Moment { at: Instant::now(), server: 0.0, own: 0.0, cores }
+            };
+            let usage = moment(start).until(&moment(end));
+            [usage.stolen, usage.foreign].map(|share| (share * 1000.0).round())
+        };
+        // Of the 60 ticks that were taken one may be the kernel's error, for each core.
+        assert_eq!(usage(&|core| core == 0), [100.0, 590.0]);
+        assert_eq!(usage(&|core| core < 2), [50.0, 290.0]);
+        assert_eq!(usage(&|core| core == 1), [0.0, 0.0]);
+        assert_eq!(core_time(end, &|core| core == 7), None);
+        // A core's name is all of it: cpu1 is not cpu12.
+        assert_eq!(core_time("cpu12 1 0 0 0 0 0 0 0\n", &|core| core == 1), None);
     }
 
     #[test]

@@ -37,6 +37,8 @@ static ALLOCATOR: counting::Counting = counting::Counting;
 
 /// Results that matter are kept here.
 const RESULTS: &str = "benches/results";
+/// Among them what `make bench-counters` has counted.
+const COUNTERS: &str = "benches/results/counters.json";
 
 /// Measures the release binary against an echo on the same stack and against the model without a server.
 #[derive(Parser)]
@@ -73,7 +75,7 @@ enum Command {
         /// Only these families of figures, with commas between them.
         #[arg(long, env = "FIGURES", value_delimiter = ',')]
         figures: Vec<Family>,
-        /// Fewer and shorter windows: minutes instead of half an hour.
+        /// Fewer and shorter windows: minutes instead of most of an hour.
         #[arg(long, env = "QUICK", value_parser = clap::builder::FalseyValueParser::new())]
         quick: bool,
     },
@@ -101,7 +103,7 @@ enum Command {
     /// Count what no noise can touch, and compare it with what was counted before.
     Counters {
         /// What was counted before.
-        #[arg(long, default_value = "benches/results/counters.json")]
+        #[arg(long, default_value = COUNTERS)]
         baseline: PathBuf,
         /// Let what is counted now be what later counts are compared with.
         #[arg(long, env = "UPDATE_COUNTERS", value_parser = clap::builder::FalseyValueParser::new())]
@@ -160,6 +162,9 @@ fn main() -> Result<()> {
             let models = Models { shipped: models, made, magika };
             let mut bench = Bench::new(programs, *pace(quick), &models, Report::new(quick))?;
             bench.measure(&figures)?;
+            if figures.is_empty() {
+                counters::report(Path::new(COUNTERS), &mut bench.report)?;
+            }
             finish(&bench.report, &out, "report", keep.as_deref())
         }
     }

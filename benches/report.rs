@@ -7,9 +7,9 @@ use serde::Serialize;
 
 use crate::{
     machine,
-    pairs::Value,
+    pairs::{Value, most_are_void},
     statistics::{interval, median},
-    targets::goal,
+    targets::{goal, is_never_negative},
 };
 
 /// One number, or the reason why there is none.
@@ -18,15 +18,19 @@ pub struct Figure {
     pub name: String,
     /// What it is, for people.
     pub title: String,
+    /// `None` when the figure is void.
     pub value: Option<f64>,
     /// The 95 % interval of the median, where the value is one.
     pub low: Option<f64>,
     pub high: Option<f64>,
+    /// The number of a figure that is void, for those who want to know why.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub raw: Option<f64>,
     pub unit: &'static str,
     pub better: Better,
     pub target: Option<f64>,
     pub stretch: Option<f64>,
-    /// Why the value does not count.
+    /// Why there is no value that counts.
     pub void: Option<String>,
 }
 
@@ -69,12 +73,11 @@ impl Report {
         Self { peer: Some(address.to_owned()), ..Self::new(quick) }
     }
 
-    /// Adds the median of the values that count. With more than half of them void the figure is void, and its number,
-    /// that of all of them, stays in the JSON for those who want to know why.
+    /// Adds the median of the values that count. With more than half of them void the figure is void, and its raw number
+    /// is that of all of them.
     pub fn median(&mut self, name: &str, title: &str, unit: &'static str, better: Better, values: &[Value]) {
-        let voided = values.iter().filter(|value| !value.counts).count();
-        let void = (voided * 2 > values.len()).then(|| format!("{voided} of {} pairs were void", values.len()));
-        let counted = values.iter().filter(|value| value.counts || void.is_some());
+        let void = most_are_void("pairs", values.iter().map(|value| value.void.as_ref()));
+        let counted = values.iter().filter(|value| value.void.is_none() || void.is_some());
         let counted: Vec<f64> = counted.map(|value| value.number).collect();
         let (low, high) = interval(&counted);
         self.add(name, title, unit, better, Number { value: median(&counted), low, high }, void);
@@ -116,23 +119,23 @@ impl Report {
         void: Option<String>,
     ) {
         let goal = goal(name);
+        // Whoever reads values only must not take a void one for measured.
+        let counts = |number: f64| finite(number).filter(|_| void.is_none());
         let figure = Figure {
             name: name.to_owned(),
             title: title.to_owned(),
-            value: finite(number.value),
-            low: finite(number.low),
-            high: finite(number.high),
+            value: counts(number.value),
+            low: counts(number.low),
+            high: counts(number.high),
+            raw: finite(number.value).filter(|_| void.is_some()),
             unit,
             better,
             target: goal.map(|goal| goal.target),
             stretch: goal.map(|goal| goal.stretch),
             void,
         };
-        let number = figure
-            .value
-            .filter(|_| figure.void.is_some())
-            .map_or(String::new(), |value| format!(" ({})", digits(value)));
-        say(format_args!("{:<28} {}{number}", figure.name, figure.shown()));
+        let raw = figure.raw.map_or(String::new(), |raw| format!(" ({})", digits(raw)));
+        say(format_args!("{:<28} {}{raw}", figure.name, figure.shown()));
         self.figures.push(figure);
     }
 
@@ -233,16 +236,18 @@ impl Figure {
 
     fn interval(&self) -> String {
         match (self.low, self.high) {
-            (Some(low), Some(high)) if self.void.is_none() => format!("{} – {}", digits(low), digits(high)),
+            (Some(low), Some(high)) => format!("{} – {}", digits(low), digits(high)),
             _ => String::new(),
         }
     }
 
     /// Whether the value is as good as it must be; that of a void figure is not known.
     fn reached(&self) -> &'static str {
-        let value = self.value.filter(|_| self.void.is_none());
-        let (Some(value), Some(target), Some(stretch)) = (value, self.target, self.stretch) else { return "?" };
-        if self.better.reaches(value, stretch) {
+        let (Some(value), Some(target), Some(stretch)) = (self.value, self.target, self.stretch) else { return "?" };
+        if value < 0.0 && is_never_negative(&self.name) && self.better.reaches(value, target) {
+            // How much it is nobody knows, but not so much that the target is missed.
+            "yes, as far as noise lets see"
+        } else if self.better.reaches(value, stretch) {
             "stretch"
         } else if self.better.reaches(value, target) {
             "yes"
@@ -288,7 +293,7 @@ pub fn say(line: std::fmt::Arguments<'_>) {
 }
 
 /// The commit of the working directory, with a plus when files differ from it.
-fn commit() -> String {
+pub fn commit() -> String {
     let git = |arguments: &[&str]| {
         let output = std::process::Command::new("git").args(arguments).output().ok().filter(|out| out.status.success());
         output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
@@ -317,9 +322,11 @@ mod tests {
     fn a_figure_with_more_than_half_of_its_pairs_void_is_void() {
         let mut report = report();
         let values = |numbers: &[(f64, bool)]| -> Vec<Value> {
-            numbers.iter().map(|&(number, counts)| Value { number, counts }).collect()
+            let void = |counts: bool| (!counts).then(|| "of noise".to_owned());
+            numbers.iter().map(|&(number, counts)| Value { number, void: void(counts) }).collect()
         };
-        let half = values(&[(10_000.0, true), (1.0, false), (20_000.0, true), (2.0, false)]);
+        let half =
+            values(&[(10_000.0, true), (1.0, false), (15_000.0, true), (2.0, false), (20_000.0, true), (3.0, false)]);
         report.median("a", "A", "req/s", Better::Higher, &half);
         report.median("b", "B", "", Better::Higher, &values(&[(1.0, true), (2.0, false), (3.0, false)]));
         report.median("c", "C", "", Better::Higher, &values(&[(f64::NAN, false)]));
@@ -327,17 +334,23 @@ mod tests {
         assert_eq!(voids, [false, true, true]);
         let table = report.markdown();
         assert!(table.contains("| A | `a` | 15,000 req/s | 10,000 – 20,000 |"), "{table}");
-        assert!(table.contains("| B | `b` | void: 2 of 3 pairs were void |  |"), "{table}");
-        assert_eq!(report.figures[1].value, Some(2.0));
-        assert!(serde_json::to_string(&report).unwrap().contains(r#""value":null"#), "not a number is no JSON");
+        assert!(table.contains("| B | `b` | void: 2 of 3 pairs were void, the first because of noise |  |"), "{table}");
+        let json = serde_json::to_value(&report).unwrap();
+        let (valid, void, nothing) = (&json["figures"][0], &json["figures"][1], &json["figures"][2]);
+        assert_eq!((&valid["value"], valid.get("raw")), (&15_000.0.into(), None));
+        assert!(["value", "low", "high"].iter().all(|field| void[field].is_null()), "{void}");
+        assert_eq!(void["raw"], 2.0);
+        assert!(nothing["value"].is_null() && nothing.get("raw").is_none(), "not a number is no JSON: {nothing}");
     }
 
     #[test]
     fn figures_are_held_against_their_targets() {
         let mut report = report();
-        let counts = |number| [Value { number, counts: true }];
+        let counts = |number| [(); 3].map(|()| Value { number, void: None });
         report.median("w1_grpc_vs_echo", "ratio", "", Better::Higher, &counts(0.85));
         report.single("added_p99_us", "added", "µs", Better::Lower, 90.0, None);
+        report.single("added_p50_us", "less", "µs", Better::Lower, -3.0, None);
+        report.single("instructions", "fewer", "", Better::Lower, -3.0, None);
         report.single("start_ms", "start", "ms", Better::Lower, 100.5, None);
         report.single("swap_failures", "failures", "", Better::Lower, 0.0, None);
         report.single("roofline_w1", "roofline", "", Better::Higher, 1.0, Some("noise".to_owned()));
@@ -346,10 +359,15 @@ mod tests {
         let row = |text: &str| assert!(table.contains(text), "{text} is not in\n{table}");
         row("| ratio | `w1_grpc_vs_echo` | 0.85 | 0.85 – 0.85 | ≥ 0.80 | ≥ 0.90 | yes |");
         row("| added | `added_p99_us` | 90.0 µs |  | ≤ 200 | ≤ 100 | stretch |");
+        row("| less | `added_p50_us` | -3.00 µs |  | ≤ 50.0 | ≤ 20.0 | yes, as far as noise lets see |");
+        row("| fewer | `instructions` | -3.00 |  | ≤ 15,000 | ≤ 6,000 | stretch |");
         row("| start | `start_ms` | 100 ms |  | ≤ 100 | ≤ 30.0 | no |");
         row("| failures | `swap_failures` | 0.00 |  | ≤ 0.00 | ≤ 0.00 | stretch |");
         row("| roofline | `roofline_w1` | void: noise |  | ≥ 0.90 | ≥ 0.95 | ? |");
         row("| free | `unheard_of` | 1.00 |  |");
+        report.median("two", "two pairs", "", Better::Higher, &counts(0.5)[..2]);
+        let table = report.markdown();
+        assert!(table.contains("| two pairs | `two` | 0.50 |  |"), "two values have no interval: {table}");
     }
 
     #[test]
@@ -357,7 +375,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (out, kept) = (folder.path().join("out"), folder.path().join("kept"));
         let mut report = report();
-        report.median("roofline_w3", "r", "", Better::Higher, &[Value { number: 0.97, counts: true }]);
+        report.median("roofline_w3", "r", "", Better::Higher, &[(); 3].map(|()| Value { number: 0.97, void: None }));
         report.write(&out, "report", Some((&kept, "a-1"))).unwrap();
         let read =
             |path: &Path| -> serde_json::Value { serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap() };

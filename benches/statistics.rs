@@ -6,6 +6,10 @@ use hdrhistogram::Histogram;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
 const RESAMPLES: usize = 10_000;
+/// Resamples of what draws from the histograms of all runs, which takes longer than a median.
+pub const POOLED_RESAMPLES: usize = 300;
+/// Of fewer values an interval would say more than is known.
+const FEWEST: usize = 3;
 
 /// The middle value; not a number when there are none.
 pub fn median(values: &[f64]) -> f64 {
@@ -18,15 +22,15 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
-/// The 95 % interval of the median.
+/// The 95 % interval of the median; not a number for fewer than three values.
 pub fn interval(values: &[f64]) -> (f64, f64) {
     bootstrap(values.len(), RESAMPLES, |drawn| median(&drawn.iter().map(|&index| values[index]).collect::<Vec<_>>()))
 }
 
 /// The 95 % interval of a statistic of `count` things, by drawing as many of them again and again with one fixed seed.
-/// Not a number when there are none.
+/// Not a number when there are fewer than three.
 pub fn bootstrap(count: usize, resamples: usize, statistic: impl Fn(&[usize]) -> f64) -> (f64, f64) {
-    if count == 0 {
+    if count < FEWEST {
         return (f64::NAN, f64::NAN);
     }
     let mut random = StdRng::seed_from_u64(0);
@@ -87,10 +91,17 @@ impl Latencies {
     }
 
     /// Adds those of another run.
-    pub fn add(&mut self, others: &Latencies) {
+    fn add(&mut self, others: &Latencies) {
         // Both have the same bounds, so all of them fit.
         let added = self.0.add(&others.0);
         debug_assert!(added.is_ok(), "{added:?}");
+    }
+
+    /// The quantile of several runs taken together.
+    pub fn pooled<'a>(runs: impl Iterator<Item = &'a Latencies>, share: f64) -> f64 {
+        let mut all = Latencies::default();
+        runs.for_each(|run| all.add(run));
+        all.quantile(share)
     }
 
     pub fn count(&self) -> usize {
@@ -141,7 +152,8 @@ mod tests {
             (narrow_low - 0.469).abs() < 0.015 && (narrow_high - 0.531).abs() < 0.015,
             "{narrow_low} {narrow_high}"
         );
-        assert_eq!(interval(&[7.0]), (7.0, 7.0));
+        assert_eq!(interval(&[7.0; 3]), (7.0, 7.0));
+        assert!(interval(&[7.0, 8.0]).0.is_nan() && interval(&[7.0, 8.0]).1.is_nan());
     }
 
     #[test]
@@ -185,5 +197,6 @@ mod tests {
         sum.add(&latencies);
         sum.add(&latencies);
         assert_eq!((sum.count(), sum.quantile(1.0)), (4, latencies.quantile(1.0)));
+        assert_eq!(Latencies::pooled([&latencies, &sum].into_iter(), 1.0), latencies.quantile(1.0));
     }
 }

@@ -48,6 +48,14 @@ const GOALS: [(&str, f64, f64); 34] = [
     ("cycles_memory", 1.05, 1.01),
 ];
 
+/// Below zero these say that noise is larger than what is added, and not how little that is.
+const NEVER_NEGATIVE: [&str; 2] = ["added_p50_us", "added_p99_us"];
+
+/// Whether a value of the figure `name` that is below zero is noise.
+pub fn is_never_negative(name: &str) -> bool {
+    NEVER_NEGATIVE.contains(&name)
+}
+
 /// What is expected of the figure `name`; most are only reported.
 pub fn goal(name: &str) -> Option<Goal> {
     let of = |name: &str| GOALS.iter().find(|goal| goal.0 == name);
@@ -68,6 +76,7 @@ mod tests {
         assert_eq!(goal("roofline_magika"), Some(Goal { target: 0.95, stretch: 0.98 }));
         assert_eq!(goal("w1_grpc_echo_rps"), None);
         assert_eq!(goal("queue80_p99_w5"), None);
+        assert!(goal("fairness_p99_magika").is_some() && goal("fairness_p99_even_magika").is_none());
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::{io::Write, path::Path};
 use anyhow::Result;
 
 use crate::{
-    report::say,
+    report::{Report, commit, say},
     requests::Protocol,
     stub::{self, Stub},
 };
@@ -39,9 +39,22 @@ pub fn run(path: &Path, update: bool) -> Result<()> {
     let baseline = Baseline::read(path)?;
     writeln!(std::io::stdout(), "{}", baseline.table(&counters))?;
     if update {
-        return Baseline::of(&counters).write(path);
+        return Baseline::of(&counters, &commit()).write(path);
     }
     baseline.check(&counters)
+}
+
+/// Adds what was counted before to a report, if it was.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn report(path: &Path, report: &mut Report) -> Result<()> {
+    if path.exists() {
+        Baseline::read(path)?.report(report);
+    } else {
+        say(format_args!("there is no {}: what is counted is left out", path.display()));
+    }
+    Ok(())
 }
 
 fn count() -> Result<Vec<Counter>> {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use tempfile::TempDir;
 
-use super::{Bench, loading::order, repository};
+use super::{Bench, order::order, repository};
 use crate::{
     machine::memory,
     report::{Better::Lower, say},
@@ -15,9 +15,7 @@ use crate::{
 };
 
 const MEGABYTE: f64 = 1e6;
-/// Servers started for a number.
-const STARTS: usize = 3;
-/// Numbers of executors that share weights.
+/// Numbers of executors that share weights; the one in the middle when there is time for it.
 const EXECUTORS: [usize; 3] = [2, 4, 8];
 /// Loads and unloads until everything that is kept has been made.
 const FIRST_CYCLES: usize = 10;
@@ -51,12 +49,13 @@ impl Bench {
             Ok((self.held(&repository)? - idle) / weights)
         };
         let one = ratio(1)?;
-        let several = EXECUTORS.map(|executors| Ok((executors, ratio(executors)?)));
-        let several = several.into_iter().collect::<Result<Vec<_>>>()?;
+        let [few, some, many] = EXECUTORS;
+        let executors = if self.pace.thorough { vec![few, some, many] } else { vec![few, many] };
+        let several = executors.iter().map(|&count| Ok((count, ratio(count)?))).collect::<Result<Vec<_>>>()?;
         let title = format!("`wide`, {:.0} MB of weights: memory ÷ weights, one executor", weights / MEGABYTE);
         self.report.single("model_memory", &title, "", Lower, one, None);
         let worst = several.iter().map(|(_, ratio)| *ratio).fold(0.0, f64::max);
-        let title = format!("`wide`: memory ÷ weights, the most with any of {EXECUTORS:?} executors");
+        let title = format!("`wide`: memory ÷ weights, the most with any of {executors:?} executors");
         self.report.single("executors_memory", &title, "", Lower, worst, None);
         for (executors, ratio) in several {
             let title = format!("`wide`: memory ÷ weights, {executors} executors");
@@ -89,8 +88,9 @@ impl Bench {
 
     /// Bytes that a server of `models` holds when it is ready.
     fn held(&self, models: &TempDir) -> Result<f64> {
-        let sizes =
-            (0..STARTS).map(|_| memory(self.programs.serve(models.path())?.id())).collect::<Result<Vec<_>>>()?;
+        let sizes = (0..self.pace.memory_starts)
+            .map(|_| memory(self.programs.serve(models.path())?.id()))
+            .collect::<Result<Vec<_>>>()?;
         Ok(median(&sizes))
     }
 }

@@ -5,7 +5,7 @@
 use std::{
     os::unix::fs::symlink,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
@@ -13,9 +13,9 @@ use clap::ValueEnum;
 use tempfile::TempDir;
 
 use crate::{
-    load::Target,
+    load::{Arrivals, Saturation, Target},
     machine::{Moment, Usage},
-    pairs::{MAX_STOLEN, Measured},
+    pairs::Measured,
     process::{Process, Programs},
     report::{Better::Lower, Report},
     requests::Protocol,
@@ -26,6 +26,7 @@ use crate::{
 mod latency;
 mod loading;
 mod memory;
+mod order;
 mod peer;
 mod queue;
 mod shared_memory;
@@ -36,11 +37,10 @@ mod workload;
 
 pub use peer::Peer;
 
-/// With more than this share of the machine in other hands, two programs do not lose alike: the one with more threads
-/// gets more of what is left.
-const MAX_FOREIGN: f64 = 0.1;
 /// A run is void when the latencies of more than this share of its requests say nothing.
 const MAX_HELD_UP: f64 = 0.3;
+/// Above this share of its core the generator, and not the server, may be what was measured.
+const MAX_GENERATOR: f64 = 0.95;
 
 /// Requests that may be open on a connection of an open loop before they wait in the generator.
 const OPEN_STREAMS: usize = 256;
@@ -49,10 +49,11 @@ const OPEN_STREAMS: usize = 256;
 #[derive(Clone, Copy)]
 pub struct Pace {
     pairs: usize,
-    pairs_2core: usize,
+    /// Of what comes second: two cores, and shared memory.
+    second_pairs: usize,
     warm: Duration,
     window: Duration,
-    /// The model alone, beside the windows of server and echo.
+    /// The model alone, beside the windows of server and echo, unless its runs are slow: then it has a window as well.
     bare: Duration,
     latency_pairs: usize,
     latency_window: Duration,
@@ -61,33 +62,44 @@ pub struct Pace {
     starts: usize,
     /// Before each swap.
     steady: Duration,
+    /// Each batch in-process; beside other things, in the same seconds, it is less.
     sweep: Duration,
+    short_sweep: Duration,
     /// Loads of another model, each beside some time without.
     loads: usize,
+    /// Servers started for each figure of memory.
+    memory_starts: usize,
     /// Loads and unloads after which memory must be what it was.
     cycles: usize,
+    /// Whether there is time for variants of figures that have no target of their own.
+    thorough: bool,
 }
 
 impl Pace {
+    /// By the sum of its windows, pauses and starts 250 s on two cores, of 300 that a quick run may take.
     pub const QUICK: Self = Self {
         pairs: 5,
-        pairs_2core: 3,
-        warm: Duration::from_millis(200),
+        second_pairs: 3,
+        warm: Duration::from_millis(100),
         window: Duration::from_secs(1),
         bare: Duration::from_millis(300),
         latency_pairs: 3,
         latency_window: Duration::from_secs(1),
-        queue_pairs: 1,
-        queue_window: Duration::from_millis(2500),
+        queue_pairs: 3,
+        queue_window: Duration::from_secs(1),
         starts: 5,
-        steady: Duration::from_millis(300),
-        sweep: Duration::from_millis(150),
-        loads: 5,
+        steady: Duration::from_millis(200),
+        sweep: Duration::from_millis(100),
+        short_sweep: Duration::from_millis(50),
+        loads: 3,
+        memory_starts: 1,
         cycles: 100,
+        thorough: false,
     };
+    /// By the same sum 50 minutes, of an hour.
     pub const FULL: Self = Self {
         pairs: 10,
-        pairs_2core: 6,
+        second_pairs: 6,
         warm: Duration::from_millis(500),
         window: Duration::from_secs(5),
         bare: Duration::from_secs(2),
@@ -98,8 +110,11 @@ impl Pace {
         starts: 10,
         steady: Duration::from_secs(1),
         sweep: Duration::from_secs(2),
+        short_sweep: Duration::from_millis(250),
         loads: 15,
+        memory_starts: 3,
         cycles: 1000,
+        thorough: true,
     };
 }
 
@@ -144,7 +159,7 @@ pub struct Bench {
     /// The folder of `magika`'s version.
     magika: Option<PathBuf>,
     pub report: Report,
-    /// The machine's shares that other processes took, a number for each window.
+    /// The cores' shares that other processes took, a number for each window.
     foreign: Vec<f64>,
 }
 
@@ -165,6 +180,7 @@ impl Bench {
     /// # Errors
     /// When something that must work does not.
     pub fn measure(&mut self, families: &[Family]) -> Result<()> {
+        let begun = Instant::now();
         let all = Family::value_variants();
         let families = if families.is_empty() { all } else { families };
         let mut iris = self.bare(&workload::IRIS)?;
@@ -184,33 +200,42 @@ impl Bench {
                 Family::BothCores => self.on_both_cores()?,
             }
         }
-        let foreign = 100.0 * median(&self.foreign);
-        self.report.single("foreign", "other processes' share of the machine meanwhile", "%", Lower, foreign, None);
+        if !self.foreign.is_empty() {
+            let foreign = 100.0 * median(&self.foreign);
+            self.report.single("foreign", "other processes' share of the cores meanwhile", "%", Lower, foreign, None);
+        }
+        let took = begun.elapsed().as_secs_f64();
+        self.report.single("took_s", "how long it took to measure all of this", "s", Lower, took, None);
         Ok(())
     }
 }
 
-/// Calls `measure` and watches the machine meanwhile. What is measured is a process of its own that ends with it, so
-/// others are told from it only where they take more than the one core it has.
+/// Calls `measure` and watches this thread's core meanwhile. What is measured is a process of its own that ends with
+/// it, so on its core nobody can be told from it.
 fn watched<T>(measure: impl FnOnce() -> Result<T>) -> Result<Measured<T>> {
-    let start = Moment::now(None)?;
+    let start = Moment::here()?;
     let value = measure()?;
-    let usage = start.until(&Moment::now(None)?);
-    Ok(Measured { value, usage, spoiled: usage.foreign > 1.0 / usage.cores + MAX_FOREIGN })
+    Ok(Measured::new(value, start.until(&Moment::here()?)))
 }
 
-fn is_disturbed(usage: &Usage) -> bool {
-    usage.foreign > MAX_FOREIGN
+/// What was found in an open loop, unless the generator was held up.
+fn in_open_loop<T>(run: &Arrivals, value: T) -> Measured<T> {
+    Measured::new(value, run.usage).unless(held_up(run))
 }
 
-/// Why a figure that was taken once does not count, judged by the machine.
-fn disturbance(usage: &Usage) -> Option<String> {
-    let percent = |share: f64| 100.0 * share;
-    if usage.stolen > MAX_STOLEN {
-        Some(format!("{:.0} % of the time was stolen", percent(usage.stolen)))
-    } else {
-        is_disturbed(usage).then(|| format!("other processes took {:.0} % of the machine", percent(usage.foreign)))
-    }
+/// What a closed loop found, unless the generator is what was measured.
+fn in_closed_loop(found: Saturation) -> Measured<Saturation> {
+    Measured::new(found, found.usage).unless(limited(&found.usage))
+}
+
+fn held_up(run: &Arrivals) -> Option<String> {
+    let share = 100.0 * run.held_up;
+    (run.held_up > MAX_HELD_UP).then(|| format!("the generator was held up during {share:.0} % of the requests"))
+}
+
+fn limited(usage: &Usage) -> Option<String> {
+    let share = usage.own / usage.seconds;
+    (share > MAX_GENERATOR).then(|| format!("the generator took {:.0} % of its core", 100.0 * share))
 }
 
 fn target<'a>(

@@ -12,10 +12,10 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use tidegate::tensor::{DType, Data, Tensor};
 
-use super::{MAX_HELD_UP, OPEN_STREAMS, Pace};
+use super::{OPEN_STREAMS, Pace, held_up, limited};
 use crate::{
     load::{self, Target, between},
-    pairs::{MAX_STOLEN, Value},
+    pairs::{Value, stolen},
     report::{
         Better::{Higher, Lower},
         Report, say,
@@ -97,9 +97,9 @@ impl Peer {
         for round in 1..=pace.pairs {
             say(format_args!("{} under full load, {}, round {round} of {}", self.model, protocol.title(), pace.pairs));
             let found = load::closed(&full, pace.warm, pace.window)?;
-            let counts = found.usage.stolen <= MAX_STOLEN;
-            rates.push(Value { number: found.rate, counts });
-            ceilings.push(Value { number: found.rate * found.usage.seconds / found.usage.own, counts });
+            let void = stolen(&found.usage).or_else(|| limited(&found.usage));
+            rates.push(Value { number: found.rate, void: void.clone() });
+            ceilings.push(Value { number: found.rate * found.usage.seconds / found.usage.own, void });
         }
         report.median(&name("rps"), &title("served"), "req/s", Higher, &rates);
         report.median(&name("generator_rps"), &title("the generator's own ceiling"), "req/s", Higher, &ceilings);
@@ -113,9 +113,9 @@ impl Peer {
             say(format_args!("{} at 10 % load, {}, round {round}", self.model, protocol.title()));
             let run = load::open(&open, rate, round as u64, between(pace.warm, pace.warm + pace.latency_window))?;
             ensure!(run.failed == 0, "{} requests failed at 10 % load", run.failed);
-            let counts = run.usage.stolen <= MAX_STOLEN && run.held_up <= MAX_HELD_UP;
+            let void = stolen(&run.usage).or_else(|| held_up(&run));
             for (values, share) in quantiles.iter_mut().zip([0.5, 0.99]) {
-                values.push(Value { number: run.latencies.quantile(share) * 1e6, counts });
+                values.push(Value { number: run.latencies.quantile(share) * 1e6, void: void.clone() });
             }
         }
         for (quantile, values) in ["p50", "p99"].into_iter().zip(&quantiles) {

@@ -7,13 +7,14 @@ use anyhow::{Result, ensure};
 use tempfile::TempDir;
 
 use super::{
-    Bench, MAX_HELD_UP, OPEN_STREAMS, is_disturbed, repository, target,
+    Bench, OPEN_STREAMS, in_closed_loop, in_open_loop, repository, target,
     workload::{MAGIKA, W4, Workload},
 };
 use crate::{
     ideal::Curve,
+    inprocess::Model,
     load::{self, Arrivals, Target, between},
-    pairs::{Measured, Pairs},
+    pairs::{Measured, Pairs, until_it_counts},
     process::Process,
     report::{
         Better::{Higher, Lower},
@@ -33,16 +34,26 @@ const OVERLOAD: f64 = 2.0;
 const LIGHT: f64 = 0.1;
 const FLOOD: f64 = 10.0;
 const CONNECTIONS: usize = 4;
+/// In names of figures, the light client's connections beside the flooder's four, and who that is. To a server that
+/// takes turns by connection, a client with as many connections as the flooder is as large.
+const LAYOUTS: [(&str, usize, &str); 2] =
+    [("", 1, "a light client on one connection"), ("_even", CONNECTIONS, "a light client on four connections")];
 
-/// A model that is served, and what it could do at best.
+/// A model that is served, and how it is asked.
 struct Served<'a> {
-    name: &'static str,
+    workload: &'a Workload,
     server: Process,
+    /// With a deadline.
     request: &'a Request,
-    /// Replies per second under full load.
-    saturation: f64,
-    curve: Curve,
+    /// Without one.
+    patient: &'a Request,
     _repository: Option<TempDir>,
+}
+
+/// Replies per second under full load, which loads are a share of, and why it does not count if it does not.
+struct Saturation {
+    rate: f64,
+    void: Option<String>,
 }
 
 impl Bench {
@@ -57,10 +68,6 @@ impl Bench {
 
     fn queue(&mut self, workload: &Workload) -> Result<()> {
         let mut model = self.load(workload)?;
-        let mut times = Vec::new();
-        for &rows in workload.batches {
-            times.push((rows, model.run(rows, self.pace.sweep)?.0));
-        }
         let (server, repository) = match self.files(workload) {
             None => (self.programs.stub(&stub::W4)?, None),
             Some(files) => {
@@ -69,54 +76,65 @@ impl Bench {
             }
         };
         let patient = Protocol::Grpc.request(workload.model, model.row())?;
-        let full = target(&server, Protocol::Grpc, &patient, (workload.concurrency)(Protocol::Grpc));
-        say(format_args!("{} under full load", workload.name));
-        let saturation = load::closed(&full, self.pace.warm, self.pace.window)?.rate;
-        let served = Served {
-            name: workload.name,
-            request: &patient.clone().with_deadline(DEADLINE),
-            saturation,
-            curve: Curve::new(times),
-            _repository: repository,
-            server,
-        };
+        let request = patient.clone().with_deadline(DEADLINE);
+        let served = Served { workload, server, request: &request, patient: &patient, _repository: repository };
         for (name, share) in LOADS {
-            self.beside_ideal(&served, name, share)?;
+            self.beside_ideal(&served, &mut model, name, share)?;
         }
-        self.overload(&served, &full)?;
-        self.fairness(&served)
+        self.overload(&served)?;
+        self.fairness(&served, &mut model)
+    }
+
+    /// What it serves under full load at this time, found until it counts.
+    fn saturation(&self, served: &Served<'_>) -> Result<Saturation> {
+        say(format_args!("{} under full load", served.workload.name));
+        let found = until_it_counts(|| self.full(served, self.pace.queue_window / 2))?;
+        let void = found.void().map(|reason| format!("what it serves under full load is not known: {reason}"));
+        Ok(Saturation { rate: found.value, void })
+    }
+
+    fn full(&self, served: &Served<'_>, window: Duration) -> Result<Measured<f64>> {
+        let concurrency = (served.workload.concurrency)(Protocol::Grpc);
+        let full = target(&served.server, Protocol::Grpc, served.patient, concurrency);
+        Ok(in_closed_loop(load::closed(&full, self.pace.warm, window)?).map(|found| found.rate))
     }
 
     /// Latency beside that of the ideal queue with the echo's round trip.
-    fn beside_ideal(&mut self, served: &Served<'_>, load: &str, share: f64) -> Result<()> {
+    fn beside_ideal(&mut self, served: &Served<'_>, model: &mut Model, load: &str, share: f64) -> Result<()> {
         let echo = self.programs.echo()?;
-        let rate = share * served.saturation;
+        let (name, batches) = (served.workload.name, served.workload.batches);
+        let saturation = self.saturation(served)?;
+        let rate = share * saturation.rate;
         let (warm, end) = (self.pace.warm, self.pace.warm + self.pace.queue_window);
         let mut pairs = Pairs::new();
         for pair in 1..=self.pace.queue_pairs {
-            say(format_args!("{} at {load} % load, pair {pair} of {}", served.name, self.pace.queue_pairs));
+            say(format_args!("{name} at {load} % load, pair {pair} of {}", self.pace.queue_pairs));
             let seed = pair as u64;
             let arrivals: Vec<Duration> = load::poisson(rate, seed)?.take_while(|&arrival| arrival < end).collect();
             let ours = || {
                 let run = with_refusals(load::open(&served.client(), rate, seed, between(warm, end))?);
-                Ok(measured(&run, QUANTILES.map(|(_, share)| run.latencies.quantile(share))))
+                let quantiles = QUANTILES.map(|(_, share)| run.latencies.quantile(share));
+                Ok(in_open_loop(&run, quantiles).unless(saturation.void.clone()))
             };
             let theirs = || {
+                let times = model.sweep(batches, self.pace.short_sweep)?;
                 // The round trip hardly varies, so a third of the time will do.
                 let end = warm + self.pace.queue_window / 3;
                 let run = load::open(&served.client_of(&echo), rate, seed, between(warm, end))?;
                 ensure!(run.failed == 0, "{} requests to the echo failed", run.failed);
-                let trip = run.latencies.quantile(0.5);
-                Ok(measured(&run, QUANTILES.map(|(_, share)| served.curve.best(&arrivals, warm, share) + trip)))
+                let both = times.and(in_open_loop(&run, run.latencies.quantile(0.5)));
+                Ok(both.map(|(times, trip)| {
+                    let curve = Curve::new(times);
+                    QUANTILES.map(|(_, share)| curve.best(&arrivals, warm, share) + trip)
+                }))
             };
             pairs.take(ours, theirs)?;
         }
         for (index, (quantile, _)) in QUANTILES.into_iter().enumerate() {
             let mut add = |suffix: &str, what: &str, unit, value: &dyn Fn(f64, f64) -> f64| {
                 let values = pairs.values(|ours: &[f64; 2], ideal: &[f64; 2]| value(ours[index], ideal[index]));
-                let name = format!("queue{load}_{quantile}{suffix}_{}", served.name);
-                let title = format!("`{}`, gRPC at {load} % load: {quantile} {what}", served.name);
-                self.report.median(&name, &title, unit, Lower, &values);
+                let title = format!("`{name}`, gRPC at {load} % load: {quantile} {what}");
+                self.report.median(&format!("queue{load}_{quantile}{suffix}_{name}"), &title, unit, Lower, &values);
             };
             add("_served_ms", "served", "ms", &|ours, _| ours * 1e3);
             add("_ideal_ms", "of the ideal queue with the echo's round trip", "ms", &|_, ideal| ideal * 1e3);
@@ -127,27 +145,24 @@ impl Bench {
     }
 
     /// Twice the load that it can bear.
-    fn overload(&mut self, served: &Served<'_>, full: &Target<'_>) -> Result<()> {
+    fn overload(&mut self, served: &Served<'_>) -> Result<()> {
+        let (name, saturation) = (served.workload.name, self.saturation(served)?);
         let (warm, window) = (self.pace.warm, self.pace.queue_window);
         let mut pairs = Pairs::new();
         for pair in 1..=self.pace.queue_pairs {
-            say(format_args!("{} at twice its load, pair {pair} of {}", served.name, self.pace.queue_pairs));
+            say(format_args!("{name} at twice its load, pair {pair} of {}", self.pace.queue_pairs));
             let ours = || {
-                let rate = OVERLOAD * served.saturation;
+                let rate = OVERLOAD * saturation.rate;
                 // As many connections more: every request shall reach the server when it is meant to.
                 let flood = Target { connections: 4 * CONNECTIONS, ..served.client() };
                 let run = load::open(&flood, rate, pair as u64, between(warm, warm + window))?;
                 let good = run.all.within(DEADLINE) as f64 / run.usage.seconds;
                 let refused = run.refusals.count() as f64 / (run.refusals.count() + run.latencies.count()) as f64;
-                Ok(measured(&run, [good, run.refusals.quantile(0.99), refused]))
+                let found = [good, run.refusals.quantile(0.99), refused];
+                Ok(in_open_loop(&run, found).unless(saturation.void.clone()))
             };
-            let theirs = || {
-                let run = load::closed(full, warm, window)?;
-                Ok(Measured { value: run.rate, usage: run.usage, spoiled: is_disturbed(&run.usage) })
-            };
-            pairs.take(ours, theirs)?;
+            pairs.take(ours, || self.full(served, window))?;
         }
-        let name = served.name;
         let title = |what: &str| format!("`{name}` at twice its load with deadlines of {DEADLINE:?}: {what}");
         let report = &mut self.report;
         let saturation = pairs.values(|_: &[f64; 3], full: &f64| *full);
@@ -169,36 +184,45 @@ impl Bench {
         Ok(())
     }
 
-    /// A client that asks for little beside one that asks for ten times as much, on connections of their own.
-    fn fairness(&mut self, served: &Served<'_>) -> Result<()> {
-        let rate = LIGHT * served.saturation;
+    /// A client that asks for a tenth of what can be served, beside one that asks for all of it, on connections of their
+    /// own.
+    fn fairness(&mut self, served: &Served<'_>, model: &mut Model) -> Result<()> {
+        let (name, saturation) = (served.workload.name, self.saturation(served)?);
+        let rate = LIGHT * saturation.rate;
+        let times = until_it_counts(|| model.sweep(served.workload.batches, self.pace.short_sweep))?;
+        let void = saturation.void.or_else(|| times.void());
+        let curve = Curve::new(times.value);
+        let batch = curve.time(curve.knee()).as_secs_f64();
         let (warm, end) = (self.pace.warm, self.pace.warm + self.pace.queue_window);
         let p99 = |run| {
             let run = with_refusals(run);
-            measured(&run, run.latencies.quantile(0.99))
+            in_open_loop(&run, run.latencies.quantile(0.99)).unless(void.clone())
         };
-        let mut pairs = Pairs::new();
-        for pair in 1..=self.pace.queue_pairs {
-            say(format_args!("{} for a light client, pair {pair} of {}", served.name, self.pace.queue_pairs));
-            let seed = pair as u64;
-            let light = served.client();
-            let beside = || {
-                let flood = (&served.client(), FLOOD * rate);
-                Ok(p99(load::beside((&light, rate), flood, seed, between(warm, end))?))
+        let layouts = if self.pace.thorough { &LAYOUTS[..] } else { &LAYOUTS[..1] };
+        for &(suffix, connections, client) in layouts {
+            let light = Target { connections, ..served.client() };
+            let mut pairs = Pairs::new();
+            for pair in 1..=self.pace.queue_pairs {
+                say(format_args!("{name} for {client}, pair {pair} of {}", self.pace.queue_pairs));
+                let seed = pair as u64;
+                let beside = || {
+                    let flood = (&served.client(), FLOOD * rate);
+                    Ok(p99(load::beside((&light, rate), flood, seed, between(warm, end))?))
+                };
+                let alone = || Ok(p99(load::open(&light, rate, seed, between(warm, end))?));
+                pairs.take(beside, alone)?;
+            }
+            let mut add = |figure: &str, what: &str, unit, value: &dyn Fn(f64, f64) -> f64| {
+                let (figure, title) = (format!("{figure}{suffix}_{name}"), format!("`{name}`, {client}: {what}"));
+                self.report.median(&figure, &title, unit, Lower, &pairs.values(|beside, alone| value(*beside, *alone)));
             };
-            let alone = || Ok(p99(load::open(&light, rate, seed, between(warm, end))?));
-            pairs.take(beside, alone)?;
+            add("light_p99_alone_ms", "p99 alone at 10 % load", "ms", &|_, alone| alone * 1e3);
+            let flooder = "p99 beside a flooder of ten times as much on four connections";
+            add("light_p99_beside_ms", flooder, "ms", &|beside, _| beside * 1e3);
+            let ratio = format!("{flooder}, less one batch, ÷ alone");
+            add("fairness_p99", &ratio, "", &|beside, alone| (beside - batch) / alone);
+            self.foreign.extend(pairs.foreign());
         }
-        let batch = served.curve.time(served.curve.knee()).as_secs_f64();
-        let mut add = |name: &str, what: &str, unit, value: &dyn Fn(f64, f64) -> f64| {
-            let (name, title) =
-                (format!("{name}_{}", served.name), format!("`{}`, a light client: {what}", served.name));
-            self.report.median(&name, &title, unit, Lower, &pairs.values(|beside, alone| value(*beside, *alone)));
-        };
-        add("light_p99_alone_ms", "p99 alone", "ms", &|_, alone| alone * 1e3);
-        add("light_p99_beside_ms", "p99 beside ten times as much", "ms", &|beside, _| beside * 1e3);
-        add("fairness_p99", "p99 beside, less one batch, ÷ alone", "", &|beside, alone| (beside - batch) / alone);
-        self.foreign.extend(pairs.foreign());
         Ok(())
     }
 }
@@ -218,8 +242,4 @@ impl Served<'_> {
 fn with_refusals(mut run: Arrivals) -> Arrivals {
     (0..run.refusals.count()).for_each(|_| run.latencies.record(DEADLINE));
     run
-}
-
-fn measured<T>(run: &Arrivals, value: T) -> Measured<T> {
-    Measured { value, usage: run.usage, spoiled: is_disturbed(&run.usage) || run.held_up > MAX_HELD_UP }
 }

@@ -13,10 +13,10 @@ use tidegate::{
     tensor::{Data, Tensor},
 };
 
-use super::{Bench, is_disturbed, repository, target, throughput::MAX_GENERATOR, workload::IDENTITY};
+use super::{Bench, in_closed_loop, repository, target, workload::IDENTITY};
 use crate::{
     load::{self, Saturation},
-    pairs::{Measured, Pairs},
+    pairs::Pairs,
     report::{Better::Higher, say},
     requests::{INFER, Protocol},
     wire::Request,
@@ -59,14 +59,11 @@ impl Bench {
 
         let measure = |process, request| {
             let target = target(process, Protocol::Grpc, request, concurrency);
-            let value = load::closed(&target, self.pace.warm, self.pace.window)?;
-            let usage = value.usage;
-            let limited = usage.own / usage.seconds > MAX_GENERATOR;
-            anyhow::Ok(Measured { value, usage, spoiled: limited || is_disturbed(&usage) })
+            anyhow::Ok(in_closed_loop(load::closed(&target, self.pace.warm, self.pace.window)?))
         };
         let mut rounds: Pairs<Saturation, (Saturation, Saturation)> = Pairs::new();
-        for round in 1..=self.pace.pairs {
-            say(format_args!("{model} in shared memory under full load, round {round} of {}", self.pace.pairs));
+        for round in 1..=self.pace.second_pairs {
+            say(format_args!("{model} in shared memory under full load, round {round} of {}", self.pace.second_pairs));
             rounds.take(|| measure(&server, &placed), || Ok(measure(&server, &sent)?.and(measure(&echo, &sent)?)))?;
         }
         let mut add = |name: &str, what: &str, unit, value: &dyn Fn(&Saturation, &Saturation, &Saturation) -> f64| {

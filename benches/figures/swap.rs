@@ -4,31 +4,23 @@
 //! shortly after its end, when the old version is gone, too. Both are seconds apart on the same connections, so a
 //! machine that is slow for a while is slow for both.
 
-use std::{
-    io::{Read, Write},
-    net::{SocketAddr, TcpStream},
-    os::unix::fs::symlink,
-    path::Path,
-    sync::{
-        atomic::{AtomicBool, Ordering},
-        mpsc::channel,
-    },
-    time::Duration,
-};
+use std::{os::unix::fs::symlink, path::Path, time::Duration};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 
 use super::{
-    Bench, MAX_HELD_UP, OPEN_STREAMS, disturbance, repository, target,
+    Bench, OPEN_STREAMS, in_open_loop,
+    order::beside_load,
+    repository, target,
     workload::{Bare, IRIS},
 };
 use crate::{
     load::{self, Arrivals, Phase, Target},
-    machine::pin,
+    pairs::most_are_void,
     process::Process,
     report::{Better::Lower, say},
     requests::Protocol,
-    statistics::{Latencies, bootstrap},
+    statistics::{Latencies, POOLED_RESAMPLES, bootstrap},
 };
 
 const SWAPS: usize = 20;
@@ -36,8 +28,6 @@ const SWAPS: usize = 20;
 const SWAP_TIMEOUT: Duration = Duration::from_secs(30);
 /// After the load's end the old version is still drained and dropped.
 const AFTERMATH: Duration = Duration::from_millis(100);
-/// Each draws from histograms of all swaps, and so there are fewer of them than for a median.
-const RESAMPLES: usize = 300;
 
 impl Bench {
     /// Twenty new versions of `iris`, one after the other, at `rate` gRPC requests per second.
@@ -53,24 +43,21 @@ impl Bench {
             let run = self.swap(&server, &target, rate, repository.path(), version)?;
             failed += run.failed;
             answered += run.latencies.count();
-            let late = (run.held_up > MAX_HELD_UP)
-                .then(|| format!("the generator was held up during {:.0} % of requests", 100.0 * run.held_up));
-            let void = disturbance(&run.usage).or(late);
+            let void = in_open_loop(&run, ()).void();
             if let Some(reason) = &void {
                 say(format_args!("swap {} is void: {reason}", version - 1));
             }
-            runs.push((run, void.is_none()));
+            runs.push((run, void));
         }
-        let voided = runs.iter().filter(|(_, counts)| !counts).count();
-        let void = (voided * 2 > SWAPS).then(|| format!("{voided} of {SWAPS} swaps were void"));
+        let void = most_are_void("swaps", runs.iter().map(|(_, void)| void.as_ref()));
         // Of a figure that is void all swaps are shown.
         let counted: Vec<&Arrivals> =
-            runs.iter().filter(|(_, counts)| *counts || void.is_some()).map(|(run, _)| run).collect();
-        let steady = |drawn: &[usize]| p99_of_all(drawn.iter().map(|&run| &counted[run].steady));
-        let during = |drawn: &[usize]| p99_of_all(drawn.iter().map(|&run| &counted[run].latencies));
+            runs.iter().filter(|(_, spoiled)| spoiled.is_none() || void.is_some()).map(|(run, _)| run).collect();
+        let steady = |drawn: &[usize]| Latencies::pooled(drawn.iter().map(|&run| &counted[run].steady), 0.99);
+        let during = |drawn: &[usize]| Latencies::pooled(drawn.iter().map(|&run| &counted[run].latencies), 0.99);
         let all: Vec<usize> = (0..counted.len()).collect();
         let mut add = |name: &str, title: &str, unit, scale: f64, value: &dyn Fn(&[usize]) -> f64| {
-            let found = (scale * value(&all), bootstrap(all.len(), RESAMPLES, |drawn| scale * value(drawn)));
+            let found = (scale * value(&all), bootstrap(all.len(), POOLED_RESAMPLES, |drawn| scale * value(drawn)));
             self.report.with_interval(name, title, unit, Lower, found, void.clone());
         };
         add("swap_steady_p99_us", "p99 without swaps", "µs", 1e6, &steady);
@@ -91,67 +78,25 @@ impl Bench {
         version: usize,
     ) -> Result<Arrivals> {
         symlink(&self.iris, models.join("iris").join(version.to_string()))?;
-        let loaded = AtomicBool::new(false);
-        let (order, orders) = channel::<()>();
         let swap_at = self.pace.warm + self.pace.steady;
-        std::thread::scope(|scope| {
-            // Whoever asks for the load waits beside the server: the generator must not.
-            let (core, rest, done) = (self.programs.core, server.rest, &loaded);
-            let loader = scope.spawn(move || -> Result<()> {
-                pin(&[core])?;
-                // Without an order the run has failed, and says so itself.
-                let result = orders.recv().map_or(Ok(()), |()| load_model(rest, "iris"));
-                done.store(true, Ordering::Release);
-                result
-            });
-            let mut order = Some(order);
+        beside_load(self.programs.core, server.rest, "iris", |load| {
             let mut loaded_at = None;
-            let run = load::open(target, rate, version as u64, |now, reply| {
+            load::open(target, rate, version as u64, |now, reply| {
                 if now < self.pace.warm {
                     return Ok(Phase::Pass);
                 }
                 if now < swap_at {
                     return Ok(Phase::Steady);
                 }
-                if let Some(order) = order.take() {
-                    order.send(()).context("nobody loads models")?;
-                }
-                if loaded_at.is_none() && loaded.load(Ordering::Acquire) {
+                load.begin()?;
+                if loaded_at.is_none() && load.has_ended() {
                     loaded_at = Some(now);
                 }
                 ensure!(now < swap_at + SWAP_TIMEOUT, "version {version} does not answer within {SWAP_TIMEOUT:?}");
                 let over = loaded_at.is_some_and(|loaded| now >= loaded + AFTERMATH);
                 let serves = || Protocol::version(reply).is_ok_and(|serving| serving == version);
                 Ok(if over && serves() { Phase::End } else { Phase::Count })
-            });
-            drop(order);
-            match loader.join() {
-                Ok(result) => result?,
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
-            run
+            })
         })
     }
-}
-
-/// The p99 of several runs taken together, in seconds.
-fn p99_of_all<'a>(runs: impl Iterator<Item = &'a Latencies>) -> f64 {
-    let mut all = Latencies::default();
-    runs.for_each(|run| all.add(run));
-    all.quantile(0.99)
-}
-
-/// Loads the newest version of `model` through the REST API, and waits for it.
-fn load_model(rest: SocketAddr, model: &str) -> Result<()> {
-    let mut stream = TcpStream::connect(rest)?;
-    let request = format!(
-        "POST /v2/repository/models/{model}/load HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\
-         connection: close\r\n\r\n"
-    );
-    stream.set_read_timeout(Some(SWAP_TIMEOUT))?;
-    stream.write_all(request.as_bytes())?;
-    let mut reply = String::new();
-    stream.read_to_string(&mut reply).with_context(|| format!("no answer to the load of '{model}'"))?;
-    ensure!(reply.starts_with("HTTP/1.1 200"), "'{model}' does not load: {reply}");
-    Ok(())
 }

@@ -6,12 +6,12 @@
 use anyhow::{Context, Result, ensure};
 
 use super::{
-    Bench, is_disturbed, repository, target,
+    Bench, in_closed_loop, repository, target,
     workload::{Bare, CONVOLUTION, DIGITS, IDENTITY, IRIS, MAGIKA, Workload},
 };
 use crate::{
     load::{self, Saturation},
-    pairs::{Measured, Pairs, Value},
+    pairs::{Measured, Pairs, Value, until_it_counts},
     report::{
         Better::{Higher, Lower},
         say,
@@ -19,9 +19,6 @@ use crate::{
     requests::Protocol,
     statistics::median,
 };
-
-/// Above this share of its core the generator, and not the server, may be what was measured.
-pub(super) const MAX_GENERATOR: f64 = 0.95;
 
 /// The model without a server.
 #[derive(Clone, Copy)]
@@ -54,21 +51,25 @@ impl Bench {
         };
         let both = rates(Protocol::Binary).into_iter().zip(rates(Protocol::Json));
         let ratios: Vec<Value> = both
-            .map(|(binary, json)| Value { number: binary.number / json.number, counts: binary.counts && json.counts })
+            .map(|(binary, json)| Value { number: binary.number / json.number, void: binary.void.or(json.void) })
             .collect();
         self.report.median("w1_binary_vs_json", "`iris`: REST binary ÷ REST JSON", "", Higher, &ratios);
         self.roofline("roofline_w1", &IRIS, &found[0].rounds);
-        // Void or not: what follows needs some load.
-        Ok(median(&rates(Protocol::Grpc).iter().map(|rate| rate.number).collect::<Vec<_>>()))
+        // What counts, and if nothing does, all: what follows needs some load.
+        let rates = rates(Protocol::Grpc);
+        let counted: Vec<f64> = rates.iter().filter(|rate| rate.void.is_none()).map(|rate| rate.number).collect();
+        let all: Vec<f64> = rates.iter().map(|rate| rate.number).collect();
+        Ok(median(if counted.is_empty() { &all } else { &counted }))
     }
 
-    /// How many `iris` requests a core serves over gRPC, found once and not reported: what other loads are a share of.
+    /// How many `iris` requests a core serves over gRPC, not reported: what other loads are a share of.
     pub(super) fn full_load(&self, iris: &Bare) -> Result<f64> {
         let repository = repository(&[(IRIS.model, &self.iris)])?;
         let server = self.programs.serve(repository.path())?;
         let request = Protocol::Grpc.request(IRIS.model, iris.model.row())?;
         let target = target(&server, Protocol::Grpc, &request, (IRIS.concurrency)(Protocol::Grpc));
-        Ok(load::closed(&target, self.pace.warm, self.pace.window)?.rate)
+        let found = until_it_counts(|| Ok(in_closed_loop(load::closed(&target, self.pace.warm, self.pace.window)?)))?;
+        Ok(found.value.rate)
     }
 
     /// `digits`, and images of 602 KB as they are and through a convolution.
@@ -108,7 +109,9 @@ impl Bench {
     pub(super) fn on_both_cores(&mut self) -> Result<()> {
         let one = self.programs.clone();
         self.programs = one.on_both();
-        let found = self.saturate(&IRIS, &[Protocol::Grpc, Protocol::Json], None, self.pace.pairs_2core);
+        let protocols = [Protocol::Grpc, Protocol::Json];
+        let protocols = if self.pace.thorough { &protocols[..] } else { &protocols[..1] };
+        let found = self.saturate(&IRIS, protocols, None, self.pace.second_pairs);
         self.programs = one;
         for found in &found? {
             self.beside_the_echo(&IRIS, found, "_2core");
@@ -151,18 +154,15 @@ impl Bench {
             for (request, Found { protocol, rounds }) in &mut all {
                 let measure = |process| {
                     let target = target(process, *protocol, request, (workload.concurrency)(*protocol));
-                    let value = load::closed(&target, self.pace.warm, self.pace.window)?;
-                    let usage = value.usage;
-                    let limited = usage.own / usage.seconds > MAX_GENERATOR;
-                    Ok(Measured { value, usage, spoiled: limited || is_disturbed(&usage) })
+                    Ok(in_closed_loop(load::closed(&target, self.pace.warm, self.pace.window)?))
                 };
                 let beside = || -> Result<Measured<(Saturation, Option<Inprocess>)>> {
                     let echo = measure(&echo)?;
-                    let Some(bare) = bare.as_deref_mut() else { return Ok(echo.map(|echo| (echo, None))) };
-                    let (rate, cpu, usage) = bare.run(self.pace.bare)?;
-                    let spoiled = is_disturbed(&usage);
-                    let bare = Measured { value: Some(Inprocess { rate, cpu }), usage, spoiled };
-                    Ok(echo.and(bare))
+                    // Rooflines are of gRPC.
+                    let beside = bare.as_deref_mut().filter(|_| *protocol == Protocol::Grpc);
+                    let Some(bare) = beside else { return Ok(echo.map(|echo| (echo, None))) };
+                    let (rate, cpu, usage) = bare.run(&self.pace)?;
+                    Ok(echo.and(Measured::new(Some(Inprocess { rate, cpu }), usage)))
                 };
                 rounds.take(|| measure(&server), beside)?;
             }
