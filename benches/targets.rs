@@ -76,7 +76,7 @@ mod tests {
         assert_eq!(goal("roofline_magika"), Some(Goal { target: 0.95, stretch: 0.98 }));
         assert_eq!(goal("w1_grpc_echo_rps"), None);
         assert_eq!(goal("queue80_p99_w5"), None);
-        assert!(goal("fairness_p99_magika").is_some() && goal("fairness_p99_even_magika").is_none());
+        assert!(goal("fairness_p99_magika").is_some() && goal("fairness_p99_4_magika").is_none());
     }
 
     #[test]

@@ -233,9 +233,11 @@ fn held_up(run: &Arrivals) -> Option<String> {
     (run.held_up > MAX_HELD_UP).then(|| format!("the generator was held up during {share:.0} % of the requests"))
 }
 
+/// The generator had no time left although the server had some.
 fn limited(usage: &Usage) -> Option<String> {
     let share = usage.own / usage.seconds;
-    (share > MAX_GENERATOR).then(|| format!("the generator took {:.0} % of its core", 100.0 * share))
+    (share > MAX_GENERATOR && usage.server / usage.seconds < MAX_GENERATOR)
+        .then(|| format!("the generator took {:.0} % of its core", 100.0 * share))
 }
 
 fn target<'a>(

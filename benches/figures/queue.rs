@@ -34,10 +34,9 @@ const OVERLOAD: f64 = 2.0;
 const LIGHT: f64 = 0.1;
 const FLOOD: f64 = 10.0;
 const CONNECTIONS: usize = 4;
-/// In names of figures, the light client's connections beside the flooder's four, and who that is. To a server that
-/// takes turns by connection, a client with as many connections as the flooder is as large.
-const LAYOUTS: [(&str, usize, &str); 2] =
-    [("", 1, "a light client on one connection"), ("_even", CONNECTIONS, "a light client on four connections")];
+/// In names of figures, and how many connections the flooder has, beside a light client on one. To a server that takes
+/// turns by connection, four connections are four clients, each of which may have as much as the light one.
+const LAYOUTS: [(&str, usize, &str); 2] = [("", 1, "one connection"), ("_4", CONNECTIONS, "four connections")];
 
 /// A model that is served, and how it is asked.
 struct Served<'a> {
@@ -199,26 +198,27 @@ impl Bench {
             in_open_loop(&run, run.latencies.quantile(0.99)).unless(void.clone())
         };
         let layouts = if self.pace.thorough { &LAYOUTS[..] } else { &LAYOUTS[..1] };
-        for &(suffix, connections, client) in layouts {
-            let light = Target { connections, ..served.client() };
+        let light = Target { connections: 1, ..served.client() };
+        for &(suffix, connections, those) in layouts {
+            let flooder = Target { connections, ..served.client() };
             let mut pairs = Pairs::new();
             for pair in 1..=self.pace.queue_pairs {
-                say(format_args!("{name} for {client}, pair {pair} of {}", self.pace.queue_pairs));
+                say(format_args!("{name} beside a flooder on {those}, pair {pair} of {}", self.pace.queue_pairs));
                 let seed = pair as u64;
                 let beside = || {
-                    let flood = (&served.client(), FLOOD * rate);
+                    let flood = (&flooder, FLOOD * rate);
                     Ok(p99(load::beside((&light, rate), flood, seed, between(warm, end))?))
                 };
                 let alone = || Ok(p99(load::open(&light, rate, seed, between(warm, end))?));
                 pairs.take(beside, alone)?;
             }
             let mut add = |figure: &str, what: &str, unit, value: &dyn Fn(f64, f64) -> f64| {
-                let (figure, title) = (format!("{figure}{suffix}_{name}"), format!("`{name}`, {client}: {what}"));
+                let (figure, title) = (format!("{figure}{suffix}_{name}"), format!("`{name}`, a light client: {what}"));
                 self.report.median(&figure, &title, unit, Lower, &pairs.values(|beside, alone| value(*beside, *alone)));
             };
             add("light_p99_alone_ms", "p99 alone at 10 % load", "ms", &|_, alone| alone * 1e3);
-            let flooder = "p99 beside a flooder of ten times as much on four connections";
-            add("light_p99_beside_ms", flooder, "ms", &|beside, _| beside * 1e3);
+            let flooder = format!("p99 beside a flooder of ten times as much on {those}");
+            add("light_p99_beside_ms", &flooder, "ms", &|beside, _| beside * 1e3);
             let ratio = format!("{flooder}, less one batch, ÷ alone");
             add("fairness_p99", &ratio, "", &|beside, alone| (beside - batch) / alone);
             self.foreign.extend(pairs.foreign());
