@@ -154,17 +154,19 @@ impl Bench {
             for (request, Found { protocol, rounds }) in &mut all {
                 let measure = |process| {
                     let target = target(process, *protocol, request, (workload.concurrency)(*protocol));
-                    Ok(in_closed_loop(load::closed(&target, self.pace.warm, self.pace.window)?))
+                    load::closed(&target, self.pace.warm, self.pace.window)
                 };
                 let beside = || -> Result<Measured<(Saturation, Option<Inprocess>)>> {
                     let echo = measure(&echo)?;
+                    let echo =
+                        if workload.beside_echo { in_closed_loop(echo) } else { Measured::new(echo, echo.usage) };
                     // Rooflines are of gRPC.
                     let beside = bare.as_deref_mut().filter(|_| *protocol == Protocol::Grpc);
                     let Some(bare) = beside else { return Ok(echo.map(|echo| (echo, None))) };
                     let (rate, cpu, usage) = bare.run(&self.pace)?;
                     Ok(echo.and(Measured::new(Some(Inprocess { rate, cpu }), usage)))
                 };
-                rounds.take(|| measure(&server), beside)?;
+                rounds.take(|| measure(&server).map(in_closed_loop), beside)?;
             }
         }
         Ok(all
@@ -190,7 +192,9 @@ impl Bench {
             self.report.median(&name, &format!("`{model}`, {title}{cores}: {text}"), unit, better, &values);
         };
         add("rps", "served", "req/s", Higher, &|ours, _, _| ours.rate);
-        add("echo_rps", "echo", "req/s", Higher, &|_, echo, _| echo.rate);
+        if workload.beside_echo {
+            add("echo_rps", "echo", "req/s", Higher, &|_, echo, _| echo.rate);
+        }
         add("cpu_us", "server CPU per request", "µs", Lower, &|ours, _, _| ours.cpu * 1e6);
         add("echo_cpu_us", "echo CPU per request", "µs", Lower, &|_, echo, _| echo.cpu * 1e6);
         // What a request costs the generator beside the echo, which answers most: so many would fill its core.

@@ -27,6 +27,9 @@ pub(super) struct Workload {
     pub batches: &'static [usize],
     /// The elements of the row that is asked about, by their number.
     pub element: fn(usize) -> [u8; 4],
+    /// Whether its rate is held against the echo's; of the others only what the echo costs is of use, which a generator
+    /// that can give it no more to do does not change.
+    pub beside_echo: bool,
 }
 
 /// W1: costs less than a request.
@@ -36,6 +39,7 @@ pub(super) const IRIS: Workload = Workload {
     concurrency: Protocol::concurrency,
     batches: &[1, 2, 4, 8, 16, 32, 64],
     element: |index| [5.7_f32, 2.8, 4.1, 1.3][index % 4].to_le_bytes(),
+    beside_echo: true,
 };
 pub(super) const DIGITS: Workload = Workload {
     name: "digits",
@@ -43,13 +47,20 @@ pub(super) const DIGITS: Workload = Workload {
     concurrency: Protocol::concurrency,
     batches: &[1, 2, 4, 8, 16, 32, 64],
     element: |index| ((index % 17) as f32 / 16.0).to_le_bytes(),
+    beside_echo: false,
 };
 /// W3: images of 602 KB that come back as they are.
 pub(super) const IDENTITY: Workload =
-    Workload { name: "w3", model: "identity", concurrency: few, batches: &[], element: pixel };
+    Workload { name: "w3", model: "identity", concurrency: few, batches: &[], element: pixel, beside_echo: true };
 /// W3: the same images through a small convolution.
-pub(super) const CONVOLUTION: Workload =
-    Workload { name: "convolution", model: "convolution", concurrency: few, batches: &[1, 2, 4, 8], element: pixel };
+pub(super) const CONVOLUTION: Workload = Workload {
+    name: "convolution",
+    model: "convolution",
+    concurrency: few,
+    batches: &[1, 2, 4, 8],
+    element: pixel,
+    beside_echo: false,
+};
 /// Some milliseconds a row, which batches do not make cheaper.
 pub(super) const MAGIKA: Workload = Workload {
     name: "magika",
@@ -57,6 +68,7 @@ pub(super) const MAGIKA: Workload = Workload {
     concurrency: few,
     batches: &[1, 2, 4, 8],
     element: |index| (index as u32 % 256).to_le_bytes(),
+    beside_echo: false,
 };
 
 /// W4: a stub whose runs take a millisecond whatever their size.
@@ -67,6 +79,7 @@ pub(super) const W4: Workload = Workload {
     batches: &[1, 2, 4, 8],
     // The stub's own row is asked about.
     element: |_| [0; 4],
+    beside_echo: false,
 };
 
 /// Enough to fill batches of four while the next four wait; more would only wait longer, and take caches.
