@@ -85,6 +85,8 @@ impl Baseline {
     /// When it cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
         let text = serde_json::to_string_pretty(self)? + "\n";
+        let folder = path.parent().unwrap_or(Path::new("."));
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
         std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
     }
 
