@@ -182,7 +182,7 @@ impl<'a> Text<'a> {
     fn flat_array(&mut self) -> Option<&'a [u8]> {
         self.take(b'[')?;
         let rest = &self.bytes[self.at..];
-        let length = rest.iter().position(|&byte| byte == b']')?;
+        let length = memchr::memchr(b']', rest)?;
         self.at += length + 1;
         Some(&rest[..length])
     }
@@ -241,15 +241,17 @@ impl<'a> Text<'a> {
 
     /// What stands between commas, up to the end of the text.
     fn each(&mut self, mut item: impl FnMut(&mut Self) -> Option<()>) -> Option<()> {
-        while self.peek().is_some() {
-            item(self)?;
-            if self.peek().is_none() {
-                return Some(());
-            }
-            self.take(b',')?;
-            // A comma is never the last.
-            self.peek()?;
+        if self.peek().is_none() {
+            return Some(());
         }
-        Some(())
+        loop {
+            item(self)?;
+            match self.bytes.get(self.at) {
+                // An item has to follow.
+                Some(b',') => self.at += 1,
+                _ if self.peek().is_none() => return Some(()),
+                _ => self.take(b',')?,
+            }
+        }
     }
 }
