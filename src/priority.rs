@@ -25,7 +25,8 @@ const SLICE: Duration = Duration::from_micros(100);
 /// that.
 ///
 /// Linux lets a thread that runs a model go on for some milliseconds before it looks whether another wants its place,
-/// unless that one asks for a shorter turn. Kernels before 6.12 do not know the wish, and take no notice.
+/// unless that one asks for a shorter turn. Kernels before 6.12 do not know the wish, and take no notice; where the system
+/// refuses, the thread goes on as it was.
 pub fn be_prompt() {
     #[cfg(target_os = "linux")]
     {
@@ -76,6 +77,27 @@ mod tests {
         let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
         let (_, fields) = stat.rsplit_once(')').unwrap();
         fields.split_whitespace().nth(38).unwrap().parse().unwrap()
+    }
+
+    /// What the calling thread's turn is to last, in ns; `None` where the kernel does not tell, or knows no such wish.
+    fn slice() -> Option<u64> {
+        let told = std::fs::read_to_string("/proc/thread-self/sched").ok()?;
+        let line = told.lines().find(|line| line.starts_with("se.slice"))?;
+        line.split_whitespace().last()?.parse().ok()
+    }
+
+    #[test]
+    fn only_the_thread_itself_is_prompt() {
+        std::thread::spawn(|| {
+            let (before, class) = (slice(), policy());
+            be_prompt();
+            assert_eq!(policy(), class);
+            let Some(before) = before else { return };
+            assert_eq!(slice(), Some(100_000));
+            assert_eq!(std::thread::spawn(slice).join().unwrap(), Some(before), "threads that it starts are as others");
+        })
+        .join()
+        .unwrap();
     }
 
     #[test]

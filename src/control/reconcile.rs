@@ -409,7 +409,7 @@ impl Reconciler {
         tracing::info!(model = %version.name, version = %version.version, in_flight = version.in_flight(), "draining");
         self.drains.spawn_blocking(move || {
             let cut = version.drain(limit);
-            trim();
+            heap::trim();
             tracing::info!(model = %version.name, version = %version.version, cut_short = cut, "unloaded");
             cut
         });
@@ -465,14 +465,6 @@ fn log_ready(version: &ModelVersion) {
     );
 }
 
-/// Returns the memory of what was loaded or unloaded, on a thread of ordinary priority: it locks the heap meanwhile, and
-/// whoever waits for that lock must not wait for a thread that gets no turn. Blocks.
-fn trim() {
-    let trimmer = std::thread::Builder::new().name("trim".to_owned()).spawn(heap::trim);
-    // Without a thread the memory is used by the next load.
-    let _ = trimmer.map(|thread| thread.join());
-}
-
 /// Runs `work` on a thread of its own: with others of this process serving, one that takes only what they leave of the
 /// processor. Threads that operators run on are started elsewhere and keep their priority.
 async fn on_loader_thread<T: Send + 'static>(
@@ -492,6 +484,8 @@ async fn on_loader_thread<T: Send + 'static>(
     });
     spawned.map_err(|error| Error::internal(format!("cannot start a loader thread: {error}")))?;
     let result = receiver.await.unwrap_or_else(|_| Err(Error::internal("the loader thread ended without a result")));
-    let _ = tokio::task::spawn_blocking(trim).await;
+    // Not on the loader's thread: whoever waits for the heap's lock must not wait for a thread that gets no turn. Memory
+    // that is not returned now is used by the next load.
+    let _ = tokio::task::spawn_blocking(heap::trim).await;
     result
 }

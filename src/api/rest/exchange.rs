@@ -85,7 +85,7 @@ pub(super) async fn infer<B: Arriving>(
     exchange(app, named, arrival, read, write).await
 }
 
-/// Has the model that `named` names answer `request`, and counts it.
+/// Has the model that `named` names answer what arrived, and counts it.
 ///
 /// `read` turns the question into tensors and into what `write` must know of it to put the answer into words; errors
 /// of both need not name the model.

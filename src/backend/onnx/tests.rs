@@ -101,6 +101,18 @@ fn mappings_below(folder: &Path) -> usize {
 }
 
 #[test]
+fn a_small_model_is_steady_and_says_whose_time_it_takes() {
+    let iris = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/iris/1");
+    let threads = |count| Options { intra_op_threads: Some(count), ..Options::default() };
+    let alone = load(&iris, &threads(1)).unwrap();
+    assert!(alone.signature().steady && alone.signature().on_thread);
+    let shared = load(&iris, &threads(2)).unwrap();
+    assert!(shared.signature().steady && !shared.signature().on_thread);
+    let open = testing::directory(testing::identity(DType::Fp32, &[-1, -1]));
+    assert!(!load(open.path(), &threads(1)).unwrap().signature().steady, "a row may be of any length");
+}
+
+#[test]
 fn instances_map_one_file_and_answer_as_one_alone() {
     let digits = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/digits/1");
     let made = testing::directory(products(256, 3));

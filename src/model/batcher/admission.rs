@@ -46,7 +46,7 @@ impl<T> Batcher<T> {
             // Refused now is better than late: others with less waiting may still come and run before it.
             let ahead = self.lanes[level].expected_ahead(cost.client, round);
             let wait = self.estimated_wait(level, ahead, now);
-            let run = if self.is_idle() { Duration::ZERO } else { self.run_time(cost.rows) };
+            let run = if self.is_idle() && wait.is_zero() { Duration::ZERO } else { self.run_time(cost.rows) };
             if wait.saturating_add(wait / SPARE).saturating_add(run) > deadline.saturating_duration_since(now) {
                 let message = format!("the deadline cannot be met: the estimated wait is {wait:.0?}");
                 return Err((item, Error::new(Code::DeadlineExceeded, message)));
