@@ -17,12 +17,13 @@ use anyhow::{Context, bail};
 use axum::Router;
 use bytes::Bytes;
 use notify::{RecursiveMode, Watcher};
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     api::{
         self, App,
+        aside::Aside,
         client::Clients,
         grpc,
         listen::{IoThreads, LONG_MESSAGES, Port, Wire},
@@ -118,7 +119,7 @@ impl Server {
             clients: Clients::new(config.queue.client_header.as_deref())?,
             token: config.token.clone(),
             shared_memory: Regions::new(&config.shared_memory, metrics.clone()),
-            long_messages: Arc::new(Semaphore::new(LONG_MESSAGES * io_threads)),
+            aside: Aside::new(LONG_MESSAGES * io_threads),
             json_nonfinite: config.json_nonfinite,
             strict_readiness: config.strict_readiness,
             onnxruntime_version: onnxruntime_version.to_owned(),

@@ -43,7 +43,7 @@ const MAX_FRAME: u32 = 1 << 20;
 /// Connections handed to an I/O runtime that it has not picked up; when full, accepting waits.
 const HANDOVER: usize = 256;
 /// Long messages that are read or written at the same time beside an I/O thread's connections; more of them wait for
-/// `App::long_messages`.
+/// a turn in `App::aside`.
 pub const LONG_MESSAGES: usize = 2;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Bytes that every HTTP/2 connection begins with.

@@ -11,7 +11,6 @@ use std::{
 use http::HeaderName;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -24,6 +23,7 @@ use crate::{
     tensor::{DType, Tensor},
 };
 
+pub mod aside;
 pub mod auth;
 pub mod client;
 pub mod codec;
@@ -47,6 +47,7 @@ pub mod status;
 mod triton;
 mod v1;
 
+use aside::Aside;
 use auth::Token;
 use client::Clients;
 use codec::NonFinite;
@@ -124,8 +125,8 @@ pub struct App {
     pub token: Option<Token>,
     /// `None` when clients may keep no tensors in shared memory.
     pub shared_memory: Option<Arc<shared_memory::Regions>>,
-    /// Turns to read or write a long REST message; who waits for one may leave, with what it brought.
-    pub long_messages: Arc<Semaphore>,
+    /// Reads and writes long REST messages.
+    pub aside: Aside,
     pub json_nonfinite: NonFinite,
     /// Whether a failed model makes the whole server unready.
     pub strict_readiness: bool,

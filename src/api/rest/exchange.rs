@@ -3,10 +3,7 @@
 //! Long messages are unpacked, read and written on a thread of their own: a JSON of 19 MiB takes 0.1 s to read, in
 //! which the I/O thread has other connections to serve.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use axum::{body::Body, extract::Request, response::IntoResponse};
 use bytes::Bytes;
@@ -28,7 +25,7 @@ use crate::{
         urgency,
     },
     engine,
-    error::{Code, Error},
+    error::Error,
     metrics::Protocol,
     model::ModelVersion,
     tensor::Tensor,
@@ -151,7 +148,7 @@ async fn try_exchange<A: Send + 'static, B: Arriving>(
         (asked.flatten(), question.headers)
     };
     let latest = after(record.started(), waits);
-    let (asked, headers) = run(app, is_long, latest, look).await?;
+    let (asked, headers) = if is_long { app.aside.run(latest, look).await? } else { look() };
     let (mut call, places, asked) = asked?;
     if !call.id.is_empty() {
         record.request_id.clone_from(&call.id);
@@ -176,34 +173,7 @@ async fn try_exchange<A: Send + 'static, B: Arriving>(
         let reply = write(&reply, &call, asked).map_err(|error| error.of_model(model))?;
         body::respond(reply, encoding, headers)
     };
-    run(app, is_long, latest, tell).await?
-}
-
-/// Runs `work`, elsewhere when the message is long; then it waits for its turn, with what it holds, here and not in
-/// line, so that nobody works for a client that is gone.
-async fn run<T: Send + 'static>(
-    app: &App,
-    is_long: bool,
-    latest: Option<Instant>,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, Error> {
-    if !is_long {
-        return Ok(work());
-    }
-    let turn = app.long_messages.clone().acquire_owned();
-    let turn = match latest {
-        None => turn.await,
-        Some(latest) => tokio::time::timeout_at(latest.into(), turn).await.map_err(|_| {
-            Error::new(Code::DeadlineExceeded, "the deadline passed while other long messages were read or written")
-        })?,
-    };
-    let done = tokio::task::spawn_blocking(move || {
-        let result = work();
-        drop(turn);
-        result
-    });
-    let done = done.await;
-    done.map_err(|_| Error::internal("reading or writing a long message failed"))
+    if is_long { app.aside.run(latest, tell).await? } else { tell() }
 }
 
 /// How much of the body is JSON, as far as the headers say.
