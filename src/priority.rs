@@ -1,4 +1,4 @@
-//! Threads that take only what others leave of the processor, and threads that take it at once.
+//! How threads share the processor: some take what others leave, some do not insist, some take it at once.
 
 use std::time::Duration;
 
@@ -15,6 +15,25 @@ pub fn step_back() {
     unsafe {
         // Zero is the calling thread; what a policy without priorities asks for is priority zero.
         libc::sched_setscheduler(0, libc::SCHED_IDLE, &libc::sched_param { sched_priority: 0 });
+    }
+}
+
+/// A thread with this niceness gets a quarter of a core that ordinary threads want all of.
+const PATIENT: i32 = 5;
+
+/// The calling thread, and what it starts from now on, runs models: it gives way to I/O threads sooner than another
+/// would, and still gets its quarter of a core that they fill.
+///
+/// I/O threads work in bursts, and the answers of a batch are one: after it, Linux has an I/O thread wait until the
+/// executor on its core has had as much. Where the executor counts for a third, that is over soon. On one core with runs
+/// of 1 ms, together with the executor's offer between runs: in-deadline replies at twice the load from 0.92 to 0.97 of
+/// saturation. Niceness of 19 does no better, and leaves a model 1.5 % of a core beside a flood of small requests.
+pub fn be_patient() {
+    // Elsewhere niceness is the whole process's.
+    #[cfg(target_os = "linux")]
+    {
+        // Where it is refused, answers are merely later.
+        let _ = rustix::process::nice(PATIENT);
     }
 }
 
@@ -98,6 +117,20 @@ mod tests {
         })
         .join()
         .unwrap();
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn only_the_thread_itself_is_patient() {
+        let before = nice();
+        std::thread::spawn(move || {
+            be_patient();
+            assert_eq!(nice(), (before + 5).min(19));
+            assert_eq!(std::thread::spawn(nice).join().unwrap(), nice(), "and what it starts");
+        })
+        .join()
+        .unwrap();
+        assert_eq!(nice(), before);
     }
 
     #[test]

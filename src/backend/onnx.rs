@@ -75,7 +75,8 @@ impl OnnxRuntime {
     /// beside the binary, the one in `.onnxruntime/` (which `make setup` unpacks) and the system's.
     ///
     /// With `shared_threads` all sessions share one pool of so many threads, and their own thread counts do not count.
-    /// Call it from a thread of ordinary priority: operator threads inherit that thread's.
+    /// Call it from a thread of ordinary priority: operator threads are as patient as executors, and else inherit that
+    /// thread's.
     ///
     /// # Errors
     /// `NotReady` when there is none, naming every file that was tried and what to do.

