@@ -71,7 +71,7 @@ mod tests {
             tokio::task::yield_now().await;
         }
         let soon = Instant::now() + Duration::from_millis(20);
-        let error = aside.run(Some(soon), || unreachable!("it had no turn")).await.map(|()| ()).unwrap_err();
+        let error = aside.run(Some(soon), || unreachable!("it had no turn")).await.unwrap_err();
         assert_eq!(error.code, Code::DeadlineExceeded);
         assert!(error.message.contains("other long messages"), "{error}");
         assert!(Instant::now() >= soon);
@@ -106,7 +106,7 @@ mod tests {
     #[tokio::test]
     async fn a_panic_gives_the_turn_back() {
         let aside = Aside::new(1);
-        let error = aside.run(None, || panic!("it fails")).await.map(|()| ()).unwrap_err();
+        let error = aside.run(None, || panic!("it fails")).await.unwrap_err();
         assert_eq!(error.code, Code::Internal);
         assert_eq!(aside.run(None, || 3).await.unwrap(), 3);
     }
