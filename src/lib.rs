@@ -46,7 +46,7 @@
 //! - `model::batcher`, `model::schedule` and `model::service_time` are pure: time is passed in.
 //! - Every queue is bounded, and full means an answer.
 //! - One thread at a time has a session: an executor, or for runs of microseconds the I/O thread that queued them.
-//! - A session's pool threads do not inherit the loader's low priority.
+//! - Executors and a session's pool threads give way to I/O threads, and do not inherit the loader's lower priority.
 //! - A request is counted exactly once, before its answer leaves; one that is given up counts as cancelled.
 //! - Files are read before they are run: changing them on disk cannot hurt a running version.
 //! - Nothing is told to anybody who did not ask: `main` keeps ONNX Runtime's telemetry off before it is loaded.

@@ -1,5 +1,6 @@
 //! How threads share the processor: some take what others leave, some do not insist, some take it at once.
 
+#[cfg(target_os = "linux")]
 use std::time::Duration;
 
 /// The calling thread, and what it starts from now on, run only when no other thread wants the processor; whoever wakes
@@ -18,11 +19,12 @@ pub fn step_back() {
     }
 }
 
-/// A thread with this niceness gets a quarter of a core that ordinary threads want all of.
+/// A thread with this niceness gets a quarter of a core that one ordinary thread wants all of.
+#[cfg(target_os = "linux")]
 const PATIENT: i32 = 5;
 
-/// The calling thread, and what it starts from now on, runs models: it gives way to I/O threads sooner than another
-/// would, and still gets its quarter of a core that they fill.
+/// The calling thread, and what it starts from now on, runs models or reads long messages: it gives way to I/O threads
+/// sooner than another would.
 ///
 /// I/O threads work in bursts, and the answers of a batch are one: after it, Linux has an I/O thread wait until the
 /// executor on its core has had as much. Where the executor counts for a third, that is over soon. On one core with runs
@@ -38,6 +40,7 @@ pub fn be_patient() {
 }
 
 /// How long the calling thread wants to keep the processor when it has its turn: the least that Linux allows.
+#[cfg(target_os = "linux")]
 const SLICE: Duration = Duration::from_micros(100);
 
 /// The calling thread, which never works for long, begins soon after it wakes up, and gets no more of the processor for

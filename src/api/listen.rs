@@ -172,8 +172,12 @@ impl IoThreads {
         let mut threads = Vec::new();
         for index in 0..count.max(1) {
             let (sender, receiver) = mpsc::channel(HANDOVER);
-            let runtime =
-                relay::runtime().max_blocking_threads(LONG_MESSAGES).thread_name(format!("io-{index}-long")).build()?;
+            let runtime = relay::runtime()
+                .max_blocking_threads(LONG_MESSAGES)
+                .thread_name(format!("io-{index}-long"))
+                // These are the threads that the runtime starts; the one that serves connections is below.
+                .on_thread_start(priority::be_patient)
+                .build()?;
             let context = Context {
                 limits: limits.clone(),
                 closing: closing.clone(),

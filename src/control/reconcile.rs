@@ -40,7 +40,7 @@ mod orders;
 
 /// How nice the threads are that load models before the server is ready: they leave most of the processor to what is
 /// served already, and yet other programs of the machine cannot keep it from starting.
-const LOADER_NICENESS: i32 = 10;
+const LOADER_NICENESS: i32 = 15;
 
 /// What loading needs beside the plan.
 #[derive(Clone)]
@@ -466,7 +466,7 @@ fn log_ready(version: &ModelVersion) {
 }
 
 /// Runs `work` on a thread of its own: with others of this process serving, one that takes only what they leave of the
-/// processor. Threads that operators run on are started elsewhere and keep their priority.
+/// processor. Threads that operators run on are started elsewhere and have an executor's priority.
 async fn on_loader_thread<T: Send + 'static>(
     quiet: bool,
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,

@@ -207,15 +207,8 @@ impl Queue {
         self.drop_dead(dropped);
     }
 
-    /// Blocks until there is a batch, or gives the session back when the queue is closed and empty. `done` is the run
-    /// before. The session is there for others meanwhile, and it may be another one that comes back.
-    fn take(&self, session: Box<dyn Session>, done: Option<Done>) -> Result<Taken, Box<dyn Session>> {
-        self.give_back(session, done);
-        // An I/O thread that has just had its turn on this core is not let in again before the next tick of the clock, up
-        // to 4 ms and several runs later, unless this thread offers its place; and the next batch is to have what came
-        // meanwhile. On one core at 80 % load, runs of 1 ms: p99 from 1.74 to 1.23 of the ideal queue's, and that of a
-        // light client beside a flooder from 2.1 to 0.6 of what it is alone.
-        std::thread::yield_now();
+    /// Blocks until there is a batch, or returns a session when the queue is closed and empty.
+    fn take(&self) -> Result<Taken, Box<dyn Session>> {
         let mut state = self.state.lock();
         loop {
             let Some(session) = state.idle.pop() else {
@@ -250,6 +243,7 @@ impl Queue {
         }
     }
 
+    /// Leaves a session to whoever comes first, after the run `done`.
     fn give_back(&self, session: Box<dyn Session>, done: Option<Done>) {
         let mut state = self.state.lock();
         if let Some(Done { start, rows, took }) = done {
@@ -290,11 +284,26 @@ struct Done {
     took: Option<Duration>,
 }
 
+/// How long an executor goes on before it offers its place to whoever waits for the core.
+///
+/// An I/O thread that has just had its turn is else not let in again before the next tick of the clock, up to 4 ms and
+/// several runs later; and the next batch is to have what came meanwhile. On one core at 80 % load, with runs of 1 ms and
+/// together with [`priority::be_patient`](crate::priority::be_patient): p99 from 1.74 to 1.23 of the ideal queue's, and
+/// that of a light client beside a flooder from 2.1 to 0.6 of what it is alone. The kernel has whoever offers its place
+/// wait for a slice (1 to 3 ms, more for a nice thread) when somebody takes it, so short runs share one offer.
+const TURN: Duration = Duration::from_millis(1);
+
 /// Runs batches until the queue is closed and empty; then the session, or another of the version's, comes back.
 pub(super) fn run(queue: &Queue, mut session: Box<dyn Session>) -> Box<dyn Session> {
     let mut done = None;
+    let mut turn = Instant::now();
     loop {
-        match queue.take(session, done) {
+        queue.give_back(session, done);
+        if turn.elapsed() >= TURN {
+            std::thread::yield_now();
+            turn = Instant::now();
+        }
+        match queue.take() {
             Ok(taken) => {
                 session = taken.session;
                 done = Some(execute(queue, session.as_mut(), taken.start, taken.batch));
@@ -568,21 +577,27 @@ mod tests {
         }
     }
 
-    /// How often the calling thread has lost its core to another one.
     #[cfg(target_os = "linux")]
-    fn switches() -> usize {
-        let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix("nonvoluntary_ctxt_switches:"));
-        line.unwrap().trim().parse().unwrap()
-    }
+    mod beside_a_spinner {
+        use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
-    #[cfg(target_os = "linux")]
-    #[test]
-    fn between_runs_an_executor_offers_its_core_to_whoever_waits_for_it() {
-        const RUNS: usize = 100;
+        use super::*;
 
-        /// Runs of 100 µs, far less than the system lets a thread go on for.
-        struct Spin(Signature, mpsc::Sender<usize>);
+        const RUNS: usize = 50;
+
+        /// How often the calling thread has lost its core to another one; `None` where the system does not tell.
+        fn switches() -> Option<u64> {
+            let status = std::fs::read_to_string("/proc/thread-self/status").ok()?;
+            let line = status.lines().find_map(|line| line.strip_prefix("nonvoluntary_ctxt_switches:"))?;
+            line.trim().parse().ok()
+        }
+
+        fn spin() {
+            let start = Instant::now();
+            while start.elapsed() < TURN {}
+        }
+
+        struct Spin(Signature, mpsc::Sender<Option<u64>>);
 
         impl Session for Spin {
             fn signature(&self) -> &Signature {
@@ -590,41 +605,69 @@ mod tests {
             }
 
             fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, Error> {
-                let start = Instant::now();
-                while start.elapsed() < Duration::from_micros(100) {}
+                spin();
                 self.1.send(switches()).unwrap();
                 Ok(inputs.to_vec())
             }
         }
 
-        let (sender, seen) = mpsc::channel();
-        thread::scope(|scope| {
-            scope.spawn(|| {
-                let ours = Arc::new(());
-                let theirs = ours.clone();
-                // Both threads are started from here, and are on one core with it.
-                let core = (0..rustix::thread::CpuSet::MAX_CPU)
-                    .find(|&core| rustix::thread::sched_getaffinity(None).unwrap().is_set(core));
-                let mut one = rustix::thread::CpuSet::new();
-                one.set(core.unwrap());
-                rustix::thread::sched_setaffinity(None, &one).unwrap();
+        /// How often a thread that does `work` lost the core that it shared with one that never rests.
+        fn lost(work: impl FnOnce(mpsc::Sender<Option<u64>>) + Send) -> Option<u64> {
+            let (sender, seen) = mpsc::channel();
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    let ours = Arc::new(());
+                    let theirs = ours.clone();
+                    let mine = sched_getaffinity(None).unwrap();
+                    let mut one = CpuSet::new();
+                    one.set((0..CpuSet::MAX_CPU).find(|&core| mine.is_set(core)).unwrap());
+                    sched_setaffinity(None, &one).unwrap();
+                    scope.spawn(move || while Arc::strong_count(&theirs) > 1 {});
+                    work(sender);
+                    drop(ours);
+                });
+            });
+            let seen: Vec<Option<u64>> = seen.iter().collect();
+            assert_eq!(seen.len(), RUNS);
+            Some(seen[RUNS - 1]? - seen[0]?)
+        }
+
+        /// The same for a loop of runs, with or without offers in between.
+        fn lost_by_a_loop(offers: bool) -> Option<u64> {
+            lost(|seen| {
+                for _ in 0..RUNS {
+                    spin();
+                    seen.send(switches()).unwrap();
+                    if offers {
+                        thread::yield_now();
+                    }
+                }
+            })
+        }
+
+        fn lost_by_an_executor() -> Option<u64> {
+            lost(|seen| {
                 let line = Line::new("", 1, 0);
                 let tickets: Vec<Ticket> = (0..RUNS).map(|_| line.submit(3)).collect();
-                scope.spawn(move || while Arc::strong_count(&theirs) > 1 {});
-                let queue = line.queue.clone();
-                let executor = thread::spawn(move || drop(run(&queue, Box::new(Spin(Signature::default(), sender)))));
-                for ticket in tickets {
-                    ticket.reply.blocking_recv().unwrap().unwrap();
-                }
-                line.end();
-                executor.join().unwrap();
-                drop(ours);
+                line.queue.close();
+                drop(run(&line.queue, Box::new(Spin(Signature::default(), seen))));
+                tickets.into_iter().for_each(|ticket| drop(ticket.reply.blocking_recv().unwrap().unwrap()));
+            })
+        }
+
+        #[test]
+        fn an_executor_offers_its_core_between_runs() {
+            // What else runs on the core may spoil a try.
+            let mut tries = Vec::new();
+            let fits = (0..5).any(|_| {
+                let tried = [lost_by_a_loop(false), lost_by_a_loop(true), lost_by_an_executor()];
+                tries.push(tried);
+                // A kernel may not tell, or not care for offers.
+                let [Some(without), Some(with), Some(executor)] = tried else { return true };
+                with <= without + without / 4 || executor > without.midpoint(with)
             });
-        });
-        let seen: Vec<usize> = seen.iter().collect();
-        assert_eq!(seen.len(), RUNS);
-        let lost = seen[RUNS - 1] - seen[0];
-        assert!(lost >= RUNS / 2, "{lost} times in {RUNS} runs");
+            assert!(fits, "without offers, with them, and an executor: {tries:?}");
+        }
     }
 
     #[test]

@@ -152,8 +152,9 @@ impl<T> Batcher<T> {
         let (requests, rows) =
             above.chain([ahead]).fold((0, 0), |(requests, rows), (more, of_them)| (requests + more, rows + of_them));
         let idle = self.is_idle();
-        // What is held back for company keeps nobody waiting.
-        if idle && (requests == 0 || !self.max_delay.is_zero()) {
+        // What is held back for company keeps nobody waiting; what fills a batch is not held back, and only waits for its
+        // executor to look.
+        if idle && (requests == 0 || (!self.max_delay.is_zero() && rows < self.group)) {
             return Duration::ZERO;
         }
         // A run that takes longer than it should may take as much longer again.

@@ -338,6 +338,20 @@ fn company_costs_nobody_the_deadline() {
 }
 
 #[test]
+fn what_fills_batches_is_ahead_of_others_though_no_run_has_begun() {
+    let now = Instant::now();
+    for text in ["", "max_delay = '10ms'"] {
+        let service = ServiceTime::from_sweep(&[(1, ms(20)), (4, ms(80))]);
+        let schedule: Schedule = toml::from_str(text).unwrap();
+        let mut batcher = Batcher::new(LIMITS, &schedule, 4, 1, service);
+        (0..40).for_each(|item| drop(batcher.push(item, cost(1, 1), now).unwrap()));
+        let error = batcher.push(40, until(Some(now + ms(100))), now).unwrap_err().1;
+        assert_eq!(error.code, Code::DeadlineExceeded, "{text}");
+        batcher.push(41, until(Some(now + ms(2000))), now).unwrap();
+    }
+}
+
+#[test]
 fn who_waited_too_long_is_rejected_or_steps_back() {
     let now = Instant::now();
     let mut batcher = scheduled(&format!("{THREE_LEVELS}[priority.1]\ntimeout_action = 'delay'\nmax_size = 2"), 1, 1);
