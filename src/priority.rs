@@ -27,9 +27,10 @@ const PATIENT: i32 = 5;
 /// sooner than another would.
 ///
 /// I/O threads work in bursts, and the answers of a batch are one: after it, Linux has an I/O thread wait until the
-/// executor on its core has had as much. Where the executor counts for a third, that is over soon. On one core with runs
-/// of 1 ms, together with the executor's offer between runs: in-deadline replies at twice the load from 0.92 to 0.97 of
-/// saturation. Niceness of 19 does no better, and leaves a model 1.5 % of a core beside a flood of small requests.
+/// executor on its core has had as much. Where the executor counts for a third, that is over soon. It goes with the offer
+/// that executors make between runs, which by itself costs replies: on one core with runs of 1 ms, at twice the load, those
+/// in time were 0.99 of saturation without either, 0.93 with the offer alone, and are 0.97 with both. Niceness of 19 in
+/// place of the offer did about as well, and by its weight leaves a model 1.5 % of a core that small requests fill.
 pub fn be_patient() {
     // Elsewhere niceness is the whole process's.
     #[cfg(target_os = "linux")]

@@ -288,9 +288,10 @@ struct Done {
 ///
 /// An I/O thread that has just had its turn is else not let in again before the next tick of the clock, up to 4 ms and
 /// several runs later; and the next batch is to have what came meanwhile. On one core at 80 % load, with runs of 1 ms and
-/// together with [`priority::be_patient`](crate::priority::be_patient): p99 from 1.74 to 1.23 of the ideal queue's, and
-/// that of a light client beside a flooder from 2.1 to 0.6 of what it is alone. The kernel has whoever offers its place
-/// wait for a slice (1 to 3 ms, more for a nice thread) when somebody takes it, so short runs share one offer.
+/// together with [`priority::be_patient`](crate::priority::be_patient): p99 from 1.74 to 1.27 of the ideal queue's, and
+/// that of a light client beside a flooder from 2.1 to 0.6 of what it is alone. As its source has it, Linux makes whoever
+/// offers its place wait for a slice when somebody takes it, 1 to 3 ms and more for a nice thread: short runs share one
+/// offer. What that leaves them beside a busy I/O thread was not measured.
 const TURN: Duration = Duration::from_millis(1);
 
 /// Runs batches until the queue is closed and empty; then the session, or another of the version's, comes back.
