@@ -25,6 +25,8 @@ pub enum Code {
     Unauthenticated,
     /// Not allowed: to this caller, or to anyone by configuration.
     Forbidden,
+    /// It cannot be done as things stand now, or somebody else has changed them meanwhile.
+    Conflict,
     /// The feature exists in the protocol and not here.
     Unimplemented,
     /// The model or the server failed; the caller did nothing wrong.
@@ -33,7 +35,7 @@ pub enum Code {
 
 impl Code {
     /// Every code, for tables and tests.
-    pub const ALL: [Code; 11] = [
+    pub const ALL: [Code; 12] = [
         Code::InvalidArgument,
         Code::NotFound,
         Code::NotReady,
@@ -43,6 +45,7 @@ impl Code {
         Code::Cancelled,
         Code::Unauthenticated,
         Code::Forbidden,
+        Code::Conflict,
         Code::Unimplemented,
         Code::Internal,
     ];
@@ -59,6 +62,7 @@ impl Code {
             Code::Cancelled => "cancelled",
             Code::Unauthenticated => "unauthenticated",
             Code::Forbidden => "forbidden",
+            Code::Conflict => "conflict",
             Code::Unimplemented => "unimplemented",
             Code::Internal => "internal",
         }

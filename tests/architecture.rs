@@ -6,22 +6,23 @@ use std::{
 };
 
 /// Top-level modules by layer; a module may import only from layers below its own.
-const LAYERS: [(u8, &[&str]); 11] = [
+const LAYERS: [(u8, &[&str]); 12] = [
     (0, &["error"]),
-    (1, &["tensor", "id", "priority", "heap"]),
+    (1, &["tensor", "id", "stats", "priority", "heap"]),
     (2, &["metrics", "logging"]),
-    (3, &["backend", "source"]),
-    (4, &["model"]),
-    (5, &["engine", "control"]),
-    (6, &["api"]),
-    (7, &["config"]),
-    (8, &["server"]),
-    (9, &["cli"]),
-    (10, &["main", "lib"]),
+    (3, &["backend", "source", "rollout"]),
+    (4, &["observe"]),
+    (5, &["model"]),
+    (6, &["engine", "control"]),
+    (7, &["api"]),
+    (8, &["config"]),
+    (9, &["server"]),
+    (10, &["cli"]),
+    (11, &["main", "lib"]),
 ];
 
 /// The only places (files, or folders and the file of the same name) that may name a foreign crate.
-const HOMES: [(&str, &[&str]); 21] = [
+const HOMES: [(&str, &[&str]); 24] = [
     ("ort", &["backend/onnx"]),
     ("libc", &["priority", "heap"]),
     ("half", &["backend/onnx", "model/warmup", "api/codec"]),
@@ -32,6 +33,9 @@ const HOMES: [(&str, &[&str]); 21] = [
     ("prost_reflect", &["control/pbtxt", "api/reflection"]),
     ("miette", &["control/pbtxt"]),
     ("base64", &["api"]),
+    ("twox_hash", &["rollout/route"]),
+    ("rusqlite", &["control/store"]),
+    ("sha2", &["control/store"]),
     ("tempfile", &["control/upload", "backend/onnx/shared", "backend/onnx/testing"]),
     ("axum", &["api", "server"]),
     ("hyper_util", &["api/listen", "cli"]),

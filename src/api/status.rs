@@ -27,6 +27,7 @@ fn row(code: Code) -> (u16, tonic::Code) {
         Code::Cancelled => (499, tonic::Code::Cancelled),
         Code::Unauthenticated => (401, tonic::Code::Unauthenticated),
         Code::Forbidden => (403, tonic::Code::PermissionDenied),
+        Code::Conflict => (409, tonic::Code::Aborted),
         Code::Unimplemented => (501, tonic::Code::Unimplemented),
         Code::Internal => (500, tonic::Code::Internal),
     }

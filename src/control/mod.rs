@@ -4,6 +4,7 @@ pub mod command;
 pub mod pbtxt;
 pub mod reconcile;
 pub mod spec;
+pub mod store;
 mod tracked;
 pub mod upload;
 

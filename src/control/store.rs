@@ -1,0 +1,319 @@
+//! `Store`: what must outlive a restart, in one SQLite file: rollouts, overrides, versions given up, and the audit log.
+//!
+//! A change is written here before it takes effect, so that whatever the server did, it knows after a kill. Each audit
+//! entry holds the hash of the one before: an entry that was changed or taken out later breaks the chain.
+
+use std::path::Path;
+
+use rusqlite::{Connection, OptionalExtension, Transaction, params};
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+
+use crate::{
+    error::{Code, Error},
+    id::ModelName,
+    rollout::{Moment, Rollout},
+};
+
+const FILE: &str = "state.sqlite";
+/// Changes of the tables, in order; the file says how many it has seen.
+const MIGRATIONS: [&str; 1] = ["
+    CREATE TABLE rollout (model TEXT PRIMARY KEY, document TEXT NOT NULL) STRICT;
+    CREATE TABLE counter (model TEXT PRIMARY KEY, rollouts INTEGER NOT NULL) STRICT;
+    CREATE TABLE given_up (model TEXT, version TEXT, files TEXT, PRIMARY KEY (model, version)) STRICT;
+    CREATE TABLE audit (
+        number INTEGER PRIMARY KEY, at INTEGER NOT NULL, model TEXT NOT NULL, author TEXT NOT NULL,
+        action TEXT NOT NULL, reason TEXT NOT NULL, details TEXT NOT NULL, hash TEXT NOT NULL
+    ) STRICT;
+"];
+/// What the first entry has for the hash of the one before.
+const ORIGIN: &str = "";
+
+/// What is written down of a change.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Entry {
+    pub at: Moment,
+    pub model: String,
+    /// Who did it: an operator by name, `judge`, or `repository`.
+    pub author: String,
+    pub action: String,
+    pub reason: String,
+    /// The numbers behind it, as JSON.
+    pub details: String,
+}
+
+/// An entry as the log has it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Logged {
+    pub number: u64,
+    #[serde(flatten)]
+    pub entry: Entry,
+    pub hash: String,
+}
+
+/// The open file.
+pub struct Store {
+    connection: Connection,
+}
+
+impl Store {
+    /// Opens the file in the data directory, or makes it.
+    ///
+    /// # Errors
+    /// `NotReady` naming the file.
+    pub fn open(directory: &Path) -> Result<Self, Error> {
+        let path = directory.join(FILE);
+        let open = || -> rusqlite::Result<Connection> {
+            let mut connection = Connection::open(&path)?;
+            connection.pragma_update_and_check(None, "journal_mode", "wal", |_| Ok(()))?;
+            // A change that was answered is on the disk.
+            connection.pragma_update(None, "synchronous", "full")?;
+            migrate(&mut connection)?;
+            Ok(connection)
+        };
+        let connection = open().map_err(|error| unavailable(&format!("{}: {error}", path.display())))?;
+        Ok(Self { connection })
+    }
+
+    /// Every rollout that was stored, by model.
+    ///
+    /// # Errors
+    /// `NotReady` when the file cannot be read or holds what this program does not know.
+    pub fn rollouts(&self) -> Result<Vec<(ModelName, Rollout)>, Error> {
+        let read = || -> rusqlite::Result<Vec<(String, String)>> {
+            let mut rows = self.connection.prepare("SELECT model, document FROM rollout ORDER BY model")?;
+            rows.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.collect()
+        };
+        let rows = read().map_err(|error| unavailable(&error.to_string()))?;
+        let parse = |(model, document): (String, String)| {
+            let rollout = serde_json::from_str(&document)
+                .map_err(|error| unavailable(&format!("the rollout of model '{model}': {error}")))?;
+            Ok((ModelName::parse(&model)?, rollout))
+        };
+        rows.into_iter().map(parse).collect()
+    }
+
+    /// The number of a model's next rollout, from 1; it is not given again.
+    ///
+    /// # Errors
+    /// `NotReady` when it cannot be stored.
+    pub fn next_number(&mut self, model: &ModelName) -> Result<u64, Error> {
+        let sql = "INSERT INTO counter VALUES (?1, 1)
+                   ON CONFLICT (model) DO UPDATE SET rollouts = rollouts + 1 RETURNING rollouts";
+        let number = self.connection.query_row(sql, [model.as_str()], |row| row.get::<_, i64>(0));
+        number.map(|number| number as u64).map_err(|error| unavailable(&error.to_string()))
+    }
+
+    /// Stores a model's rollout and what is to be known of the change, both or neither.
+    ///
+    /// # Errors
+    /// `NotReady` when it cannot be stored; then nothing is.
+    pub fn save(&mut self, model: &ModelName, rollout: &Rollout, entry: &Entry) -> Result<(), Error> {
+        let document = serde_json::to_string(rollout).map_err(|error| Error::internal(error.to_string()))?;
+        self.write(|transaction| {
+            transaction.execute(
+                "INSERT INTO rollout VALUES (?1, ?2) ON CONFLICT (model) DO UPDATE SET document = ?2",
+                params![model.as_str(), document],
+            )?;
+            log(transaction, entry)
+        })
+    }
+
+    /// Remembers that a version was given up with these files, or (with `None`) that it may be tried again.
+    ///
+    /// # Errors
+    /// `NotReady` when it cannot be stored.
+    pub fn give_up(&mut self, model: &ModelName, version: &str, files: Option<&str>) -> Result<(), Error> {
+        self.write(|transaction| {
+            let (model, sql) = (model.as_str(), "DELETE FROM given_up WHERE model = ?1 AND version = ?2");
+            transaction.execute(sql, params![model, version])?;
+            if let Some(files) = files {
+                transaction.execute("INSERT INTO given_up VALUES (?1, ?2, ?3)", params![model, version, files])?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Whether a version was given up with these files.
+    ///
+    /// # Errors
+    /// `NotReady` when the file cannot be read.
+    pub fn is_given_up(&self, model: &ModelName, version: &str, files: &str) -> Result<bool, Error> {
+        let sql = "SELECT files FROM given_up WHERE model = ?1 AND version = ?2";
+        let found = self.connection.query_row(sql, params![model.as_str(), version], |row| row.get::<_, String>(0));
+        let found = found.optional().map_err(|error| unavailable(&error.to_string()))?;
+        Ok(found.is_some_and(|found| found == files))
+    }
+
+    /// Adds to the audit log.
+    ///
+    /// # Errors
+    /// `NotReady` when it cannot be stored.
+    pub fn log(&mut self, entry: &Entry) -> Result<(), Error> {
+        self.write(|transaction| log(transaction, entry))
+    }
+
+    /// Entries of a model (of all without) since a moment, oldest first, at most so many.
+    ///
+    /// # Errors
+    /// `NotReady` when the file cannot be read.
+    pub fn audit(&self, model: Option<&str>, since: Moment, most: usize) -> Result<Vec<Logged>, Error> {
+        let read = || -> rusqlite::Result<Vec<Logged>> {
+            let sql = "SELECT number, at, model, author, action, reason, details, hash FROM audit
+                       WHERE (?1 IS NULL OR model = ?1) AND at >= ?2 ORDER BY number LIMIT ?3";
+            let mut rows = self.connection.prepare(sql)?;
+            let most = i64::try_from(most).unwrap_or(i64::MAX);
+            let since = i64::try_from(since).unwrap_or(i64::MAX);
+            rows.query_map(params![model, since, most], logged)?.collect()
+        };
+        read().map_err(|error| unavailable(&error.to_string()))
+    }
+
+    /// Follows the chain of hashes; how many entries there are.
+    ///
+    /// # Errors
+    /// `Conflict` naming the first entry that is not as it was written, or is missing.
+    pub fn verify(&self) -> Result<u64, Error> {
+        let mut before = ORIGIN.to_owned();
+        let mut count = 0;
+        for Logged { number, entry, hash } in self.audit(None, 0, usize::MAX)? {
+            count += 1;
+            if number != count {
+                return Err(Error::new(Code::Conflict, format!("audit entry {count} is missing")));
+            }
+            if chained(&before, &entry) != hash {
+                return Err(Error::new(Code::Conflict, format!("audit entry {number} is not as it was written")));
+            }
+            before = hash;
+        }
+        Ok(count)
+    }
+
+    fn write(&mut self, work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<()>) -> Result<(), Error> {
+        let write = || -> rusqlite::Result<()> {
+            let transaction = self.connection.transaction()?;
+            work(&transaction)?;
+            transaction.commit()
+        };
+        write().map_err(|error| unavailable(&error.to_string()))
+    }
+}
+
+fn migrate(connection: &mut Connection) -> rusqlite::Result<()> {
+    let seen: usize = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    for (index, migration) in MIGRATIONS.iter().enumerate().skip(seen) {
+        let transaction = connection.transaction()?;
+        transaction.execute_batch(migration)?;
+        transaction.pragma_update(None, "user_version", index + 1)?;
+        transaction.commit()?;
+    }
+    Ok(())
+}
+
+fn log(transaction: &Transaction<'_>, entry: &Entry) -> rusqlite::Result<()> {
+    let sql = "SELECT hash FROM audit ORDER BY number DESC LIMIT 1";
+    let before = transaction.query_row(sql, [], |row| row.get::<_, String>(0)).optional()?;
+    let hash = chained(before.as_deref().unwrap_or(ORIGIN), entry);
+    let Entry { at, model, author, action, reason, details } = entry;
+    let at = i64::try_from(*at).unwrap_or(i64::MAX);
+    transaction.execute(
+        "INSERT INTO audit (at, model, author, action, reason, details, hash) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+        params![at, model, author, action, reason, details, hash],
+    )?;
+    Ok(())
+}
+
+fn logged(row: &rusqlite::Row<'_>) -> rusqlite::Result<Logged> {
+    let entry = Entry {
+        at: row.get::<_, i64>(1)?.max(0) as u64,
+        model: row.get(2)?,
+        author: row.get(3)?,
+        action: row.get(4)?,
+        reason: row.get(5)?,
+        details: row.get(6)?,
+    };
+    Ok(Logged { number: row.get::<_, i64>(0)?.max(0) as u64, entry, hash: row.get(7)? })
+}
+
+/// The hash of an entry behind the one with the hash `before`: SHA-256, in hexadecimal, of that and of each field, with
+/// its length before it, so that no two entries are the same bytes.
+fn chained(before: &str, entry: &Entry) -> String {
+    let Entry { at, model, author, action, reason, details } = entry;
+    let mut hasher = Sha256::new();
+    hasher.update(at.to_le_bytes());
+    for field in [before, model, author, action, reason, details] {
+        hasher.update((field.len() as u64).to_le_bytes());
+        hasher.update(field.as_bytes());
+    }
+    hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn unavailable(reason: &str) -> Error {
+    Error::new(Code::NotReady, format!("the server's state cannot be read or stored: {reason}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(number: u64) -> Entry {
+        Entry {
+            at: number,
+            model: if number.is_multiple_of(2) { "even" } else { "odd" }.to_owned(),
+            author: "somebody".to_owned(),
+            action: "advance".to_owned(),
+            reason: format!("it was time {number}"),
+            details: "{}".to_owned(),
+        }
+    }
+
+    #[test]
+    fn numbers_go_on_after_a_restart() {
+        let folder = tempfile::tempdir().unwrap();
+        let model = ModelName::parse("m").unwrap();
+        for expected in 1..4 {
+            assert_eq!(Store::open(folder.path()).unwrap().next_number(&model).unwrap(), expected);
+        }
+        assert_eq!(Store::open(folder.path()).unwrap().next_number(&ModelName::parse("n").unwrap()).unwrap(), 1);
+    }
+
+    #[test]
+    fn the_log_can_be_asked_and_verified() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut store = Store::open(folder.path()).unwrap();
+        assert_eq!(store.verify().unwrap(), 0);
+        (1..=10).for_each(|number| store.log(&entry(number)).unwrap());
+        assert_eq!(store.verify().unwrap(), 10);
+        let found: Vec<u64> = store.audit(Some("odd"), 4, 2).unwrap().iter().map(|logged| logged.number).collect();
+        assert_eq!(found, [5, 7]);
+        for (change, wrong) in [
+            ("UPDATE audit SET reason = 'another' WHERE number = 4", "audit entry 4 is not as it was written"),
+            ("DELETE FROM audit WHERE number = 2", "audit entry 2 is missing"),
+        ] {
+            store.connection.execute(change, []).unwrap();
+            let error = store.verify().unwrap_err();
+            assert_eq!((error.code, error.message.as_str()), (Code::Conflict, wrong));
+        }
+    }
+
+    #[test]
+    fn what_was_given_up_is_remembered_with_its_files() {
+        let folder = tempfile::tempdir().unwrap();
+        let model = ModelName::parse("m").unwrap();
+        Store::open(folder.path()).unwrap().give_up(&model, "2", Some("these")).unwrap();
+        let mut store = Store::open(folder.path()).unwrap();
+        assert!(store.is_given_up(&model, "2", "these").unwrap());
+        assert!(!store.is_given_up(&model, "2", "others").unwrap());
+        store.give_up(&model, "2", None).unwrap();
+        assert!(!store.is_given_up(&model, "2", "these").unwrap());
+    }
+
+    #[test]
+    fn a_file_that_is_none_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join(FILE), "not a database, but long enough to be looked at as one").unwrap();
+        let error = Store::open(folder.path()).map(|_| ()).unwrap_err();
+        assert_eq!(error.code, Code::NotReady);
+        assert!(error.message.contains(FILE), "{error}");
+    }
+}

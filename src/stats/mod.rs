@@ -1,0 +1,5 @@
+//! Counting and comparing: histograms, how far distributions are apart, and tests that may be looked at at any time.
+
+pub mod divergence;
+pub mod histogram;
+pub mod sequential;
