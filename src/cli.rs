@@ -16,7 +16,7 @@ use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use toml::{Table, Value};
 
 use crate::{
-    api::ops::ModelStatus,
+    api::admin::documents::ModelStatus,
     backend::{Backends, onnx::OnnxRuntime},
     config::{self, Config},
     control::{

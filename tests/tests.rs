@@ -10,6 +10,7 @@ mod fairness;
 mod lifecycle;
 mod overload;
 mod rollout;
+mod rollout_api;
 mod schedule;
 mod shutdown;
 mod streams;
