@@ -11,6 +11,7 @@ mod lifecycle;
 mod overload;
 mod rollout;
 mod rollout_api;
+mod rollout_cli;
 mod schedule;
 mod shutdown;
 mod streams;
