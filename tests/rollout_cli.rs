@@ -1,7 +1,8 @@
 //! The command line as operators use it: the binary itself, against a server in this process.
 
 use std::{
-    process::{Command, Output},
+    io::{BufRead, BufReader},
+    process::{Command, Output, Stdio},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -125,7 +126,7 @@ fn load(running: &Arc<Running>, stop: &Arc<AtomicBool>) -> tokio::task::JoinHand
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_watched_rollout_is_told_to_its_end() {
     let repository = Repository::with("m", "scale = 2.0");
-    repository.settings("m", "[rollout]\non_new_version = \"hold\"\nwatch = \"300ms\"\n");
+    repository.settings("m", "[rollout]\non_new_version = \"hold\"\nwatch = \"300ms\"\nlatency_objective = \"10s\"\n");
     let running = Arc::new(start_held(&repository, &config(&repository)).await);
     let stop = Arc::new(AtomicBool::new(false));
     let loads = [load(&running, &stop), load(&running, &stop)];
@@ -161,6 +162,27 @@ async fn a_watched_rollout_that_is_given_up_ends_with_1() {
     assert_eq!(done.code, 1, "{}{}", done.out, done.err);
     let last: Value = serde_json::from_str(done.out.lines().last().unwrap()).unwrap();
     assert_eq!((&last["phase"], &last["reason"]), (&json!("aborted"), &json!("enough")));
+}
+
+/// The server stops and comes back; whoever watches sees the same rollout go on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_watches_outlasts_a_restart() {
+    let repository = held();
+    let running = start_held(&repository, &config(&repository)).await;
+    tidegate(&running, "rollout start m --to 2 --every 1h").await.good();
+    eventually("it is at the first step", async || status(&running).await["phase"] == "canary").await;
+    let ops = running.ops.trim_start_matches("http://").to_owned();
+    let mut watching =
+        command("rollout status m --watch").env("TIDEGATE_OPS", &ops).stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(watching.stdout.take().unwrap()).lines();
+    assert!(lines.next().unwrap().unwrap().contains("pending → canary"), "it is seen before the server stops");
+    running.stop().await;
+    let running = start(&Config { ops: ops.parse().unwrap(), ..config(&repository) }).await;
+    tidegate(&running, "rollout abort m --reason enough").await.good();
+    let rest: Vec<String> = tokio::task::spawn_blocking(move || lines.map(Result::unwrap).collect()).await.unwrap();
+    assert!(rest[0].contains("canary → aborted at 0 %: enough"), "{rest:?}");
+    assert_eq!(watching.wait().unwrap().code(), Some(1));
+    running.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -19,6 +19,7 @@ use serde_json::json;
 use super::{App, rest::RestError};
 use crate::{
     error::{Code, Error},
+    id::ModelName,
     model::catalog::Catalog,
     rollout::Moment,
 };
@@ -150,7 +151,7 @@ fn told_rollout(catalog: &Catalog, model: &str) -> Result<Response, Error> {
 
 fn status_of(catalog: &Catalog, model: &str) -> Result<ModelStatus, Error> {
     let deployment = catalog.deployment(model)?;
-    let name = crate::id::ModelName::parse(model)?;
+    let name = ModelName::parse(model)?;
     Ok(ModelStatus::new(&name, deployment))
 }
 
@@ -165,7 +166,8 @@ fn now() -> Moment {
 
 async fn audit(State(app): State<Arc<App>>, RawQuery(query): RawQuery) -> Result<Response, RestError> {
     let query = Query::parse(query.as_deref(), &["model", "since", "after", "limit"])?;
-    let (model, since) = (query.get("model"), query.moment("since")?);
+    let model = query.get("model").map(ModelName::parse).transpose()?;
+    let (model, since) = (model.as_ref().map(ModelName::as_str), query.moment("since")?);
     let after = query.number("after", 0, [0, i64::MAX as u64])?;
     let limit = query.number("limit", PAGE, [1, LARGEST_PAGE])?;
     // One more than is wanted tells whether there are more.

@@ -122,7 +122,7 @@ struct StartArgs {
     /// What keeps a client's version: header:NAME, param:NAME or input:NAME
     #[arg(long, value_name = "KEY")]
     sticky: Option<String>,
-    /// Wait for `advance` after each step
+    /// Wait for an operator (`advance`) at the end of each step
     #[arg(long)]
     manual: bool,
     /// Answers of the candidate that each step needs

@@ -111,7 +111,9 @@ fn samples(status: &RolloutStatus) -> String {
 fn advice(status: &RolloutStatus) -> Option<String> {
     let model = &status.model;
     match status.phase {
-        Phase::Paused => Some(format!("go on with `tidegate rollout resume {model}` or advance, give up with abort")),
+        Phase::Paused => Some(format!(
+            "on to the next step with `tidegate rollout advance {model}`, back to this one with resume; give up with abort"
+        )),
         Phase::Watching => Some(format!("take it back with `tidegate rollout rollback {model}`")),
         _ => None,
     }
@@ -192,7 +194,7 @@ mod tests {
         assert_eq!(row("watching", 2, &[("promoting", "watching")]), "✓ shadow 100 %  ✓ 1 %  ✓ 12.5 %  ✓ 100 %");
         assert_eq!(row("rolled_back", 2, &[("watching", "rolled_back")]), "✓ shadow 100 %  ✓ 1 %  ✓ 12.5 %  ✓ 100 %");
         let advised = lines(&status("paused", 1, &[("canary", "paused")]));
-        assert!(advised.last().unwrap().contains("`tidegate rollout resume m`"), "{advised:?}");
+        assert!(advised.last().unwrap().contains("`tidegate rollout advance m`"), "{advised:?}");
     }
 
     #[test]
