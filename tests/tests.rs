@@ -12,6 +12,7 @@ mod overload;
 mod rollout;
 mod rollout_api;
 mod rollout_cli;
+mod routes;
 mod schedule;
 mod shutdown;
 mod streams;
