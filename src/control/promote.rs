@@ -105,13 +105,11 @@ impl Rollouts {
         Ok(())
     }
 
-    /// Has a change stand that must not wait for the disk.
-    pub(super) async fn change_at_once(&mut self, name: &ModelName, mut standing: Standing, entry: Entry) {
+    /// Has a change stand that must not wait for the disk; it is stored by the next `catch_up`.
+    pub(super) fn change_at_once(&mut self, name: &ModelName, mut standing: Standing, entry: Entry) {
         standing.epoch += 1;
-        let saved = self.save(name, &standing, entry.clone()).await;
         self.stands(name, standing);
-        if let (Err(error), Some(managed)) = (saved, self.models.get_mut(name)) {
-            tracing::error!(model = %name, %error, "the route changed, and this is not stored yet");
+        if let Some(managed) = self.models.get_mut(name) {
             managed.unsaved = Some(entry);
         }
     }
@@ -126,17 +124,18 @@ impl Rollouts {
         self.state.with(move |store| store.save(&name, &standing, &entry)).await
     }
 
-    /// Tries again to store what could not be stored.
+    /// Stores what took effect before it was stored.
     pub(super) async fn catch_up(&mut self) {
         let unsaved = self.models.iter().filter_map(|(name, managed)| {
             let entry = managed.unsaved.clone()?;
             Some((name.clone(), managed.standing.clone(), entry))
         });
         for (name, standing, entry) in unsaved.collect::<Vec<_>>() {
-            if self.save(&name, &standing, entry).await.is_ok()
-                && let Some(managed) = self.models.get_mut(&name)
-            {
-                managed.unsaved = None;
+            let saved = self.save(&name, &standing, entry).await;
+            let Some(managed) = self.models.get_mut(&name) else { continue };
+            match saved {
+                Ok(()) => managed.unsaved = None,
+                Err(error) => tracing::error!(model = %name, %error, "the route changed, and this is not stored yet"),
             }
         }
     }

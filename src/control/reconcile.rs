@@ -398,10 +398,7 @@ impl Reconciler {
     /// Drains what is no longer wanted, once everything that is wanted serves (at once, when nothing is wanted).
     fn retire_unwanted(&mut self, name: &ModelName, nothing_wanted: bool) {
         let Some(model) = self.models.get_mut(name) else { return };
-        let ready = model
-            .versions
-            .iter()
-            .all(|tracked| !matches!(tracked.progress, Progress::Settling { .. } | Progress::Loading { .. }));
+        let ready = model.versions.iter().all(|tracked| !tracked.progress.is_under_way());
         let successor = model.versions.iter().any(|tracked| matches!(tracked.progress, Progress::Done { .. }));
         let may_retire = nothing_wanted || (ready && successor);
         let mut retired = Vec::new();
@@ -440,12 +437,9 @@ impl Reconciler {
 
     fn is_complete(&self, scan: &Scan) -> bool {
         scan.keys().all(|name| {
-            self.models.get(name).is_none_or(|model| {
-                model
-                    .versions
-                    .iter()
-                    .all(|tracked| !matches!(tracked.progress, Progress::Settling { .. } | Progress::Loading { .. }))
-            })
+            self.models
+                .get(name)
+                .is_none_or(|model| model.versions.iter().all(|tracked| !tracked.progress.is_under_way()))
         })
     }
 

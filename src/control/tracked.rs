@@ -89,6 +89,10 @@ impl Progress {
             Progress::Gone => None,
         }
     }
+
+    pub(super) fn is_under_way(&self) -> bool {
+        matches!(self, Progress::Settling { .. } | Progress::Loading { .. })
+    }
 }
 
 impl Tracked {
@@ -132,10 +136,7 @@ impl Tracked {
 
     /// Whether a version that is to get requests is still on its way.
     pub(super) fn waits_for(&self, standing: &Standing) -> bool {
-        let on_its_way = |tracked: &TrackedVersion| {
-            tracked.serving.is_none()
-                && matches!(tracked.progress, Progress::Settling { .. } | Progress::Loading { .. })
-        };
+        let on_its_way = |tracked: &TrackedVersion| tracked.serving.is_none() && tracked.progress.is_under_way();
         standing.route().is_some_and(|route| {
             self.versions.iter().any(|tracked| route.names(&tracked.version) && on_its_way(tracked))
         })

@@ -164,8 +164,13 @@ impl Reconciler {
             model = %name, from = ?transition.from, to = ?transition.to, reason = transition.reason, "rollout"
         );
         if matches!(transition.to, Phase::Aborted | Phase::RolledBack) {
-            self.rollouts.change_at_once(name, standing, entry).await;
-        } else if let Err(error) = self.rollouts.change(name, standing, entry).await {
+            // Clients are not to wait for the disk.
+            self.rollouts.change_at_once(name, standing, entry);
+            self.publish();
+            self.rollouts.catch_up().await;
+            return true;
+        }
+        if let Err(error) = self.rollouts.change(name, standing, entry).await {
             tracing::error!(model = %name, %error, "the rollout waits");
             return false;
         }
@@ -195,6 +200,10 @@ impl Reconciler {
                 json!({ "rollout": standing.rollout.as_ref().map(|rollout| &rollout.id), "settings": settings });
             (standing, entry(&asked("a new version"), "start", now, details))
         } else {
+            // Of versions that come together, the newest is the first.
+            if model.versions.iter().any(|tracked| tracked.selected && tracked.progress.is_under_way()) {
+                return;
+            }
             standing.stable = Some(stable.clone());
             (standing, entry(&asked("the first version that serves"), "serve", now, json!({ "version": stable })))
         };
