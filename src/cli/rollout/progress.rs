@@ -112,7 +112,8 @@ fn advice(status: &RolloutStatus) -> Option<String> {
     let model = &status.model;
     match status.phase {
         Phase::Paused => Some(format!(
-            "on to the next step with `tidegate rollout advance {model}`, back to this one with resume; give up with abort"
+            "on to the next step with `tidegate rollout advance {model}`, back to this one with resume, or give up \
+             with abort"
         )),
         Phase::Watching => Some(format!("take it back with `tidegate rollout rollback {model}`")),
         _ => None,
