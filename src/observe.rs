@@ -15,6 +15,9 @@ use crate::{
     tensor::{DType, Data, Tensor},
 };
 
+pub mod compare;
+pub mod copies;
+
 /// Labels of an output that are told apart; the first so many that come.
 const MAX_LABELS: usize = 20;
 /// Scores of a row that are looked through for the best one: those of more classes are not looked at.
@@ -26,6 +29,7 @@ const MAX_ROWS: usize = 64;
 pub struct Tally {
     looks: Vec<Option<Look>>,
     window: Mutex<Window>,
+    copies: copies::Copies,
 }
 
 /// How an output's answers are read.
@@ -51,7 +55,7 @@ impl Tally {
             },
         });
         let window = Window { answers: answers.collect(), ..Window::default() };
-        Self { looks, window: Mutex::new(window) }
+        Self { looks, window: Mutex::new(window), copies: copies::Copies::default() }
     }
 
     /// Counts a request that failed through no fault of its client.
