@@ -220,7 +220,7 @@ mod tests {
         tally.compared(&[scores(0), value(1.0)], &[scores(2), value(f32::NAN)]);
         tally.compared(&[scores(0), value(1.0)], &[value(1.0)]);
         tally.copy_failed();
-        [Shed::Full, Shed::Busy, Shed::Busy, Shed::Late].map(|reason| tally.shed(reason));
+        [Shed::Full, Shed::Busy, Shed::Busy, Shed::Late].into_iter().for_each(|reason| tally.shed(reason));
         let found = tally.comparison();
         let agreement = Agreement { compared: 4, disagreed: 3, failed: 1, missing: 4 };
         assert_eq!((found.agreement, tally.agreement()), (agreement, agreement));
