@@ -10,6 +10,7 @@ mod fairness;
 mod lifecycle;
 mod overload;
 mod schedule;
+mod shadow;
 mod shutdown;
 mod streams;
 mod support;
