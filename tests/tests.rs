@@ -9,6 +9,7 @@ mod documentation;
 mod fairness;
 mod lifecycle;
 mod overload;
+mod rollout;
 mod schedule;
 mod shadow;
 mod shutdown;
