@@ -88,9 +88,9 @@ impl Crew {
             let spawned = std::thread::Builder::new().name(name).spawn(move || {
                 let Ok(shift) = number.recv() else { return };
                 if background {
-                    priority::step_back()
+                    priority::step_back();
                 } else {
-                    priority::be_patient()
+                    priority::be_patient();
                 }
                 // What runs take in the idle class depends on all others, and is not to be expected of them later.
                 let session = executor::run(&queue, shift, !background);
