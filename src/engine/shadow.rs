@@ -22,7 +22,7 @@ use bytes::Bytes;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::{
-    sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
+    sync::mpsc::{UnboundedReceiver, UnboundedSender, error::SendError, unbounded_channel},
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -135,8 +135,10 @@ impl Shadows {
         if !candidate.tally.enter(bytes, self.config.max_requests, self.config.max_bytes) {
             return candidate.tally.shed(Shed::Full);
         }
-        // When the thread has ended, the server has, too.
-        let _ = self.copies.send(ShadowCopy { original, live: keep(outputs), bytes });
+        if let Err(SendError(copy)) = self.copies.send(ShadowCopy { original, live: keep(outputs), bytes }) {
+            // The server ends.
+            copy.original.candidate.tally.shed(Shed::Late);
+        }
     }
 }
 
