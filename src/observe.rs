@@ -11,10 +11,13 @@ use parking_lot::Mutex;
 use crate::{
     backend::{Signature, TensorSpec},
     metrics::Way,
-    rollout::judge::{Agreement, Answers, Kind, Window},
+    rollout::judge::{Answers, Kind, Window},
     stats::histogram::Histogram,
     tensor::{DType, Data, Tensor},
 };
+
+pub mod compare;
+pub mod copies;
 
 /// Labels of an output that are told apart; the first so many that come.
 const MAX_LABELS: usize = 20;
@@ -30,6 +33,7 @@ pub struct Tally {
     windows: [Mutex<Option<Box<Window>>>; Way::ALL.len()],
     /// What is known of the outputs before there are answers.
     empty: Vec<Answers>,
+    copies: copies::Copies,
 }
 
 /// How an output's answers are read.
@@ -54,7 +58,7 @@ impl Tally {
                 Look::Values => Kind::Values(Histogram::default()),
             },
         });
-        Self { windows: Default::default(), empty: answers.collect(), looks }
+        Self { windows: Default::default(), empty: answers.collect(), looks, copies: copies::Copies::default() }
     }
 
     /// Counts a request that was answered with an error.
@@ -93,11 +97,6 @@ impl Tally {
     pub fn window(&self, way: Way) -> Window {
         let window = self.windows[way as usize].lock();
         window.as_deref().cloned().unwrap_or_else(|| self.nothing())
-    }
-
-    /// How the version's answers to copies compare with those that clients got.
-    pub fn agreement(&self) -> Agreement {
-        Agreement::default()
     }
 
     fn with(&self, way: Way, work: impl FnOnce(&mut Window)) {

@@ -14,6 +14,7 @@ mod rollout_api;
 mod rollout_cli;
 mod routes;
 mod schedule;
+mod shadow;
 mod shutdown;
 mod streams;
 mod support;
