@@ -30,7 +30,8 @@ use crate::{
     model::{
         ModelVersion, State,
         catalog::{Catalog, CatalogWriter},
-        load::{self, DecodeSample, Loaded, Plan},
+        golden,
+        load::{self, Decode, Loaded, Plan},
     },
     priority,
     source::local::{self, Fingerprint, FoundModel, FoundVersion, Scan},
@@ -46,7 +47,7 @@ const LOADER_NICENESS: i32 = 15;
 #[derive(Clone)]
 pub struct Loader {
     pub backends: Backends,
-    pub decode_sample: DecodeSample,
+    pub decode: Decode,
     pub metrics: Arc<Metrics>,
 }
 
@@ -287,9 +288,7 @@ impl Reconciler {
             }
             let result = match plan {
                 Err(error) => Err(error),
-                Ok(plan) => {
-                    on_loader_thread(quiet, move || load::load(plan, &loader.backends, loader.decode_sample)).await
-                }
+                Ok(plan) => on_loader_thread(quiet, move || load::load(plan, &loader.backends, loader.decode)).await,
             };
             let result = result.map(Box::new);
             let after = local::fingerprint(&files, &directory);
@@ -309,6 +308,8 @@ impl Reconciler {
         spec: ModelSpec,
     ) -> Plan {
         let Settings { profile, cores, .. } = self.settings;
+        let stable = self.models.get(name).and_then(Tracked::stable);
+        let runtime = tokio::runtime::Handle::current();
         Plan {
             name: name.clone(),
             version: version.clone(),
@@ -326,6 +327,12 @@ impl Reconciler {
             configured_samples: spec.warmup.iter().map(|path| found.directory.join(path)).collect(),
             described_samples: (spec.warmup_requests, found.directory.join(local::SAMPLES)),
             sample_folders: vec![files.join(local::SAMPLES), found.directory.join(local::SAMPLES)],
+            golden: golden::Check {
+                settings: spec.golden,
+                folders: [files.clone(), found.directory.clone()],
+                stable: stable.map(|version| golden::Stable { version, runtime }),
+            },
+            metrics: self.loader.metrics.version(name.as_str(), version.as_str()),
             parameters: spec.parameters,
             notes: spec.notes,
             files,

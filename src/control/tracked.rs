@@ -113,6 +113,11 @@ impl Tracked {
         &mut self.versions[index]
     }
 
+    /// What answers requests that name no version.
+    pub(super) fn stable(&self) -> Option<Arc<ModelVersion>> {
+        self.versions.iter().rev().find_map(|tracked| tracked.serving.as_ref()).map(|(version, _)| version.clone())
+    }
+
     pub(super) fn deployment(&self) -> Deployment {
         let entries: Vec<Entry> = self.versions.iter().map(TrackedVersion::entry).collect();
         let default = entries.iter().rev().find(|entry| entry.serving.is_some()).map(|entry| entry.version.clone());

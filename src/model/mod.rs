@@ -18,6 +18,8 @@ use serde::{Deserialize, Serialize};
 pub mod batcher;
 pub mod catalog;
 mod executor;
+mod file;
+pub mod golden;
 pub mod labels;
 pub mod load;
 pub mod relay;
