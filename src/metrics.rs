@@ -86,7 +86,12 @@ impl Kind {
 
 /// Every family of our own, in the order README lists them.
 pub const FAMILIES: [Family; 15] = [
-    Family { name: REQUESTS, kind: Kind::Counter, labels: "protocol, code", help: "Inference requests answered" },
+    Family {
+        name: REQUESTS,
+        kind: Kind::Counter,
+        labels: "protocol, code, variant",
+        help: "Inference requests answered",
+    },
     Family {
         name: REQUEST_DURATION,
         kind: Kind::Histogram,
@@ -144,6 +149,36 @@ pub const FAMILIES: [Family; 15] = [
 pub enum Protocol {
     Rest,
     Grpc,
+}
+
+/// How a request came to its version; the label `variant`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Way {
+    /// The route has it for what no other version gets.
+    #[default]
+    Stable,
+    /// It drew the version that is to take over.
+    Canary,
+    /// It drew a named arm.
+    Arm,
+    /// A copy of another request.
+    Shadow,
+    /// It asked for the version, or the variant, by name.
+    Pinned,
+}
+
+impl Way {
+    pub const ALL: [Way; 5] = [Way::Stable, Way::Canary, Way::Arm, Way::Shadow, Way::Pinned];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Way::Stable => "stable",
+            Way::Canary => "canary",
+            Way::Arm => "arm",
+            Way::Shadow => "shadow",
+            Way::Pinned => "pinned",
+        }
+    }
 }
 
 /// Why a request was given up before it cost a run.
@@ -256,7 +291,7 @@ impl Scope {
 pub struct VersionMetrics {
     scope: Scope,
     labels: [(&'static str, String); 2],
-    requests: [[OnceLock<Counter>; Code::ALL.len() + 1]; PROTOCOLS.len()],
+    requests: [[[OnceLock<Counter>; Code::ALL.len() + 1]; Way::ALL.len()]; PROTOCOLS.len()],
     request_duration: Durations,
     execution: OnceLock<ExecutionHandles>,
     dropped: [OnceLock<Counter>; REASONS.len()],
@@ -324,11 +359,12 @@ impl VersionMetrics {
     }
 
     /// Counts one answered request; `failure` is `None` for success.
-    pub fn request(&self, protocol: Protocol, failure: Option<Code>, duration: Duration) {
+    pub fn request(&self, protocol: Protocol, way: Way, failure: Option<Code>, duration: Duration) {
         let code = failure.map_or(0, |code| code as usize + 1);
         let name = failure.map_or("ok", Code::as_str);
-        self.requests[protocol as usize][code]
-            .get_or_init(|| self.counter(REQUESTS, &[("protocol", PROTOCOLS[protocol as usize]), ("code", name)]))
+        let labels = || [("protocol", PROTOCOLS[protocol as usize]), ("code", name), ("variant", way.as_str())];
+        self.requests[protocol as usize][way as usize][code]
+            .get_or_init(|| self.counter(REQUESTS, &labels()))
             .increment(1);
         self.request_duration.record(nanoseconds(duration));
         let tally = if failure.is_none() { &self.statistics.success } else { &self.statistics.fail };
@@ -522,8 +558,8 @@ mod tests {
         let metrics = Metrics::new("0.1.0", "1.31.1");
         let one = metrics.version("m", "1");
         let two = metrics.version("m", "2");
-        one.request(Protocol::Rest, None, Duration::from_millis(3));
-        two.request(Protocol::Grpc, Some(Code::NotReady), Duration::from_millis(3));
+        one.request(Protocol::Rest, Way::Stable, None, Duration::from_millis(3));
+        two.request(Protocol::Grpc, Way::Stable, Some(Code::NotReady), Duration::from_millis(3));
         let text = metrics.render();
         assert_eq!(text.matches("# TYPE tidegate_requests_total counter").count(), 1);
         assert!(
@@ -541,10 +577,10 @@ mod tests {
     fn a_version_loaded_twice_counts_into_the_same_series() {
         let metrics = Metrics::new("0.1.0", "1.31.1");
         let old = metrics.version("m", "1");
-        old.request(Protocol::Rest, None, Duration::ZERO);
+        old.request(Protocol::Rest, Way::Stable, None, Duration::ZERO);
         let new = metrics.version("m", "1");
         drop(old);
-        new.request(Protocol::Rest, None, Duration::ZERO);
+        new.request(Protocol::Rest, Way::Stable, None, Duration::ZERO);
         assert!(metrics.render().contains(r#"protocol="rest",code="ok"} 2"#));
     }
 

@@ -10,7 +10,8 @@ use parking_lot::Mutex;
 
 use crate::{
     backend::{Signature, TensorSpec},
-    rollout::judge::{Answers, Kind, Window},
+    metrics::Way,
+    rollout::judge::{Agreement, Answers, Kind, Window},
     stats::histogram::Histogram,
     tensor::{DType, Data, Tensor},
 };
@@ -22,10 +23,13 @@ const MAX_CLASSES: i64 = 4096;
 /// Rows of an answer that are looked at.
 const MAX_ROWS: usize = 64;
 
-/// What a version did since it was loaded.
+/// What a version did since it was loaded, by the way in which requests came to it.
 pub struct Tally {
     looks: Vec<Option<Look>>,
-    window: Mutex<Window>,
+    /// Made when the first such request comes.
+    windows: [Mutex<Option<Box<Window>>>; Way::ALL.len()],
+    /// What is known of the outputs before there are answers.
+    empty: Vec<Answers>,
 }
 
 /// How an output's answers are read.
@@ -50,38 +54,59 @@ impl Tally {
                 Look::Values => Kind::Values(Histogram::default()),
             },
         });
-        let window = Window { answers: answers.collect(), ..Window::default() };
-        Self { looks, window: Mutex::new(window) }
+        Self { windows: Default::default(), empty: answers.collect(), looks }
     }
 
-    /// Counts a request that failed through no fault of its client.
-    pub fn failed(&self) {
-        let mut window = self.window.lock();
-        window.requests += 1;
-        window.errors += 1;
+    /// Counts a request that was answered with an error.
+    pub fn failed(&self, way: Way) {
+        self.with(way, |window| {
+            window.requests += 1;
+            window.errors += 1;
+        });
+    }
+
+    /// Counts a request whose client left after a time: it would have taken longer than that.
+    pub fn given_up(&self, way: Way, after: Duration) {
+        self.with(way, |window| window.latency.add(after.as_secs_f64()));
     }
 
     /// Counts a good answer: all of the version's outputs, in the order of its signature.
-    pub fn answered(&self, took: Duration, outputs: &[Tensor]) {
-        let mut window = self.window.lock();
-        let Window { requests, latency, looked_at, no_numbers, answers, .. } = &mut *window;
-        *requests += 1;
-        latency.add(took.as_secs_f64());
-        if answers.is_empty() {
-            return;
-        }
-        *looked_at += 1;
-        let seen = self.looks.iter().zip(outputs).filter_map(|(look, output)| Some(((*look)?, output)));
-        let mut odd = false;
-        for ((look, output), answers) in seen.zip(answers) {
-            odd |= !count(look, output, &mut answers.kind);
-        }
-        *no_numbers += u64::from(odd);
+    pub fn answered(&self, way: Way, took: Duration, outputs: &[Tensor]) {
+        self.with(way, |window| {
+            let Window { requests, latency, looked_at, no_numbers, answers, .. } = window;
+            *requests += 1;
+            latency.add(took.as_secs_f64());
+            if answers.is_empty() {
+                return;
+            }
+            *looked_at += 1;
+            let seen = self.looks.iter().zip(outputs).filter_map(|(look, output)| Some(((*look)?, output)));
+            let mut odd = false;
+            for ((look, output), answers) in seen.zip(answers) {
+                odd |= !count(look, output, &mut answers.kind);
+            }
+            *no_numbers += u64::from(odd);
+        });
     }
 
     /// Everything since the version was loaded.
-    pub fn window(&self) -> Window {
-        self.window.lock().clone()
+    pub fn window(&self, way: Way) -> Window {
+        let window = self.windows[way as usize].lock();
+        window.as_deref().cloned().unwrap_or_else(|| self.nothing())
+    }
+
+    /// How the version's answers to copies compare with those that clients got.
+    pub fn agreement(&self) -> Agreement {
+        Agreement::default()
+    }
+
+    fn with(&self, way: Way, work: impl FnOnce(&mut Window)) {
+        let mut window = self.windows[way as usize].lock();
+        work(window.get_or_insert_with(|| Box::new(self.nothing())));
+    }
+
+    fn nothing(&self) -> Window {
+        Window { answers: self.empty.clone(), ..Window::default() }
     }
 }
 
@@ -196,10 +221,14 @@ mod tests {
     #[test]
     fn the_best_score_is_the_label() {
         let tally = tally(&[("scores", DType::Fp32, &[-1, 3])]);
-        tally.answered(Duration::from_millis(3), &[floats("scores", &[2, 3], &[0.1, 0.7, 0.2, 0.9, 0.0, 0.1])]);
-        tally.answered(Duration::from_millis(3), &[floats("scores", &[1, 3], &[0.1, f32::NAN, 0.2])]);
-        tally.failed();
-        let window = tally.window();
+        tally.answered(
+            Way::Stable,
+            Duration::from_millis(3),
+            &[floats("scores", &[2, 3], &[0.1, 0.7, 0.2, 0.9, 0.0, 0.1])],
+        );
+        tally.answered(Way::Stable, Duration::from_millis(3), &[floats("scores", &[1, 3], &[0.1, f32::NAN, 0.2])]);
+        tally.failed(Way::Stable);
+        let window = tally.window(Way::Stable);
         assert_eq!((window.requests, window.errors, window.looked_at, window.no_numbers), (3, 1, 2, 1));
         assert_eq!(window.latency.total(), 2);
         assert_eq!(labels(&window), [("1".to_owned(), 1), ("0".to_owned(), 1), ("2".to_owned(), 1)]);
@@ -211,9 +240,9 @@ mod tests {
         for label in 0..30_i64 {
             let bytes = label.to_le_bytes().to_vec();
             let output = Tensor::new("label".into(), DType::Int64, [1].as_slice().into(), Data::Plain(bytes.into()));
-            tally.answered(Duration::ZERO, &[output.unwrap()]);
+            tally.answered(Way::Stable, Duration::ZERO, &[output.unwrap()]);
         }
-        let window = tally.window();
+        let window = tally.window(Way::Stable);
         assert_eq!(labels(&window).len(), MAX_LABELS);
         assert!(matches!(window.answers[0].kind, Kind::Labels { other: 10, .. }));
     }
@@ -222,9 +251,9 @@ mod tests {
     fn outputs_that_say_nothing_of_a_decision_are_not_looked_at() {
         let tally = tally(&[("image", DType::Fp32, &[-1, 3, 8, 8]), ("y", DType::Fp32, &[-1, 1])]);
         let image = floats("image", &[1, 3, 1, 1], &[f32::NAN; 3]);
-        tally.answered(Duration::ZERO, &[image.clone(), floats("y", &[1, 1], &[2.0])]);
-        tally.answered(Duration::ZERO, &[image, floats("y", &[1, 1], &[f32::INFINITY])]);
-        let window = tally.window();
+        tally.answered(Way::Stable, Duration::ZERO, &[image.clone(), floats("y", &[1, 1], &[2.0])]);
+        tally.answered(Way::Stable, Duration::ZERO, &[image, floats("y", &[1, 1], &[f32::INFINITY])]);
+        let window = tally.window(Way::Stable);
         assert_eq!((window.answers.len(), window.no_numbers), (1, 1));
         let Kind::Values(histogram) = &window.answers[0].kind else { panic!("labels") };
         assert_eq!(histogram.total(), 1);
