@@ -124,13 +124,13 @@ impl Reconciler {
                 }
                 _ = tick.tick() => {}
                 Some(()) = kicks.recv() => {}
-                Some(event) = self.events.1.recv() => self.handle(event),
+                Some(event) = self.events.1.recv() => self.handle(event).await,
                 Some(command) = self.orders.0.recv() => self.obey(command).await,
                 Some(_) = self.drains.join_next() => {}
                 Some(_) = self.loading.join_next() => {}
             }
             while let Ok(event) = self.events.1.try_recv() {
-                self.handle(event);
+                self.handle(event).await;
             }
             self.pass().await;
         };
@@ -362,7 +362,7 @@ impl Reconciler {
         }
     }
 
-    fn handle(&mut self, event: Event) {
+    async fn handle(&mut self, event: Event) {
         let Event::Loaded { name, version, fingerprint, after, result } = event;
         let tracked = self.models.get_mut(&name).and_then(|model| model.find(&version));
         let Some(tracked) = tracked.filter(|tracked| {
@@ -397,7 +397,9 @@ impl Reconciler {
             }
             Err(error) => {
                 tracing::error!(model = %name, %version, %error, "loading failed");
+                let entry = routes::kept_out(&name, &version, &error);
                 tracked.progress = Progress::Failed { fingerprint, error };
+                self.rollouts.log(entry).await;
             }
         }
     }
