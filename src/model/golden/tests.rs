@@ -86,11 +86,11 @@ fn right_answers_pass_and_are_counted() {
 #[test]
 fn wrong_answers_name_the_case_the_output_and_the_element() {
     let right = case(&TWO, vec![score_tensor("scores", &TWO)]);
-    let message = examine(Settings::default(), &[right.clone()], 0.5).unwrap_err();
+    let message = examine(Settings::default(), std::slice::from_ref(&right), 0.5).unwrap_err();
     let words = "element 0 is 0.75, expected 0.25: 0.5 apart, and golden.max_difference allows 0.0001";
     assert_eq!(message, format!("cases[0]: output 'scores': {words}"));
     let wide = Settings { max_difference: Some(0.5), ..Settings::default() };
-    assert!(examine(wide.clone(), &[right.clone()], 0.5).is_ok());
+    assert!(examine(wide.clone(), std::slice::from_ref(&right), 0.5).is_ok());
     let labels = case(&TWO, vec![label_tensor(&[1, 1])]);
     let message = examine(wide, &[right, labels], 0.5).unwrap_err();
     assert_eq!(message, "cases[1]: output 'label': element 1 is 0, expected 1");
@@ -183,7 +183,7 @@ fn write(path: &Path, text: &str) {
 
 /// Cases whose number is the text's length; no right answer for an odd one.
 fn by_length(text: &Bytes) -> Result<Vec<Case>, Error> {
-    let label = i64::from(text.len() % 2 == 0);
+    let label = i64::from(text.len().is_multiple_of(2));
     Ok(vec![case(&TWO[..2], vec![label_tensor(&[label])]); text.len()])
 }
 
