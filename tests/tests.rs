@@ -10,6 +10,7 @@ mod fairness;
 mod golden;
 mod lifecycle;
 mod overload;
+mod rollout;
 mod schedule;
 mod shutdown;
 mod streams;
