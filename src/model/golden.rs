@@ -224,8 +224,7 @@ impl Case {
             if self.outputs[..index].iter().any(|other| other.name == expected.name) {
                 return Err(Error::invalid(format!("output '{name}' is expected twice")));
             }
-            // JSON has no floats of 16 bits.
-            if expected.dtype != spec.dtype && !(is_float(expected.dtype) && is_float(spec.dtype)) {
+            if expected.dtype != spec.dtype {
                 return Err(Error::invalid(format!("output '{name}' is {}, expected {}", spec.dtype, expected.dtype)));
             }
             if expected.shape.contains(&0) {

@@ -11,6 +11,7 @@ use super::{
     document::Json,
     envelope::{INPUT_MEMBERS, Objects, Place},
     json::{Tail, tensor},
+    values::Spelling,
 };
 use crate::{
     error::{Error, abridge},
@@ -19,7 +20,7 @@ use crate::{
 };
 
 /// Reads a list of cases, or the one that is the member `cases` of an object. Tensors are as in a request, with their
-/// elements in `data`.
+/// elements in `data`, and floats of 16 bits are numbers too.
 ///
 /// # Errors
 /// `InvalidArgument` naming the case by its index, and the tensor.
@@ -75,7 +76,7 @@ fn tensors(list: &'static str, json: Json<'_>) -> Result<Vec<Tensor>, Error> {
     let read = |(index, members)| {
         let mut placed = Vec::new();
         let place = Place(list, index);
-        tensor(place, members, &mut Tail::none(), json.source(), &mut placed)?
+        tensor(place, members, Spelling::Plain, &mut Tail::none(), json.source(), &mut placed)?
             .ok_or_else(|| Error::invalid(format!("{place} lies in shared memory, which a file cannot")))
     };
     objects.iter().enumerate().map(read).collect()
@@ -103,6 +104,8 @@ mod tests {
             assert_eq!(output.data, Data::Strings(vec![Bytes::from("a")]));
         }
         assert_eq!(decode("[]").unwrap().len(), 0);
+        let halves = decode(&format!("[{}]", CASE.replace("FP32", "FP16").replace("NaN", "0.5"))).unwrap();
+        assert_eq!(halves[0].inputs[0].data, Data::Plain(Bytes::from_static(&[0, 0x3c, 0, 0x38])));
     }
 
     #[test]

@@ -91,7 +91,8 @@ pub(super) fn decode_carefully(body: &Bytes, header_length: Option<usize>) -> Re
         .iter()
         .enumerate()
         .filter_map(|(index, members)| {
-            tensor(Place("inputs", index), members, &mut tail, &json, &mut placed).transpose()
+            let place = Place("inputs", index);
+            tensor(place, members, Spelling::Protocol, &mut tail, &json, &mut placed).transpose()
         })
         .collect::<Result<_, _>>()?;
     if !tail.rest.is_empty() {
@@ -212,6 +213,7 @@ impl Tail {
 pub(super) fn tensor(
     place: Place,
     members: &Members<'_, 5>,
+    spelling: Spelling,
     tail: &mut Tail,
     source: &Bytes,
     placed: &mut Vec<PlacedInput>,
@@ -250,7 +252,7 @@ pub(super) fn tensor(
         (None, Some(data)) => {
             // What overflows here is refused by `Tensor::new`, or sooner for not being all there.
             let expected = tensor::elements(&shape).unwrap_or(usize::MAX);
-            elements::read(&label, dtype, expected, data.get(), source)?
+            elements::read(&label, dtype, spelling, expected, data.get(), source)?
         }
     };
     Tensor::new(name.into(), dtype, shape, data).map(Some)

@@ -7,9 +7,15 @@ use crate::{
 };
 
 /// What floats may differ by where nothing else is said; of those above 1, the share of them. Sums of one row come out
-/// in another order with other threads, batches and processors, and differ by some 1e-6; a model that was trained anew
-/// differs by more than this.
-const USUAL_DIFFERENCE: f64 = 1e-4;
+/// in another order with other threads, batches and processors, and differ by some 1e-6 or by the last bit or two of a
+/// shorter float; a model that was trained anew differs by more than this.
+fn usual_difference(dtype: DType) -> f64 {
+    match dtype {
+        DType::Fp16 => 0.002,
+        DType::Bf16 => 0.02,
+        _ => 0.0001,
+    }
+}
 
 /// How far a float may be from what it should be.
 #[derive(Clone, Copy, Debug)]
@@ -21,10 +27,10 @@ impl Tolerance {
         Self(max_difference)
     }
 
-    pub(super) fn around(self, expected: f64) -> f64 {
+    fn around(self, expected: f64, dtype: DType) -> f64 {
         // No tolerance covers infinity, also not a share of it.
         let size = if expected.is_finite() { expected.abs().max(1.0) } else { 1.0 };
-        self.0.unwrap_or(USUAL_DIFFERENCE * size)
+        self.0.unwrap_or(usual_difference(dtype) * size)
     }
 }
 
@@ -42,7 +48,7 @@ pub(super) struct Comparison {
     pub(super) deviation: Option<String>,
 }
 
-/// Compares tensors of the same shape, and of the same type unless both hold floats. With `scores` each row along the
+/// Compares tensors of the same shape and type. With `scores` each row along the
 /// last dimension stands for its largest element.
 pub(super) fn compare(got: &Tensor, expected: &Tensor, scores: bool, tolerance: Tolerance) -> Comparison {
     let words = |index| format!("element {index} is {}, expected {}", shown(got, index), shown(expected, index));
@@ -54,13 +60,14 @@ pub(super) fn compare(got: &Tensor, expected: &Tensor, scores: bool, tolerance: 
         return Comparison { labels: count, agreed, deviation: miss.clone(), miss, max_difference: 0.0 };
     };
     let differences: Vec<f64> = numbers.iter().zip(&wanted).map(|(&got, &wanted)| difference(got, wanted)).collect();
-    let is_beyond = |&index: &usize| differences[index] > tolerance.around(wanted[index]);
+    let allowed = |index: usize| tolerance.around(wanted[index], expected.dtype);
+    let is_beyond = |&index: &usize| differences[index] > allowed(index);
     let worst = (0..wanted.len())
         .filter(is_beyond)
         .reduce(|worst, index| if differences[index] > differences[worst] { index } else { worst });
     let deviation = worst.map(|index| {
-        let allowed = tolerance.around(wanted[index]);
-        format!("{}: {} apart, and golden.max_difference allows {allowed}", words(index), differences[index])
+        let (apart, allowed) = (differences[index], allowed(index));
+        format!("{}: {apart} apart, and golden.max_difference allows {allowed}", words(index))
     });
     let width = if scores { expected.shape.last().copied().unwrap_or(1).max(1) } else { 1 };
     let tops = |row: usize| [&numbers, &wanted].map(|values| top(&values[row * width..][..width]));
@@ -164,6 +171,13 @@ mod tests {
         assert_eq!(compared(&[0.50008, 1e6 + 80.0], &[0.5, 1e6], None).deviation, None);
         assert!(compared(&[0.5002], &[0.5], None).deviation.is_some());
         assert!(compared(&[1e6 + 200.0], &[1e6], None).deviation.is_some());
+        let half = |bits: u16| {
+            let data = Data::Plain(Bytes::copy_from_slice(&bits.to_le_bytes()));
+            Tensor::new("y".into(), DType::Fp16, [1].as_slice().into(), data).unwrap()
+        };
+        let next = |bits: u16| compare(&half(0x3c00 + bits), &half(0x3c00), false, Tolerance::new(None)).deviation;
+        assert_eq!(next(2), None, "the last bit or two");
+        assert!(next(3).unwrap().starts_with("element 0 is 1.0029297, expected 1: "));
     }
 
     #[test]

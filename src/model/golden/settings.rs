@@ -17,7 +17,7 @@ pub struct Settings {
     /// Default: "golden.json" if there is one; with any key of this table there must be.
     pub file: Option<String>,
     /// By how much floats may differ from what is expected; all else must be equal, unless an accuracy is asked for.
-    /// Default: 0.0001, and that share of numbers above 1; with an accuracy, none.
+    /// Default: 0.0001 (FP16 0.002, BF16 0.02), and that share of numbers above 1; with an accuracy, none.
     pub max_difference: Option<f64>,
     /// The smallest share of right labels, 0 to 1, in each output. A row of floats stands for its largest; single floats
     /// are right within `max_difference` or its default, all else when it is equal.

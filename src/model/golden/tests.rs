@@ -140,14 +140,6 @@ fn what_proves_nothing_or_cannot_be_compared_fails() {
 }
 
 #[test]
-fn a_double_may_stand_for_a_narrower_float() {
-    let data = TWO.iter().flat_map(|&score| f64::from(score).to_le_bytes()).collect();
-    let wide = Tensor::new("scores".into(), DType::Fp64, [2, 2].as_slice().into(), Data::Plain(data)).unwrap();
-    let outcome = examine(Settings::default(), &[case(&TWO, vec![wide])], 0.0).unwrap();
-    assert_eq!((outcome.labels, outcome.max_difference), (2, 0.0));
-}
-
-#[test]
 fn numbers_one_for_each_row_are_no_scores() {
     let spec = TensorSpec { name: "y".into(), dtype: DType::Fp32, shape: vec![-1] };
     let line = |shape: i64, got: [f32; 2], expected: [f32; 2]| {
