@@ -11,6 +11,8 @@ mod golden;
 mod lifecycle;
 mod overload;
 mod rollout;
+mod rollout_api;
+mod rollout_cli;
 mod schedule;
 mod shutdown;
 mod streams;
