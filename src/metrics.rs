@@ -36,6 +36,7 @@ const EXECUTIONS: &str = "tidegate_executions_total";
 const PENDING: &str = "tidegate_pending_requests";
 const DROPPED: &str = "tidegate_dropped_requests_total";
 const STATE: &str = "tidegate_model_state";
+const GOLDEN_CHECK: &str = "tidegate_golden_check";
 const LOAD_DURATION: &str = "tidegate_model_load_duration_seconds";
 const SHARED_MEMORY_REGIONS: &str = "tidegate_shared_memory_regions";
 const SHARED_MEMORY_BYTES: &str = "tidegate_shared_memory_bytes";
@@ -84,7 +85,7 @@ impl Kind {
 }
 
 /// Every family of our own, in the order README lists them.
-pub const FAMILIES: [Family; 14] = [
+pub const FAMILIES: [Family; 15] = [
     Family {
         name: REQUESTS,
         kind: Kind::Counter,
@@ -122,6 +123,12 @@ pub const FAMILIES: [Family; 14] = [
     },
     Family { name: STATE, kind: Kind::Gauge, labels: "state", help: "1 for the state a version is in, else 0" },
     Family { name: LOAD_DURATION, kind: Kind::Gauge, labels: "", help: "Seconds the version took to load and warm" },
+    Family {
+        name: GOLDEN_CHECK,
+        kind: Kind::Gauge,
+        labels: "",
+        help: "1 when the version passed its latest golden check, 0 when it failed; only with a golden file",
+    },
     Family {
         name: SHARED_MEMORY_REGIONS,
         kind: Kind::Gauge,
@@ -420,6 +427,11 @@ impl VersionMetrics {
         for name in all {
             self.gauge(STATE, &[("state", name)]).set(if *name == state { 1.0 } else { 0.0 });
         }
+    }
+
+    /// Shows how the golden check went.
+    pub fn golden_check(&self, passed: bool) {
+        self.gauge(GOLDEN_CHECK, &[]).set(if passed { 1.0 } else { 0.0 });
     }
 
     pub fn loaded(&self, took: Duration) {

@@ -134,6 +134,13 @@ impl Tracked {
         &mut self.versions[index]
     }
 
+    /// What answers requests that name no version.
+    pub(super) fn stable(&self, standing: &Standing) -> Option<Arc<ModelVersion>> {
+        let default = self.deployment(standing, false).default?;
+        let tracked = self.versions.iter().find(|tracked| tracked.version == default)?;
+        tracked.serving.as_ref().map(|(version, _)| version.clone())
+    }
+
     /// Whether a version that is to get requests is still on its way.
     pub(super) fn waits_for(&self, standing: &Standing) -> bool {
         let on_its_way = |tracked: &TrackedVersion| tracked.serving.is_none() && tracked.progress.is_under_way();

@@ -380,6 +380,18 @@ fn entry(asked: &Asked, action: &str, at: Moment, details: serde_json::Value) ->
     }
 }
 
+/// What is written down of a version that did not load, or did not pass its golden check.
+pub(super) fn kept_out(name: &ModelName, version: &Version, error: &Error) -> Entry {
+    Entry {
+        at: promote::now(),
+        model: name.to_string(),
+        author: REPOSITORY.to_owned(),
+        action: "kept_out".to_owned(),
+        reason: error.message.clone(),
+        details: json!({ "version": version, "code": error.code.as_str() }).to_string(),
+    }
+}
+
 /// What is written down of a rollout's change.
 fn logged(transition: &Transition, author: &str) -> Entry {
     Entry {
