@@ -177,7 +177,8 @@ impl Rollouts {
     ) -> Option<Judgement> {
         let managed = self.models.get_mut(name)?;
         let rollout = managed.standing.rollout.as_mut().filter(|rollout| !rollout.is_over())?;
-        let (stable_way, candidate_way) = match rollout.phase {
+        let phase = rollout.phase_or_paused_in();
+        let (stable_way, candidate_way) = match phase {
             Phase::Shadow => (Way::Stable, Way::Shadow),
             Phase::Canary => (Way::Stable, Way::Canary),
             Phase::Watching => (Way::Stable, Way::Stable),
@@ -202,7 +203,7 @@ impl Rollouts {
             let evidence = Evidence {
                 stable: alone.cloned().unwrap_or_else(|| look.stable.until_now(stable, stable_way)),
                 candidate: look.candidate.until_now(Some(candidate), candidate_way),
-                shadow: (rollout.phase == Phase::Shadow).then(|| candidate.tally.agreement().since(&look.agreement)),
+                shadow: (phase == Phase::Shadow).then(|| candidate.tally.agreement().since(&look.agreement)),
                 objective: rollout.objective,
             };
             judge(&evidence, &rollout.plan.margins)
@@ -237,7 +238,7 @@ fn usual_latency(version: &Arc<ModelVersion>) -> Option<Duration> {
 
 /// How often the judge looks in the rollout's phase.
 fn interval(rollout: &Rollout) -> Duration {
-    let shortest = match rollout.phase {
+    let shortest = match rollout.phase_or_paused_in() {
         Phase::Shadow => rollout.plan.shadow.as_ref().map(|step| step.min_duration),
         Phase::Canary => rollout.plan.steps.get(rollout.step).map(|step| step.min_duration),
         _ => Some(rollout.plan.watch),

@@ -63,7 +63,7 @@ impl Reconciler {
             return Err(Error::new(Code::Conflict, message));
         }
         if standing.split.is_some() {
-            let message = "its requests are divided by hand; clear that first (rollout overrides clear)";
+            let message = "its requests are divided by hand; clear that first (tidegate rollout overrides clear MODEL)";
             return Err(Error::new(Code::Conflict, message));
         }
         if !model.found.iter().any(|found| found.version == *to) {
@@ -122,13 +122,16 @@ impl Reconciler {
         let (phase, stable, candidate) = (rollout.phase, rollout.stable.clone(), rollout.candidate.clone());
         let replaced = replacement(model, standing, rollout);
         let stable = model.find(&stable).and_then(|tracked| tracked.serving.clone()).map(|(version, _)| version);
-        let tracked = model.find(&candidate)?;
-        let lost = match (&tracked.progress, &tracked.serving) {
-            (Progress::Failed { error, .. }, None) => Some(format!("version '{candidate}' failed: {error}")),
-            (Progress::Gone, None) => Some(format!("version '{candidate}' is gone from the repository")),
-            _ => None,
-        };
-        if let Some(reason) = lost.or(replaced) {
+        let gone = || Some((Event::Failed(format!("version '{candidate}' is gone from the repository")), REPOSITORY));
+        let Some(tracked) = model.find(&candidate) else { return gone() };
+        match (&tracked.progress, &tracked.serving) {
+            (Progress::Failed { error, .. }, None) => {
+                return Some((Event::Failed(format!("version '{candidate}' failed: {error}")), REPOSITORY));
+            }
+            (Progress::Gone, None) if tracked.missing_since.is_some() => return gone(),
+            _ => {}
+        }
+        if let Some(reason) = replaced {
             return Some((Event::Failed(reason), REPOSITORY));
         }
         let serving = tracked.serving.as_ref().map(|(version, _)| version.clone())?;
@@ -218,13 +221,8 @@ impl Reconciler {
 /// The newest version that the policy selects and nobody passes over, when it is newer than the stable one.
 fn news(model: &Tracked, standing: &Standing, stable: &Version) -> Option<Version> {
     let place = |version: &Version| model.found.iter().position(|found| found.version == *version);
-    let is_selected =
-        |version: &Version| model.versions.iter().any(|tracked| tracked.version == *version && tracked.selected);
-    let newest = model
-        .found
-        .iter()
-        .rfind(|found| is_selected(&found.version) && standing.passes_over(&found.version, found.stamp).is_none())?;
-    (place(&newest.version) > place(stable)).then(|| newest.version.clone())
+    let newest = model.chosen(standing).next_back()?;
+    (place(newest) > place(stable)).then(|| newest.clone())
 }
 
 /// Why a newer version takes a candidate's place, when it does.
@@ -292,6 +290,10 @@ fn conclude(model: &Tracked, standing: &mut Standing, transition: &Transition, n
 }
 
 fn tell(model: &Tracked, mut standing: Standing, asked: &Asked, command: Command) -> Result<(Standing, Entry), Error> {
+    if standing.split.is_some() {
+        let message = "its requests are divided by hand; clear that first (tidegate rollout overrides clear MODEL)";
+        return Err(Error::new(Code::Conflict, message));
+    }
     let rollout = standing
         .rollout
         .as_mut()
