@@ -30,7 +30,7 @@ const LOOK: Duration = Duration::from_secs(10);
 const LOOKS: u32 = 5;
 /// But no more often than that.
 const SHORTEST_LOOK: Duration = Duration::from_millis(50);
-/// Good answers of the stable version that make its p95 the objective.
+/// Answers of the stable version that are enough to know it by: what its p95 is, for one.
 const KNOWN: u64 = 100;
 /// The share of the stable version's answers that the objective lets pass.
 const OBJECTIVE: f64 = 0.95;
@@ -166,6 +166,13 @@ impl Rollouts {
         let looks = self.models.values().filter(|managed| managed.standing.running().is_some());
         let next = looks.filter_map(|managed| managed.look.as_ref().map(|look| look.next)).min();
         next.unwrap_or_else(|| Instant::now() + LOOK)
+    }
+
+    /// What the stable version did in the step that the rollout is at, if that is enough to compare with.
+    pub(super) fn recent(&self, name: &ModelName, stable: &Arc<ModelVersion>) -> Option<Window> {
+        let look = self.models.get(name)?.look.as_ref()?;
+        let window = look.stable.until_now(Some(stable), Way::Stable);
+        (window.requests >= KNOWN).then_some(window)
     }
 
     /// What the judge says of a model's candidate, when it is time for it to look.

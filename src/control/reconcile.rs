@@ -229,7 +229,8 @@ impl Reconciler {
             let tracked = model.find_or_insert(name, &wanted.version, &self.loader.metrics);
             (tracked.selected, tracked.needed) = (*selected, *needed);
             let fingerprint = wanted.fingerprint;
-            let fresh = tracked.progress.fingerprint() != Some(fingerprint);
+            let held = matches!(tracked.progress, Progress::Held { .. });
+            let fresh = held || tracked.progress.fingerprint() != Some(fingerprint);
             if fresh {
                 let serves = tracked.serving.as_ref().is_some_and(|(_, served)| *served == fingerprint);
                 tracked.progress = if serves {

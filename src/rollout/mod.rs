@@ -104,6 +104,9 @@ pub struct Rollout {
     pub step: usize,
     /// What goes on when it is resumed.
     paused_in: Option<Phase>,
+    /// Whether the step was passed that it is paused at, so that the next one is its turn.
+    #[serde(default)]
+    passed: bool,
     /// Since when it is in this phase and step.
     pub since: Moment,
     /// When the candidate was promoted.
@@ -142,6 +145,7 @@ impl Rollout {
             phase: Phase::Pending,
             step: 0,
             paused_in: None,
+            passed: false,
             since: now,
             promoted_at: None,
             objective: None,
@@ -261,6 +265,7 @@ impl Rollout {
         if passed && waited >= step.min_duration {
             let reason = format!("passed with {} samples in {waited:?}", judgement.samples);
             if step.pause {
+                self.passed = true;
                 return self.pause(now, format!("{reason}; the plan has it wait here"), Some(judgement));
             }
             return self.advance(now, reason, Some(judgement));
@@ -282,6 +287,7 @@ impl Rollout {
         match (command, self.phase) {
             (Command::Pause, Phase::Shadow | Phase::Canary) => self.pause(now, reason, None),
             (Command::Pause, _) => return refused("only what gets copies or a share can be paused"),
+            (Command::Resume, Phase::Paused) if self.passed => self.advance(now, reason, None),
             (Command::Resume, Phase::Paused) => {
                 let phase = self.paused_in.take().unwrap_or(Phase::Canary);
                 self.go(now, phase, reason, None);
@@ -334,6 +340,7 @@ impl Rollout {
 
     fn go(&mut self, now: Moment, to: Phase, reason: String, judgement: Option<Judgement>) {
         let from = std::mem::replace(&mut self.phase, to);
+        self.passed &= to == Phase::Paused;
         self.since = now;
         let (step, weight) = (self.step, self.weight());
         self.history.push(Transition { at: now, from, to, step, weight, reason, judgement });
@@ -511,6 +518,21 @@ mod tests {
         let after: Rollout = serde_json::from_str(&serde_json::to_string(&before).unwrap()).unwrap();
         assert_eq!(after, before);
         assert_eq!(after.route(), before.route());
+    }
+
+    #[test]
+    fn what_was_passed_goes_on_with_the_next_step_and_what_was_not_with_its_own() {
+        let mut rollout = rollout(false, &[10.0, 50.0, 100.0]);
+        rollout.plan.steps[0].pause = true;
+        let good = |minute| (minute * MINUTE, judged(Finding::Good, 100));
+        let seen = run(&mut rollout, [(0, Event::Ready), good(1), good(5), (6 * MINUTE, told(Command::Resume))]);
+        let expected = [(Phase::Canary, 10.0), (Phase::Paused, 10.0), (Phase::Paused, 10.0), (Phase::Canary, 50.0)];
+        assert_eq!(seen, expected);
+        let told = [(7 * MINUTE, told(Command::Pause)), (8 * MINUTE, told(Command::Resume))];
+        assert_eq!(run(&mut rollout, told), [(Phase::Paused, 50.0), (Phase::Canary, 50.0)]);
+        // Nobody stops looking.
+        rollout.apply(super::Event::Told(Command::Pause, String::new()), 9 * MINUTE).unwrap();
+        assert_eq!(run(&mut rollout, [(10 * MINUTE, judged(Finding::Worse, 100))]), [(Phase::Aborted, 0.0)]);
     }
 
     fn any_event() -> impl Strategy<Value = Event> {

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::{Progress, Reconciler, Tracked, promote};
+use super::{Progress, Reconciler, Rollouts, Tracked, promote};
 use crate::{
     control::{
         command::{Asked, Change},
@@ -37,7 +37,7 @@ impl Reconciler {
         }
         let changed = match change {
             Change::Start { to, settings } => self.start(name, model, standing, &asked, &to, settings),
-            Change::Tell(command) => tell(model, standing, &asked, command),
+            Change::Tell(command) => tell(name, model, &self.rollouts, standing, &asked, command),
             Change::Route(split) => divide(name, model, standing, &asked, split),
             Change::Clear => clear(standing, &asked),
         };
@@ -160,7 +160,7 @@ impl Reconciler {
             }
             return false;
         };
-        conclude(model, &mut standing, &transition, now);
+        conclude(name, model, &self.rollouts, &mut standing, &transition);
         let mut entry = logged(&transition, author);
         entry.model = name.to_string();
         tracing::info!(
@@ -254,13 +254,17 @@ fn begin(
 }
 
 /// What else follows from a rollout's change.
-fn conclude(model: &Tracked, standing: &mut Standing, transition: &Transition, now: Moment) {
+fn conclude(name: &ModelName, model: &Tracked, rollouts: &Rollouts, standing: &mut Standing, transition: &Transition) {
     let Some(rollout) = &mut standing.rollout else { return };
+    let now = transition.at;
     let (stable, candidate, id) = (rollout.stable.clone(), rollout.candidate.clone(), rollout.id.clone());
     if rollout.weight() == Weight::FULL && rollout.baseline.is_none() {
-        let serving = model.versions.iter().find(|tracked| tracked.version == stable);
-        let version = serving.and_then(|tracked| tracked.serving.as_ref());
-        rollout.baseline = version.map(|(version, _)| Box::new(version.tally.window(Way::Stable)));
+        let tracked = model.versions.iter().find(|tracked| tracked.version == stable);
+        let serving = tracked.and_then(|tracked| tracked.serving.as_ref());
+        // What it did last is the best that it can be compared by from now on.
+        rollout.baseline = serving.map(|(version, _)| {
+            Box::new(rollouts.recent(name, version).unwrap_or_else(|| version.tally.window(Way::Stable)))
+        });
     }
     let winner = match transition.to {
         Phase::Aborted | Phase::RolledBack => &stable,
@@ -289,7 +293,14 @@ fn conclude(model: &Tracked, standing: &mut Standing, transition: &Transition, n
     standing.stable = Some(winner.clone());
 }
 
-fn tell(model: &Tracked, mut standing: Standing, asked: &Asked, command: Command) -> Result<(Standing, Entry), Error> {
+fn tell(
+    name: &ModelName,
+    model: &Tracked,
+    rollouts: &Rollouts,
+    mut standing: Standing,
+    asked: &Asked,
+    command: Command,
+) -> Result<(Standing, Entry), Error> {
     if standing.split.is_some() {
         let message = "its requests are divided by hand; clear that first (tidegate rollout overrides clear MODEL)";
         return Err(Error::new(Code::Conflict, message));
@@ -303,7 +314,7 @@ fn tell(model: &Tracked, mut standing: Standing, asked: &Asked, command: Command
     let Some(transition) = rollout.apply(event, now)?.cloned() else {
         return Err(Error::new(Code::Conflict, "this changes nothing"));
     };
-    conclude(model, &mut standing, &transition, now);
+    conclude(name, model, rollouts, &mut standing, &transition);
     Ok((standing, logged(&transition, &asked.author)))
 }
 
