@@ -28,7 +28,9 @@
 //! 4. `model::batcher` queues, with turns for clients (`api::client` tells them apart), or refuses; an idle thread of
 //!    `model::executor`, woken through `model::relay`, takes what may run together, gathers it, runs it, and hands
 //!    each request its rows.
-//! 5. `api` encodes the answer, counts it, and only then sends it.
+//! 5. `engine::shadow` keeps a copy where the route wants one, for a thread of its own that asks the candidate and has
+//!    `observe` compare the answers when nothing else wants the processor.
+//! 6. `api` encodes the answer, counts it, and only then sends it.
 //!
 //! # A version's way
 //! `control::reconcile` scans the folder (`source::local`), waits until files settle, and has `model::load` load and
@@ -46,7 +48,9 @@
 //! - `model::batcher`, `model::schedule` and `model::service_time` are pure: time is passed in.
 //! - Every queue is bounded, and full means an answer.
 //! - One thread at a time has a session: an executor, or for runs of microseconds the I/O thread that queued them.
-//! - Executors and a session's pool threads give way to I/O threads, and do not inherit the loader's lower priority.
+//! - Executors and a session's pool threads give way to I/O threads, and do not inherit the loader's lower priority;
+//!   executors of a version that gets only copies give way to everybody (`model::crew`).
+//! - No live request waits for a copy: what there is no room or processor time for is shed, and counted.
 //! - A request is counted exactly once, before its answer leaves; one that is given up counts as cancelled.
 //! - Files are read before they are run: changing them on disk cannot hurt a running version.
 //! - Nothing is told to anybody who did not ask: `main` keeps ONNX Runtime's telemetry off before it is loaded.
