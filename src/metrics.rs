@@ -19,11 +19,17 @@ use parking_lot::Mutex;
 mod exposition;
 mod families;
 mod histogram;
+mod page;
+mod predictions;
+mod rollouts;
 mod statistics;
 mod version;
 
-pub use families::{BATCH_BUCKETS, DURATION_BUCKETS, FAMILIES, Family, Kind};
+pub use families::{BATCH_BUCKETS, DURATION_BUCKETS, FAMILIES, Family, Kind, SCORE_BUCKETS, VALUE_BUCKETS};
 use families::{BUILD_INFO, SHARED_MEMORY_BYTES, SHARED_MEMORY_REGIONS};
+pub use page::{Buckets, Page};
+pub use predictions::{OTHER, Predictions, SHOWN_LABELS};
+pub use rollouts::{CopiesCompared, OutputCompared, RolloutStanding};
 pub use statistics::{Statistics, Tally};
 pub use version::VersionMetrics;
 
@@ -32,6 +38,35 @@ pub use version::VersionMetrics;
 pub enum Protocol {
     Rest,
     Grpc,
+}
+
+/// Why a version got a request: the value of the label `variant`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// It serves what is not split off.
+    Stable,
+    /// It has its share of the requests on trial.
+    Canary,
+    /// It has a share that was given to it by name.
+    Arm,
+    /// It gets copies, whose answers nobody sees.
+    Shadow,
+    /// The client asked for it, by its version in the URL or by its variant in a header.
+    Pinned,
+}
+
+impl Way {
+    pub const ALL: [Self; 5] = [Self::Stable, Self::Canary, Self::Arm, Self::Shadow, Self::Pinned];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stable => "stable",
+            Self::Canary => "canary",
+            Self::Arm => "arm",
+            Self::Shadow => "shadow",
+            Self::Pinned => "pinned",
+        }
+    }
 }
 
 /// Why a request was given up before it cost a run.
@@ -108,13 +143,14 @@ impl Metrics {
         });
     }
 
-    /// The exposition text of everything there is.
-    pub fn render(&self) -> String {
+    /// The exposition text of everything there is, and of `page`.
+    pub fn render(&self, page: Page) -> String {
         ::metrics::with_local_recorder(&self.server.recorder, || self.process.collect());
         let versions: Vec<_> = self.versions.lock().values().filter_map(Weak::upgrade).collect();
         let texts = std::iter::once(self.server.handle.render())
             .chain(std::iter::once(self.unknown.render()))
-            .chain(versions.iter().map(|version| version.render()));
+            .chain(versions.iter().map(|version| version.render()))
+            .chain(std::iter::once(page.text()));
         exposition::merge_families(texts)
     }
 }
@@ -152,18 +188,25 @@ mod tests {
         let metrics = Metrics::new("0.1.0", "1.31.1");
         let one = metrics.version("m", "1");
         let two = metrics.version("m", "2");
-        one.request(Protocol::Rest, None, Duration::from_millis(3));
-        two.request(Protocol::Grpc, Some(Code::NotReady), Duration::from_millis(3));
-        let text = metrics.render();
+        one.request(Protocol::Rest, Way::Stable, None, Duration::from_millis(3));
+        two.request(Protocol::Grpc, Way::Canary, Some(Code::NotReady), Duration::from_millis(3));
+        let text = metrics.render(Page::default());
         assert_eq!(text.matches("# TYPE tidegate_requests_total counter").count(), 1);
         assert!(
-            text.contains(r#"tidegate_requests_total{model="m",version="1",protocol="rest",code="ok"} 1"#),
+            text.contains(
+                r#"tidegate_requests_total{model="m",version="1",variant="stable",protocol="rest",code="ok"} 1"#
+            ),
             "{text}"
         );
-        assert!(text.contains(r#"model="m",version="2",protocol="grpc",code="not_ready"} 1"#), "{text}");
-        assert!(text.contains(r#"tidegate_request_duration_seconds_bucket{model="m",version="1",le="0.005"} 1"#));
+        assert!(
+            text.contains(r#"model="m",version="2",variant="canary",protocol="grpc",code="not_ready"} 1"#),
+            "{text}"
+        );
+        assert!(text.contains(
+            r#"tidegate_request_duration_seconds_bucket{model="m",version="1",variant="stable",le="0.005"} 1"#
+        ));
         drop(one);
-        let text = metrics.render();
+        let text = metrics.render(Page::default());
         assert!(!text.contains(r#"model="m",version="1""#) && text.contains(r#"model="m",version="2""#), "{text}");
     }
 
@@ -171,11 +214,11 @@ mod tests {
     fn a_version_loaded_twice_counts_into_the_same_series() {
         let metrics = Metrics::new("0.1.0", "1.31.1");
         let old = metrics.version("m", "1");
-        old.request(Protocol::Rest, None, Duration::ZERO);
+        old.request(Protocol::Rest, Way::Stable, None, Duration::ZERO);
         let new = metrics.version("m", "1");
         drop(old);
-        new.request(Protocol::Rest, None, Duration::ZERO);
-        assert!(metrics.render().contains(r#"protocol="rest",code="ok"} 2"#));
+        new.request(Protocol::Rest, Way::Stable, None, Duration::ZERO);
+        assert!(metrics.render(Page::default()).contains(r#"protocol="rest",code="ok"} 2"#));
     }
 
     #[test]

@@ -18,7 +18,7 @@ use crate::{
     engine::{Engine, Target},
     error::{Code, Error},
     logging::Logging,
-    metrics::{Metrics, Protocol, VersionMetrics},
+    metrics::{Metrics, Protocol, VersionMetrics, Way},
     model::{ModelVersion, batcher::Client, schedule::Urgency},
     tensor::{DType, Tensor},
 };
@@ -225,7 +225,7 @@ impl Record {
         let took = self.start.elapsed();
         let version = self.version.as_deref();
         let metrics = version.map(|version| &version.metrics).or(self.unready.as_ref());
-        metrics.unwrap_or(self.app.metrics.unknown()).request(self.protocol, failure, took);
+        metrics.unwrap_or(self.app.metrics.unknown()).request(self.protocol, Way::Stable, failure, took);
         let code = failure.map_or("ok", Code::as_str);
         macro_rules! log {
             ($level:ident) => {

@@ -18,6 +18,7 @@ use super::{App, status};
 use crate::{
     error::Code,
     id::ModelName,
+    metrics::Page,
     model::{
         State as ModelState,
         catalog::{Deployment, Entry},
@@ -40,7 +41,7 @@ pub fn router(app: Arc<App>) -> Router {
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
-    ([(header::CONTENT_TYPE, EXPOSITION)], app.metrics.render()).into_response()
+    ([(header::CONTENT_TYPE, EXPOSITION)], app.metrics.render(Page::default())).into_response()
 }
 
 async fn ready(State(app): State<Arc<App>>) -> Response {

@@ -17,6 +17,24 @@ pub(super) const STATE: &str = "tidegate_model_state";
 pub(super) const LOAD_DURATION: &str = "tidegate_model_load_duration_seconds";
 pub(super) const SHARED_MEMORY_REGIONS: &str = "tidegate_shared_memory_regions";
 pub(super) const SHARED_MEMORY_BYTES: &str = "tidegate_shared_memory_bytes";
+pub(super) const PREDICTIONS: &str = "tidegate_predictions_total";
+pub(super) const PREDICTION_SCORE: &str = "tidegate_prediction_score";
+pub(super) const PREDICTION_VALUE: &str = "tidegate_prediction_value";
+pub(super) const PREDICTION_MEAN: &str = "tidegate_prediction_mean";
+pub(super) const PREDICTION_STDDEV: &str = "tidegate_prediction_stddev";
+pub(super) const PREDICTION_NONFINITE: &str = "tidegate_prediction_nonfinite_total";
+pub(super) const ROLLOUT_PHASE: &str = "tidegate_rollout_phase";
+pub(super) const ROLLOUT_WEIGHT: &str = "tidegate_rollout_weight_ratio";
+pub(super) const ROLLOUT_STEP: &str = "tidegate_rollout_step";
+pub(super) const ROLLOUT_STEP_AGE: &str = "tidegate_rollout_step_age_seconds";
+pub(super) const ROLLOUT_VERDICT: &str = "tidegate_rollout_verdict";
+pub(super) const SHADOW_COMPARED: &str = "tidegate_shadow_compared_total";
+pub(super) const SHADOW_DISAGREED: &str = "tidegate_shadow_disagreed_total";
+pub(super) const SHADOW_FAILED: &str = "tidegate_shadow_failed_total";
+pub(super) const SHADOW_MISSING: &str = "tidegate_shadow_missing_total";
+pub(super) const SHADOW_MAX_DIFFERENCE: &str = "tidegate_shadow_difference_max";
+pub(super) const SHADOW_MEAN_DIFFERENCE: &str = "tidegate_shadow_difference_mean";
+pub(super) const SHADOW_COSINE: &str = "tidegate_shadow_cosine_mean";
 pub(super) const BUILD_INFO: &str = "tidegate_build_info";
 
 /// Upper bounds of every duration histogram, in seconds.
@@ -25,6 +43,27 @@ pub const DURATION_BUCKETS: [f64; 17] =
 
 /// Upper bounds of the batch size histogram, in rows.
 pub const BATCH_BUCKETS: [f64; 11] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0];
+
+/// Upper bounds of the histogram of scores: finer where classifiers are sure of themselves, and with some above 1 for
+/// scores that are no probabilities.
+pub const SCORE_BUCKETS: [f64; 20] =
+    [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0];
+
+/// Upper bounds of the histogram of values: zero, and powers of four from a thousandth to a million on both sides of it.
+/// They are ends of buckets of `stats::histogram`, in which values are counted.
+pub const VALUE_BUCKETS: [f64; 33] = value_buckets();
+
+const fn value_buckets() -> [f64; 33] {
+    let mut bounds = [0.0; 33];
+    let (mut index, mut power) = (0, 1.0 / 1024.0);
+    while index < 16 {
+        bounds[17 + index] = power;
+        bounds[15 - index] = -power;
+        power *= 4.0;
+        index += 1;
+    }
+    bounds
+}
 
 /// Durations are recorded in nanoseconds.
 pub(super) static SECONDS: Scale<{ DURATION_BUCKETS.len() }> = Scale::new(DURATION_BUCKETS, 1e9);
@@ -36,7 +75,7 @@ pub(super) type Durations = Histogram<{ DURATION_BUCKETS.len() }>;
 pub struct Family {
     pub name: &'static str,
     pub kind: Kind,
-    /// Labels beside `model` and `version`.
+    /// Labels beside `model` and `version`; families of rollouts have `model` and no version.
     pub labels: &'static str,
     pub help: &'static str,
 }
@@ -59,12 +98,17 @@ impl Kind {
 }
 
 /// Every family of our own, in the order README lists them.
-pub const FAMILIES: [Family; 14] = [
-    Family { name: REQUESTS, kind: Kind::Counter, labels: "protocol, code", help: "Inference requests answered" },
+pub const FAMILIES: [Family; 32] = [
+    Family {
+        name: REQUESTS,
+        kind: Kind::Counter,
+        labels: "variant, protocol, code",
+        help: "Inference requests answered",
+    },
     Family {
         name: REQUEST_DURATION,
         kind: Kind::Histogram,
-        labels: "",
+        labels: "variant",
         help: "Seconds from a request's arrival to its answer",
     },
     Family {
@@ -103,6 +147,109 @@ pub const FAMILIES: [Family; 14] = [
         kind: Kind::Gauge,
         labels: "",
         help: "Bytes of the registered regions; only with shared_memory.enabled",
+    },
+    Family {
+        name: PREDICTIONS,
+        kind: Kind::Counter,
+        labels: "variant, output, label",
+        help: "Answers with each label: the 20 that come most often, and other for the rest; a class of an output with a labels file by its name",
+    },
+    Family {
+        name: PREDICTION_SCORE,
+        kind: Kind::Histogram,
+        labels: "variant, output",
+        help: "Score of the winning class",
+    },
+    Family {
+        name: PREDICTION_VALUE,
+        kind: Kind::Histogram,
+        labels: "variant, output",
+        help: "Values of an output of one number",
+    },
+    Family {
+        name: PREDICTION_MEAN,
+        kind: Kind::Gauge,
+        labels: "variant, output",
+        help: "Mean of about the last thousand values of an output of one number",
+    },
+    Family {
+        name: PREDICTION_STDDEV,
+        kind: Kind::Gauge,
+        labels: "variant, output",
+        help: "Standard deviation of about the last thousand values of an output of one number",
+    },
+    Family {
+        name: PREDICTION_NONFINITE,
+        kind: Kind::Counter,
+        labels: "variant, output",
+        help: "Values and scores that are NaN or infinite",
+    },
+    Family {
+        name: ROLLOUT_PHASE,
+        kind: Kind::Gauge,
+        labels: "rollout, phase",
+        help: "1 for the phase that a model's current or last rollout is in, else 0",
+    },
+    Family {
+        name: ROLLOUT_WEIGHT,
+        kind: Kind::Gauge,
+        labels: "rollout",
+        help: "Share of the requests that the candidate gets, 0 to 1",
+    },
+    Family {
+        name: ROLLOUT_STEP,
+        kind: Kind::Gauge,
+        labels: "rollout",
+        help: "Canary step that the rollout is at, from 0",
+    },
+    Family {
+        name: ROLLOUT_STEP_AGE,
+        kind: Kind::Gauge,
+        labels: "rollout",
+        help: "Seconds since the rollout came to its phase and step",
+    },
+    Family {
+        name: ROLLOUT_VERDICT,
+        kind: Kind::Gauge,
+        labels: "rollout, metric",
+        help: "What the judge found last of the candidate: 1 not worse, 0 inconclusive, -1 worse",
+    },
+    Family {
+        name: SHADOW_COMPARED,
+        kind: Kind::Counter,
+        labels: "output",
+        help: "Answers to copies of requests that were compared with the live ones",
+    },
+    Family { name: SHADOW_DISAGREED, kind: Kind::Counter, labels: "output", help: "Those with another label" },
+    Family {
+        name: SHADOW_FAILED,
+        kind: Kind::Counter,
+        labels: "",
+        help: "Copies that failed where the live answer was good",
+    },
+    Family {
+        name: SHADOW_MISSING,
+        kind: Kind::Counter,
+        labels: "",
+        help: "Copies that were not made or not answered, for want of room",
+    },
+    Family {
+        name: SHADOW_MAX_DIFFERENCE,
+        kind: Kind::Gauge,
+        labels: "output",
+        help: "Largest absolute difference of an element from the live one's",
+    },
+    Family {
+        name: SHADOW_MEAN_DIFFERENCE,
+        kind: Kind::Gauge,
+        labels: "output",
+        help: "Mean absolute difference of elements from the live ones",
+    },
+    Family {
+        name: SHADOW_COSINE,
+        kind: Kind::Gauge,
+        labels: "output",
+        help: "Mean cosine of answers to copies and live ones",
     },
     Family { name: BUILD_INFO, kind: Kind::Gauge, labels: "version, onnxruntime", help: "Always 1" },
 ];

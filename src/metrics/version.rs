@@ -1,14 +1,11 @@
 //! `VersionMetrics`: the handles of one version, which its hot path counts with.
 
-use std::{
-    sync::{OnceLock, atomic::Ordering},
-    time::Duration,
-};
+use std::{sync::OnceLock, time::Duration};
 
 use ::metrics::{Counter, Gauge, counter, gauge};
 
 use super::{
-    DropReason, Phases, Protocol, Scope, families,
+    DropReason, Phases, Protocol, Scope, Way, families,
     families::{Durations, ROWS, SECONDS, head},
     histogram::Histogram,
     nanoseconds,
@@ -24,8 +21,9 @@ const PHASES: [&str; 3] = ["input", "infer", "output"];
 pub struct VersionMetrics {
     scope: Scope,
     labels: [(&'static str, String); 2],
-    requests: [[OnceLock<Counter>; Code::ALL.len() + 1]; PROTOCOLS.len()],
-    request_duration: Durations,
+    requests: [[[OnceLock<Counter>; Code::ALL.len() + 1]; PROTOCOLS.len()]; Way::ALL.len()],
+    /// Of the ways that requests came in.
+    request_duration: [OnceLock<Durations>; Way::ALL.len()],
     execution: OnceLock<ExecutionHandles>,
     dropped: [OnceLock<Counter>; REASONS.len()],
     pub statistics: Statistics,
@@ -47,7 +45,7 @@ impl VersionMetrics {
             scope: Scope::new(),
             labels: [("model", model.to_owned()), ("version", version.to_owned())],
             requests: Default::default(),
-            request_duration: Histogram::new(&SECONDS),
+            request_duration: Default::default(),
             execution: OnceLock::new(),
             dropped: Default::default(),
             statistics: Statistics::default(),
@@ -73,10 +71,13 @@ impl VersionMetrics {
         // Names of models and versions have nothing that would have to be escaped.
         let [(model, name), (version, number)] = &self.labels;
         let labels = format!("{model}=\"{name}\",{version}=\"{number}\"");
-        // A version that nobody has asked yet has no durations.
-        if self.statistics.last_inference_ms.load(Ordering::Relaxed) > 0 {
-            head(families::REQUEST_DURATION, &mut text);
-            self.request_duration.render(families::REQUEST_DURATION, &labels, &mut text);
+        let asked = Way::ALL.iter().zip(&self.request_duration).filter_map(|(way, found)| Some((way, found.get()?)));
+        for (index, (way, histogram)) in asked.enumerate() {
+            if index == 0 {
+                head(families::REQUEST_DURATION, &mut text);
+            }
+            let labels = format!("{labels},variant=\"{}\"", way.as_str());
+            histogram.render(families::REQUEST_DURATION, &labels, &mut text);
         }
         if let Some(handles) = self.execution.get() {
             head(families::QUEUE_DURATION, &mut text);
@@ -92,15 +93,17 @@ impl VersionMetrics {
     }
 
     /// Counts one answered request; `failure` is `None` for success.
-    pub fn request(&self, protocol: Protocol, failure: Option<Code>, duration: Duration) {
+    pub fn request(&self, protocol: Protocol, way: Way, failure: Option<Code>, duration: Duration) {
         let code = failure.map_or(0, |code| code as usize + 1);
         let name = failure.map_or("ok", Code::as_str);
-        self.requests[protocol as usize][code]
+        self.requests[way as usize][protocol as usize][code]
             .get_or_init(|| {
-                self.counter(families::REQUESTS, &[("protocol", PROTOCOLS[protocol as usize]), ("code", name)])
+                let protocol = PROTOCOLS[protocol as usize];
+                self.counter(families::REQUESTS, &[("variant", way.as_str()), ("protocol", protocol), ("code", name)])
             })
             .increment(1);
-        self.request_duration.record(nanoseconds(duration));
+        let durations = self.request_duration[way as usize].get_or_init(|| Histogram::new(&SECONDS));
+        durations.record(nanoseconds(duration));
         let tally = if failure.is_none() { &self.statistics.success } else { &self.statistics.fail };
         tally.add(1, duration);
         self.statistics.touch();
