@@ -1,10 +1,23 @@
 //! The request path, top to bottom: find the version, check the inputs, let it run, choose the outputs.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Instant,
+};
 
 use crate::{
     error::{Code, Error},
-    model::{ModelVersion, Refused, catalog::CatalogReader, schedule::Urgency},
+    id::ModelName,
+    metrics::Way,
+    model::{
+        ModelVersion, Refused,
+        catalog::{Catalog, CatalogReader, Deployment},
+        schedule::Urgency,
+    },
+    rollout::route::{Choice, Sticky, Variant},
     tensor::Tensor,
 };
 
@@ -12,13 +25,41 @@ use crate::{
 #[derive(Clone)]
 pub struct Engine {
     catalog: CatalogReader,
+    /// Numbers the requests that have no key and no id to be drawn by.
+    drawn: Arc<AtomicU64>,
 }
 
-/// The version that a request will run on, and how it was asked for.
+/// What a request says, in front of its body, of who shall answer it.
+#[derive(Clone, Copy)]
+pub struct Wish<'a> {
+    /// Empty or `None` for whatever the route has for it.
+    pub version: Option<&'a str>,
+    /// The variant it asks for by name, which its caller may do.
+    pub variant: Option<&'a str>,
+    /// Its own id, or empty.
+    pub request_id: &'a str,
+    /// Its headers, by name.
+    pub header: &'a dyn Fn(&str) -> Option<&'a [u8]>,
+}
+
+/// The version that a request will run on, and how it came to it.
 pub struct Target {
     pub version: Arc<ModelVersion>,
-    /// Whether it was asked for by name; else its model's default stands in for it.
-    pinned: bool,
+    pub variant: Variant,
+    pub way: Way,
+    /// What the route is called that it was drawn by, or asked past.
+    pub rollout: Option<Arc<str>>,
+    /// Whether whoever sends the same key gets the same version; `None` when there was nothing to draw.
+    pub sticky: Option<bool>,
+    /// Who gets a copy.
+    pub shadow: Option<Arc<ModelVersion>>,
+    /// Where to draw from once the body is read.
+    undrawn: Option<Undrawn>,
+}
+
+struct Undrawn {
+    catalog: Arc<Catalog>,
+    model: ModelName,
 }
 
 /// One request, decoded.
@@ -27,25 +68,82 @@ pub struct Request<'a> {
     /// Names of the outputs to return, in that order; empty for all.
     pub outputs: &'a [Arc<str>],
     pub urgency: Urgency,
+    /// When it arrived.
+    pub started: Instant,
 }
 
 impl Engine {
     pub fn new(catalog: CatalogReader) -> Self {
-        Self { catalog }
+        Self { catalog, drawn: Arc::default() }
     }
 
     pub fn catalog(&self) -> &CatalogReader {
         &self.catalog
     }
 
-    /// Chooses the version for a request; `version` empty or `None` means the default one.
+    /// The version that a question about a model is about; `version` empty or `None` means the stable one.
     ///
     /// # Errors
     /// `NotFound` and `NotReady` naming the model.
-    pub fn resolve(&self, model: &str, version: Option<&str>) -> Result<Target, Error> {
-        let pinned = version.filter(|version| !version.is_empty());
-        let version = self.catalog.load().find(model, pinned)?.clone();
-        Ok(Target { version, pinned: pinned.is_some() })
+    pub fn find(&self, model: &str, version: Option<&str>) -> Result<Arc<ModelVersion>, Error> {
+        self.catalog.load().find(model, named(version)).cloned()
+    }
+
+    /// Chooses the version for a request. What the choice needs of the body is told to `Target::draw`.
+    ///
+    /// # Errors
+    /// `NotFound` and `NotReady` naming the model.
+    pub fn resolve(&self, model: &str, wish: &Wish<'_>) -> Result<Target, Error> {
+        let catalog = self.catalog.load();
+        let pinned = named(wish.version);
+        let deployment = catalog.deployment(model)?;
+        let version = deployment.find(model, pinned)?.clone();
+        let route = deployment.route.as_ref();
+        let mut target = Target {
+            version,
+            variant: Variant::Stable,
+            way: Way::Stable,
+            rollout: route.map(|route| route.id.clone()),
+            sticky: None,
+            shadow: None,
+            undrawn: None,
+        };
+        if pinned.is_some() {
+            target.way = Way::Pinned;
+            target.variant = route.map_or(Variant::Stable, |route| route.variant_of(&target.version.version).clone());
+        } else if let Some(variant) = wish.variant {
+            target.force(deployment, variant)?;
+        } else if let Some(route) = route.filter(|route| !route.is_plain()) {
+            match &route.sticky {
+                Some(Sticky::Header(name)) if let Some(key) = (wish.header)(name) => {
+                    target.take(deployment, route.choose(key), true);
+                }
+                None | Some(Sticky::Header(_)) if !wish.request_id.is_empty() => {
+                    target.take(deployment, route.choose(wish.request_id.as_bytes()), false);
+                }
+                _ => {
+                    let model = target.version.name.clone();
+                    target.undrawn = Some(Undrawn { catalog: catalog.clone(), model });
+                }
+            }
+        }
+        Ok(target)
+    }
+
+    /// Draws the version for a request whose body is read, unless its headers were enough. `key` finds what is sticky;
+    /// `request_id` is the body's.
+    pub fn draw<K: AsRef<[u8]>>(&self, target: &mut Target, request_id: &str, key: impl FnOnce(&Sticky) -> Option<K>) {
+        let Some(Undrawn { catalog, model }) = target.undrawn.take() else { return };
+        let Some(deployment) = catalog.deployments.get(&model) else { return };
+        let Some(route) = &deployment.route else { return };
+        match route.sticky.as_ref().and_then(key) {
+            Some(key) => target.take(deployment, route.choose(key.as_ref()), true),
+            None if !request_id.is_empty() => target.take(deployment, route.choose(request_id.as_bytes()), false),
+            None => {
+                let number = self.drawn.fetch_add(1, Ordering::Relaxed);
+                target.take(deployment, route.choose(&number.to_le_bytes()), false);
+            }
+        }
     }
 
     /// Runs the request on `target`, or on its successor when the target stopped taking requests meanwhile.
@@ -53,6 +151,17 @@ impl Engine {
     /// # Errors
     /// `InvalidArgument` for inputs or outputs that do not fit the model, else what the queue or the run says.
     pub async fn infer(&self, target: &mut Target, request: Request<'_>) -> Result<Vec<Tensor>, Error> {
+        let mut underway = Underway { target, started: request.started, over: false };
+        let answer = self.run(underway.target, request).await;
+        underway.over = true;
+        let Underway { target, started, .. } = &underway;
+        let (outputs, chosen) = answer.inspect_err(|_| target.version.tally.failed(target.way))?;
+        target.version.tally.answered(target.way, started.elapsed(), &outputs);
+        Ok(select(outputs, &chosen))
+    }
+
+    /// All outputs of the version that ran, and the positions of those that are wanted.
+    async fn run(&self, target: &mut Target, request: Request<'_>) -> Result<(Vec<Tensor>, Vec<usize>), Error> {
         if request.urgency.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
             return Err(Error::new(Code::DeadlineExceeded, "the deadline had passed when the request arrived"));
         }
@@ -64,15 +173,82 @@ impl Engine {
             let chosen = choose(version, request.outputs)?;
             let arranged = version.signature.arrange(version.name.as_str(), inputs)?;
             match version.infer(arranged, &request.urgency).await {
-                Ok(outputs) => return Ok(select(outputs, &chosen)),
+                Ok(outputs) => return Ok((outputs, chosen)),
                 Err(Refused::Error(error)) => return Err(error),
                 Err(Refused::Draining(back)) => inputs = back,
             }
-            let pinned = target.pinned.then_some(version.version.as_str());
-            let successor = self.catalog.load().find(version.name.as_str(), pinned)?.clone();
-            target.version = successor;
+            target.succeed(&self.catalog.load())?;
         }
         Err(Error::new(Code::NotReady, format!("model '{}' is being unloaded", target.version.name)))
+    }
+}
+
+/// A version that a request names.
+fn named(version: Option<&str>) -> Option<&str> {
+    version.filter(|version| !version.is_empty())
+}
+
+impl Target {
+    /// To the variant that was asked for by name.
+    fn force(&mut self, deployment: &Deployment, variant: &str) -> Result<(), Error> {
+        let name = &self.version.name;
+        let unknown = |known: &[&str]| {
+            let variant = crate::id::shorten(variant);
+            Error::not_found(format!("model '{name}' has no variant '{variant}'; it has {}", known.join(", ")))
+        };
+        let stable = Variant::Stable;
+        let choice = match &deployment.route {
+            None if variant == stable.as_str() => None,
+            None => return Err(unknown(&[stable.as_str()])),
+            Some(route) => {
+                let variants =
+                    std::iter::once(stable.as_str()).chain(route.arms.iter().map(|arm| arm.variant.as_str()));
+                Some(route.forced(variant).ok_or_else(|| unknown(&variants.collect::<Vec<_>>()))?)
+            }
+        };
+        if let Some(choice) = choice {
+            self.take(deployment, choice, true);
+        }
+        (self.way, self.sticky) = (Way::Pinned, None);
+        Ok(())
+    }
+
+    /// To what was drawn.
+    fn take(&mut self, deployment: &Deployment, choice: Choice<'_>, sticky: bool) {
+        let serving = |version: &crate::id::Version| deployment.entry(version.as_str())?.serving.clone();
+        // A catalog is published only with routes whose versions serve; without it the stable version stays.
+        if let Some(version) = serving(choice.version) {
+            (self.version, self.variant, self.way) = (version, choice.variant.clone(), choice.variant.way());
+        }
+        self.shadow = choice.shadow.and_then(serving);
+        self.sticky = Some(sticky);
+    }
+
+    /// To whatever stands in for a version that takes no more requests: if it was asked for by name, the same name.
+    fn succeed(&mut self, catalog: &Catalog) -> Result<(), Error> {
+        let version = &self.version;
+        let pinned = (self.way == Way::Pinned).then_some(version.version.as_str());
+        let successor = catalog.find(version.name.as_str(), pinned)?.clone();
+        if pinned.is_none() {
+            (self.variant, self.way, self.shadow) = (Variant::Stable, Way::Stable, None);
+        }
+        self.version = successor;
+        Ok(())
+    }
+}
+
+/// A request on its way; dropped before it is over, it was given up.
+struct Underway<'a> {
+    target: &'a mut Target,
+    started: Instant,
+    over: bool,
+}
+
+impl Drop for Underway<'_> {
+    fn drop(&mut self) {
+        if !self.over {
+            self.target.version.tally.given_up(self.target.way, self.started.elapsed());
+        }
     }
 }
 

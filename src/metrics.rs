@@ -40,31 +40,32 @@ pub enum Protocol {
     Grpc,
 }
 
-/// Why a version got a request: the value of the label `variant`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How a request came to its version; the label `variant`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Way {
-    /// It serves what is not split off.
+    /// The route has it for what no other version gets.
+    #[default]
     Stable,
-    /// It has its share of the requests on trial.
+    /// It drew the version that is to take over.
     Canary,
-    /// It has a share that was given to it by name.
+    /// It drew a named arm.
     Arm,
-    /// It gets copies, whose answers nobody sees.
+    /// A copy of another request.
     Shadow,
-    /// The client asked for it, by its version in the URL or by its variant in a header.
+    /// It asked for the version, or the variant, by name.
     Pinned,
 }
 
 impl Way {
-    pub const ALL: [Self; 5] = [Self::Stable, Self::Canary, Self::Arm, Self::Shadow, Self::Pinned];
+    pub const ALL: [Way; 5] = [Way::Stable, Way::Canary, Way::Arm, Way::Shadow, Way::Pinned];
 
     pub fn as_str(self) -> &'static str {
         match self {
-            Self::Stable => "stable",
-            Self::Canary => "canary",
-            Self::Arm => "arm",
-            Self::Shadow => "shadow",
-            Self::Pinned => "pinned",
+            Way::Stable => "stable",
+            Way::Canary => "canary",
+            Way::Arm => "arm",
+            Way::Shadow => "shadow",
+            Way::Pinned => "pinned",
         }
     }
 }
@@ -194,12 +195,12 @@ mod tests {
         assert_eq!(text.matches("# TYPE tidegate_requests_total counter").count(), 1);
         assert!(
             text.contains(
-                r#"tidegate_requests_total{model="m",version="1",variant="stable",protocol="rest",code="ok"} 1"#
+                r#"tidegate_requests_total{model="m",version="1",protocol="rest",code="ok",variant="stable"} 1"#
             ),
             "{text}"
         );
         assert!(
-            text.contains(r#"model="m",version="2",variant="canary",protocol="grpc",code="not_ready"} 1"#),
+            text.contains(r#"model="m",version="2",protocol="grpc",code="not_ready",variant="canary"} 1"#),
             "{text}"
         );
         assert!(text.contains(
@@ -218,7 +219,7 @@ mod tests {
         let new = metrics.version("m", "1");
         drop(old);
         new.request(Protocol::Rest, Way::Stable, None, Duration::ZERO);
-        assert!(metrics.render(Page::default()).contains(r#"protocol="rest",code="ok"} 2"#));
+        assert!(metrics.render(Page::default()).contains(r#"protocol="rest",code="ok",variant="stable"} 2"#));
     }
 
     #[test]

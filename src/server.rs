@@ -36,6 +36,7 @@ use crate::{
         self, ModelControl,
         command::{Orders, commands},
         reconcile::{Loader, Reconciler},
+        store::SharedStore,
         upload::Uploads,
     },
     engine::Engine,
@@ -109,7 +110,8 @@ impl Server {
         let metrics = Metrics::new(env!("CARGO_PKG_VERSION"), onnxruntime_version);
         let (reader, writer) = catalog();
         let settings = settings(config, cores);
-        let (commands, orders) = commands(&settings, backends.clone(), uploads);
+        let state = SharedStore::open(&data);
+        let (commands, orders) = commands(&settings, backends.clone(), uploads, state.clone());
         let app = Arc::new(App {
             engine: Engine::new(reader),
             commands,
@@ -142,6 +144,7 @@ impl Server {
             grpc_port,
             loader,
             writer,
+            state,
             stops,
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -246,6 +249,7 @@ struct Parts {
     grpc_port: Port,
     loader: Loader,
     writer: CatalogWriter,
+    state: SharedStore,
     stops: mpsc::Receiver<Duration>,
 }
 
@@ -267,7 +271,7 @@ impl Parts {
         let (kick, kicks) = mpsc::channel(1);
         let _watcher = watch(&self.settings, kick);
         let (stop_reconciling, stopped) = oneshot::channel();
-        let reconciler = Reconciler::new(self.settings, self.loader, self.writer, self.orders);
+        let reconciler = Reconciler::new(self.settings, self.loader, self.writer, self.orders, self.state);
         let reconciling = tokio::spawn(reconciler.run(kicks, stopped));
 
         // 1 Not ready any more, and serving on until routers have noticed.

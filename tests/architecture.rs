@@ -33,7 +33,7 @@ const HOMES: [(&str, &[&str]); 24] = [
     ("prost_reflect", &["control/pbtxt", "api/reflection"]),
     ("miette", &["control/pbtxt"]),
     ("base64", &["api"]),
-    ("twox_hash", &["rollout/route"]),
+    ("twox_hash", &["rollout/route", "source/local"]),
     ("rusqlite", &["control/store"]),
     ("sha2", &["control/store"]),
     ("tempfile", &["control/upload", "backend/onnx/shared", "backend/onnx/testing"]),

@@ -24,7 +24,7 @@ async fn requests_share_runs_and_get_their_own_rows() {
     let executions = running.metric(r#"tidegate_executions_total{model="m",version="1"}"#).await;
     assert!(executions < 20.0, "{executions} runs for 40 requests");
     assert_eq!(running.metric(r#"tidegate_inferences_total{model="m",version="1"}"#).await, 100.0);
-    let ok = r#"tidegate_requests_total{model="m",version="1",variant="stable",protocol="rest",code="ok"}"#;
+    let ok = r#"tidegate_requests_total{model="m",version="1",protocol="rest",code="ok",variant="stable"}"#;
     assert_eq!(running.metric(ok).await, 40.0);
     assert_eq!(running.metric(r#"tidegate_queue_duration_seconds_count{model="m",version="1"}"#).await, 40.0);
     assert_eq!(running.metric(r#"tidegate_pending_requests{model="m",version="1"}"#).await, 0.0);
@@ -77,7 +77,7 @@ async fn deadlines_are_kept_over_both_protocols() {
 
     let failed = |protocol: &str| {
         format!(
-            r#"tidegate_requests_total{{model="m",version="1",variant="stable",protocol="{protocol}",code="deadline_exceeded"}}"#
+            r#"tidegate_requests_total{{model="m",version="1",protocol="{protocol}",code="deadline_exceeded",variant="stable"}}"#
         )
     };
     assert_eq!(running.metric(&failed("rest")).await, 1.0);
@@ -108,7 +108,7 @@ async fn requests_whose_client_has_gone_cost_no_run() {
     let dropped = r#"tidegate_dropped_requests_total{model="m",version="1",reason="cancelled"}"#;
     eventually("the dropped requests are counted", async || running.metric(dropped).await == 5.0).await;
     let cancelled =
-        r#"tidegate_requests_total{model="m",version="1",variant="stable",protocol="rest",code="cancelled"}"#;
+        r#"tidegate_requests_total{model="m",version="1",protocol="rest",code="cancelled",variant="stable"}"#;
     assert_eq!(running.metric(cancelled).await, 5.0);
     assert_eq!(running.metric(r#"tidegate_executions_total{model="m",version="1"}"#).await, 1.0);
 }
@@ -130,7 +130,7 @@ async fn readiness_waits_for_the_first_pass_only() {
     let reply = running.infer("broken", &[1.0]).await;
     assert_eq!(reply.status, 503);
     let unready =
-        r#"tidegate_requests_total{model="broken",version="1",variant="stable",protocol="rest",code="not_ready"}"#;
+        r#"tidegate_requests_total{model="broken",version="1",protocol="rest",code="not_ready",variant="stable"}"#;
     assert_eq!(running.metric(unready).await, 1.0);
     assert!(reply.error().contains("'broken'") && reply.error().contains("the script says so"), "{}", reply.error());
 

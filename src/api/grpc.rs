@@ -8,7 +8,7 @@ use std::{sync::Arc, time::Instant};
 use tonic::{Request, Response, Status, codec::CompressionEncoding, service::Routes as Services};
 
 use super::{
-    App, Record, SERVER_NAME, check_size, classify,
+    App, Caller, Record, SERVER_NAME, check_size, classify,
     codec::{self, InferCall, InferReply, RequestedOutput},
     health,
     listen::{Inference, Routes},
@@ -74,10 +74,11 @@ impl Service {
         &self,
         message: pb::ModelInferRequest,
         latest: Option<Instant>,
+        caller: Caller<'_>,
         reach: &Reach,
         record: &mut Record,
     ) -> Result<pb::ModelInferResponse, Error> {
-        let (target, call, places) = prepare(&self.app, message, reach, record)?;
+        let (target, call, places) = prepare(&self.app, message, caller, reach, record)?;
         let Answered { version, id, wanted, outputs } = self.run(target, call, latest, record).await?;
         let (model, version) = (version.name.as_str(), version.version.as_str());
         places.fill(&outputs).map_err(|error| error.of_model(model))?;
@@ -94,7 +95,7 @@ impl Service {
     ) -> Result<Answered, Error> {
         let urgency = urgency(record, &call, latest);
         let names: Vec<Arc<str>> = call.outputs.iter().map(|output| output.name.clone()).collect();
-        let request = engine::Request { inputs: call.inputs, outputs: &names, urgency };
+        let request = engine::Request { inputs: call.inputs, outputs: &names, urgency, started: record.started() };
         let outputs = self.app.engine.infer(&mut target, request).await;
         // It may have run on the successor of the version that was found first.
         record.aim(&target);
@@ -103,29 +104,23 @@ impl Service {
     }
 }
 
-/// Finds the version that a request is for, and counts the request with it.
-fn aim(app: &App, model: &str, version: &str, record: &mut Record) -> Result<Target, Error> {
-    let found = app.engine.resolve(model, Some(version));
-    let target = found.inspect_err(|_| record.aim_at_unready(model, Some(version)))?;
-    record.aim(&target);
-    Ok(target)
-}
-
 /// Finds the version that a request is for, and reads the rest of it.
 fn prepare(
     app: &App,
     message: pb::ModelInferRequest,
+    caller: Caller<'_>,
     reach: &Reach,
     record: &mut Record,
 ) -> Result<(Target, InferCall, Places), Error> {
     record.request_id.clone_from(&message.id);
-    let target = aim(app, &message.model_name, &message.model_version, record)?;
+    let mut target = record.resolve(&message.model_name, Some(&message.model_version), caller)?;
     let mut places = Places::default();
     let call = codec::decode_proto(message).and_then(|mut call| {
         places = reach.fetch(&mut call, app.limits.max_message_bytes)?;
         Ok(call)
     });
     let call = check(app, &target, call)?;
+    record.draw(&mut target, &call);
     Ok((target, call, places))
 }
 
@@ -153,7 +148,7 @@ impl GrpcInferenceService for Service {
 
     async fn model_ready(&self, request: Request<pb::ModelReadyRequest>) -> Answer<pb::ModelReadyResponse> {
         let request = request.into_inner();
-        match self.app.engine.resolve(&request.name, Some(&request.version)) {
+        match self.app.engine.find(&request.name, Some(&request.version)) {
             Ok(_) => Ok(Response::new(pb::ModelReadyResponse { ready: true })),
             Err(error) if error.code == Code::NotReady => Ok(Response::new(pb::ModelReadyResponse { ready: false })),
             Err(error) => Err(error.into()),
@@ -170,7 +165,7 @@ impl GrpcInferenceService for Service {
 
     async fn model_metadata(&self, request: Request<pb::ModelMetadataRequest>) -> Answer<pb::ModelMetadataResponse> {
         let request = request.into_inner();
-        let version = self.app.engine.resolve(&request.name, Some(&request.version))?.version;
+        let version = self.app.engine.find(&request.name, Some(&request.version))?;
         let catalog = self.app.engine.catalog().load();
         Ok(Response::new(pb::ModelMetadataResponse {
             name: version.name.to_string(),
@@ -186,16 +181,17 @@ impl GrpcInferenceService for Service {
         let Some(mut record) = unclaimed else { return Err(Error::internal("the call came in past the edge").into()) };
         let latest = edge::latest(record.started(), request.metadata());
         let reach = self.reach(&request);
-        match self.infer(request.into_inner(), latest, &reach, &mut record).await {
-            Ok(response) => {
-                record.finish(None);
-                Ok(Response::new(response))
-            }
-            Err(error) => {
-                record.finish(Some(error.code));
-                Err(error.into())
-            }
-        }
+        let (metadata, extensions, message) = request.into_parts();
+        let caller = Caller { headers: metadata.as_ref(), peer: extensions.get() };
+        let answer = self.infer(message, latest, caller, &reach, &mut record).await;
+        let failure = answer.as_ref().err().map(|error| error.code);
+        let mut answer = answer.map(Response::new).map_err(Status::from);
+        record.mark(match &mut answer {
+            Ok(response) => response.metadata_mut().as_mut(),
+            Err(status) => status.metadata_mut().as_mut(),
+        });
+        record.finish(failure);
+        answer
     }
 
     type ModelStreamInferStream = Answers;
@@ -209,7 +205,7 @@ impl GrpcInferenceService for Service {
 
     async fn model_config(&self, request: Request<pb::ModelConfigRequest>) -> Answer<pb::ModelConfigResponse> {
         let request = request.into_inner();
-        let version = self.app.engine.resolve(&request.name, Some(&request.version))?.version;
+        let version = self.app.engine.find(&request.name, Some(&request.version))?;
         let catalog = self.app.engine.catalog().load();
         let policy = &catalog.deployment(&request.name)?.policy;
         Ok(Response::new(pb::ModelConfigResponse { config: Some(triton::config(&version, policy)) }))

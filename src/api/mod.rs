@@ -8,18 +8,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use http::HeaderName;
+use http::{HeaderMap, HeaderName, HeaderValue};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     control::command::Commands,
-    engine::{Engine, Target},
+    engine::{Engine, Target, Wish},
     error::{Code, Error},
     logging::Logging,
     metrics::{Metrics, Protocol, VersionMetrics, Way},
     model::{ModelVersion, batcher::Client, schedule::Urgency},
+    rollout::route::Variant,
     tensor::{DType, Tensor},
 };
 
@@ -44,6 +45,7 @@ mod seldom;
 pub mod shapes;
 pub mod shared_memory;
 pub mod status;
+mod sticky;
 mod triton;
 mod v1;
 
@@ -70,6 +72,15 @@ const EXTENSIONS: [&str; 9] = [
 
 /// Whose trace a request is a part of. Names made beforehand are found without being parsed for each request.
 static TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+
+/// The version that an answer is from.
+static VERSION: HeaderName = HeaderName::from_static("x-tidegate-version");
+/// What that version is to its model; in a request, the variant that shall answer.
+static VARIANT: HeaderName = HeaderName::from_static("x-tidegate-variant");
+/// By what the version was drawn.
+static ROLLOUT: HeaderName = HeaderName::from_static("x-tidegate-rollout");
+/// Whether the next request with the same key gets the same version.
+static STICKY: HeaderName = HeaderName::from_static("x-tidegate-sticky");
 
 /// Bounds of what a client may send, and how slowly.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -155,9 +166,16 @@ impl App {
     ///
     /// # Errors
     /// See `auth::check_admin`.
-    pub fn check_admin(&self, headers: &http::HeaderMap, peer: Option<&auth::Peer>) -> Result<(), Error> {
+    pub fn check_admin(&self, headers: &HeaderMap, peer: Option<&auth::Peer>) -> Result<(), Error> {
         auth::check_admin(self.token.as_ref(), headers, peer)
     }
+}
+
+/// Who calls, and what the call says of itself.
+#[derive(Clone, Copy)]
+pub struct Caller<'a> {
+    pub headers: &'a HeaderMap,
+    pub peer: Option<&'a auth::Peer>,
 }
 
 /// One inference request's entry in metrics and log; dropped unfinished, it counts as cancelled.
@@ -173,11 +191,21 @@ pub struct Record {
     pub traceparent: Option<String>,
     /// Whose request it is.
     client: Client,
+    drawn: Drawn,
     finished: bool,
 }
 
+/// What is known of how a request came to its version.
+#[derive(Default)]
+struct Drawn {
+    way: Way,
+    variant: Option<Variant>,
+    rollout: Option<Arc<str>>,
+    sticky: Option<bool>,
+}
+
 impl Record {
-    pub fn start(app: &Arc<App>, protocol: Protocol, headers: &http::HeaderMap, client: Client) -> Self {
+    pub fn start(app: &Arc<App>, protocol: Protocol, headers: &HeaderMap, client: Client) -> Self {
         let traceparent = headers.get(&TRACEPARENT).and_then(|value| value.to_str().ok()).map(str::to_owned);
         app.in_flight.fetch_add(1, Ordering::Relaxed);
         Self {
@@ -189,6 +217,7 @@ impl Record {
             request_id: String::new(),
             traceparent,
             client,
+            drawn: Drawn::default(),
             finished: false,
         }
     }
@@ -198,10 +227,61 @@ impl Record {
         if !self.version.as_ref().is_some_and(|version| Arc::ptr_eq(version, &target.version)) {
             self.version = Some(target.version.clone());
         }
+        self.drawn = Drawn {
+            way: target.way,
+            variant: Some(target.variant.clone()),
+            rollout: target.rollout.clone(),
+            sticky: target.sticky,
+        };
+    }
+
+    /// Says in an answer's headers which version it is from, once one was chosen.
+    pub fn mark(&self, headers: &mut HeaderMap) {
+        let (Some(version), Drawn { variant: Some(variant), rollout, sticky, .. }) = (&self.version, &self.drawn)
+        else {
+            return;
+        };
+        let mut say = |name: &HeaderName, value: &str| {
+            // Versions, variants and models have no letter that a header could not have.
+            headers.extend(HeaderValue::from_str(value).ok().map(|value| (name.clone(), value)));
+        };
+        say(&VERSION, version.version.as_str());
+        say(&VARIANT, variant.as_str());
+        if let Some(rollout) = rollout {
+            say(&ROLLOUT, rollout);
+        }
+        if let Some(sticky) = sticky {
+            say(&STICKY, if *sticky { "true" } else { "false" });
+        }
+    }
+
+    /// Chooses the version for a request, and counts the request with it.
+    ///
+    /// # Errors
+    /// `NotFound` and `NotReady` naming the model; `Unauthenticated` and `Forbidden` for a variant that the caller may
+    /// not ask for.
+    pub fn resolve(&mut self, model: &str, version: Option<&str>, caller: Caller<'_>) -> Result<Target, Error> {
+        let Caller { headers, peer } = caller;
+        let variant = headers.get(&VARIANT).map(|variant| variant.to_str().unwrap_or_default());
+        if variant.is_some() {
+            self.app.check_admin(headers, peer)?;
+        }
+        let header = |name: &str| headers.get(name).map(HeaderValue::as_bytes);
+        let wish = Wish { version, variant, request_id: &self.request_id, header: &header };
+        let found = self.app.engine.resolve(model, &wish);
+        let target = found.inspect_err(|_| self.aim_at_unready(model, version))?;
+        self.aim(&target);
+        Ok(target)
+    }
+
+    /// Chooses the version for a request that was read, where that was not possible before.
+    pub fn draw(&mut self, target: &mut Target, call: &codec::InferCall) {
+        self.app.engine.draw(target, &call.id, |sticky| sticky::key(call, sticky));
+        self.aim(target);
     }
 
     /// The request was for a version that is known and does not serve.
-    pub fn aim_at_unready(&mut self, model: &str, version: Option<&str>) {
+    fn aim_at_unready(&mut self, model: &str, version: Option<&str>) {
         let catalog = self.app.engine.catalog().load();
         let Ok(deployment) = catalog.deployment(model) else { return };
         let named = version.filter(|version| !version.is_empty());
@@ -225,7 +305,7 @@ impl Record {
         let took = self.start.elapsed();
         let version = self.version.as_deref();
         let metrics = version.map(|version| &version.metrics).or(self.unready.as_ref());
-        metrics.unwrap_or(self.app.metrics.unknown()).request(self.protocol, Way::Stable, failure, took);
+        metrics.unwrap_or(self.app.metrics.unknown()).request(self.protocol, self.drawn.way, failure, took);
         let code = failure.map_or("ok", Code::as_str);
         macro_rules! log {
             ($level:ident) => {

@@ -131,7 +131,7 @@ async fn server_ready(State(app): State<Arc<App>>) -> Response {
 async fn model_ready(State(app): State<Arc<App>>, named: Named) -> Response {
     let answer =
         |code: StatusCode, ready: bool| (code, Json(json!({ "name": named.model, "ready": ready }))).into_response();
-    match app.engine.resolve(&named.model, named.version.as_deref()) {
+    match app.engine.find(&named.model, named.version.as_deref()) {
         Ok(_) => answer(StatusCode::OK, true),
         Err(error) if error.code == Code::NotReady => answer(status::http(error.code), false),
         Err(error) => status::response(&error),
@@ -139,7 +139,7 @@ async fn model_ready(State(app): State<Arc<App>>, named: Named) -> Response {
 }
 
 async fn model_metadata(State(app): State<Arc<App>>, named: Named) -> Result<Response, RestError> {
-    let version = app.engine.resolve(&named.model, named.version.as_deref())?.version;
+    let version = app.engine.find(&named.model, named.version.as_deref())?;
     let catalog = app.engine.catalog().load();
     let tensors = |specs: &[crate::backend::TensorSpec]| -> serde_json::Value {
         triton::metadata_tensors(specs)
@@ -158,7 +158,7 @@ async fn model_metadata(State(app): State<Arc<App>>, named: Named) -> Result<Res
 }
 
 async fn model_config(State(app): State<Arc<App>>, named: Named) -> Result<Response, RestError> {
-    let version = app.engine.resolve(&named.model, named.version.as_deref())?.version;
+    let version = app.engine.find(&named.model, named.version.as_deref())?;
     let catalog = app.engine.catalog().load();
     let policy = &catalog.deployment(&named.model)?.policy;
     Ok(Json(triton::config_json(&version, policy)?).into_response())

@@ -25,7 +25,7 @@ fn index_state(state: State) -> &'static str {
         State::Ready => "READY",
         State::Settling | State::Loading => "LOADING",
         State::Draining => "UNLOADING",
-        State::Failed => "UNAVAILABLE",
+        State::Failed | State::Held => "UNAVAILABLE",
     }
 }
 

@@ -22,7 +22,7 @@ fn state_name(state: State) -> &'static str {
         State::Loading => "LOADING",
         State::Ready => "AVAILABLE",
         State::Draining => "UNLOADING",
-        State::Failed => "END",
+        State::Failed | State::Held => "END",
     }
 }
 

@@ -8,12 +8,15 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use super::{
     ModelControl, Settings, pbtxt,
     spec::ModelSpec,
+    standing::{Split, Standing},
+    store::{Logged, SharedStore},
     upload::{Upload, Uploads},
 };
 use crate::{
     backend::Backends,
     error::{Code, Error},
-    id::ModelName,
+    id::{ModelName, Version},
+    rollout::{self, Moment},
     source::local::{self, Scan},
 };
 
@@ -38,12 +41,35 @@ pub(super) struct Override {
     pub(super) upload: Option<Arc<Upload>>,
 }
 
+/// Who asks for a change, why, and of what state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Asked {
+    pub author: String,
+    pub reason: String,
+    /// The model's epoch as the caller knows it; with another one nothing is changed.
+    pub epoch: Option<u64>,
+}
+
+/// What operators may change of who gets which version of a model.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Change {
+    /// A rollout to a version, by the keys of `rollout::plan::Settings` laid over the model's own.
+    Start { to: Version, settings: serde_json::Map<String, serde_json::Value> },
+    /// To the rollout that there is.
+    Tell(rollout::Command),
+    /// Divides the requests by hand; `None` as the repository and the policy have it.
+    Route(Option<Split>),
+    /// Forgets whatever was changed by request.
+    Clear,
+}
+
 pub(super) type Answer = oneshot::Sender<Result<(), Error>>;
 
 /// A call that waits; the answer to one that was given up goes nowhere.
 pub(super) enum Command {
     Load { name: ModelName, replacement: Option<Box<Override>>, answer: Answer },
     Unload { name: ModelName, answer: Answer },
+    Change { name: ModelName, asked: Asked, change: Change, answer: Answer },
 }
 
 /// Asks the reconciler, from anywhere.
@@ -56,13 +82,14 @@ pub struct Commands {
     uploads: Arc<Uploads>,
     /// One look at the whole repository at a time.
     looks: Arc<Semaphore>,
+    state: SharedStore,
 }
 
 /// The other end, for the reconciler.
 pub struct Orders(pub(super) mpsc::Receiver<Command>);
 
 /// Both ends of the way to the reconciler.
-pub fn commands(settings: &Settings, backends: Backends, uploads: Uploads) -> (Commands, Orders) {
+pub fn commands(settings: &Settings, backends: Backends, uploads: Uploads, state: SharedStore) -> (Commands, Orders) {
     let (sender, receiver) = mpsc::channel(QUEUE);
     let commands = Commands {
         sender,
@@ -71,6 +98,7 @@ pub fn commands(settings: &Settings, backends: Backends, uploads: Uploads) -> (C
         backends,
         uploads: Arc::new(uploads),
         looks: Arc::new(Semaphore::new(1)),
+        state,
     };
     (commands, Orders(receiver))
 }
@@ -120,6 +148,34 @@ impl Commands {
             local::scan(&root, |name| backends.knows(name))
         });
         look.await.map_err(std::io::Error::other).flatten().map_err(unreadable)
+    }
+
+    /// Changes who gets which version of a model; once it returns, the change is stored and in the catalog.
+    ///
+    /// # Errors
+    /// `NotFound` for an unknown model, version or rollout, `InvalidArgument` for a plan or a split that cannot be,
+    /// `Conflict` when it cannot be done as things stand or `asked.epoch` is not the model's, `NotReady` when it cannot
+    /// be stored.
+    pub async fn change(&self, name: ModelName, asked: Asked, change: Change) -> Result<(), Error> {
+        tracing::info!(model = %name, author = asked.author, reason = asked.reason, ?change, "asked to change the route");
+        self.ask(|answer| Command::Change { name, asked, change, answer }).await
+    }
+
+    /// What was written down of changes of a model (of all without), oldest first.
+    ///
+    /// # Errors
+    /// `NotReady` when the state cannot be read.
+    pub async fn audit(&self, model: Option<&str>, since: Moment, most: usize) -> Result<Vec<Logged>, Error> {
+        let model = model.map(str::to_owned);
+        self.state.with(move |store| store.audit(model.as_deref(), since, most)).await
+    }
+
+    /// Everything that was changed by request or by rollouts, by model.
+    ///
+    /// # Errors
+    /// `NotReady` when the state cannot be read.
+    pub async fn overrides(&self) -> Result<Vec<(ModelName, Standing)>, Error> {
+        self.state.with(|store| store.standings()).await
     }
 
     fn check_control(&self) -> Result<(), Error> {

@@ -2,8 +2,10 @@
 
 pub mod command;
 pub mod pbtxt;
+mod promote;
 pub mod reconcile;
 pub mod spec;
+pub mod standing;
 pub mod store;
 mod tracked;
 pub mod upload;

@@ -18,8 +18,10 @@ use tokio::{
 use super::{
     ModelControl, Settings,
     command::Orders,
+    promote::{self, Rollouts},
     spec::ModelSpec,
-    tracked::{Progress, SETTLE_TIME, Tracked, targets},
+    store::SharedStore,
+    tracked::{Progress, SETTLE_TIME, Target, Targets, Tracked, targets},
 };
 use crate::{
     backend::Backends,
@@ -37,6 +39,7 @@ use crate::{
 };
 
 mod orders;
+mod routes;
 
 /// How nice the threads are that load models before the server is ready: they leave most of the processor to what is
 /// served already, and yet other programs of the machine cannot keep it from starting.
@@ -67,6 +70,7 @@ pub struct Reconciler {
     complete: bool,
     orders: Orders,
     ordered: orders::Ordered,
+    rollouts: Rollouts,
 }
 
 /// Something that happened off the reconciler's task.
@@ -82,7 +86,7 @@ enum Event {
 }
 
 impl Reconciler {
-    pub fn new(settings: Settings, loader: Loader, writer: CatalogWriter, orders: Orders) -> Self {
+    pub fn new(settings: Settings, loader: Loader, writer: CatalogWriter, orders: Orders, state: SharedStore) -> Self {
         let loads = Arc::new(Semaphore::new(settings.load_concurrency.max(1)));
         Self {
             settings,
@@ -98,6 +102,7 @@ impl Reconciler {
             complete: false,
             orders,
             ordered: orders::Ordered::default(),
+            rollouts: Rollouts::new(state),
         }
     }
 
@@ -106,9 +111,16 @@ impl Reconciler {
     pub async fn run(mut self, mut kicks: mpsc::Receiver<()>, mut stop: oneshot::Receiver<Duration>) -> usize {
         let mut tick = tokio::time::interval(self.settings.poll_interval);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        self.rollouts.open().await;
         let limit = loop {
+            let look = self.rollouts.next_look();
             tokio::select! {
                 limit = &mut stop => break limit.unwrap_or_default(),
+                // A judge's look needs none at the repository.
+                () = tokio::time::sleep_until(look.into()) => {
+                    self.promote().await;
+                    continue;
+                }
                 _ = tick.tick() => {}
                 Some(()) = kicks.recv() => {}
                 Some(event) = self.events.1.recv() => self.handle(event),
@@ -136,6 +148,7 @@ impl Reconciler {
             }
         }
         self.publish();
+        self.promote().await;
         self.answer();
     }
 
@@ -193,13 +206,16 @@ impl Reconciler {
         }
         let spec = self.spec(name, found);
         let awaited = self.ordered.is_awaited(name);
-        let targets = targets(&self.models.entry(name.clone()).or_default().versions, found, &spec);
+        let standing = self.rollouts.standing(name);
+        let model = self.models.entry(name.clone()).or_default();
+        let Targets { wanted: targets, held } = targets(&model.versions, found, &spec, standing, promote::now());
         let first_pass = !self.complete;
         let mut to_load = Vec::new();
-        let Some(model) = self.models.get_mut(name) else { return };
         if let Ok(spec) = &spec {
             model.policy.clone_from(&spec.versions);
+            model.settings.clone_from(&spec.rollout);
         }
+        model.found.clone_from(&found.versions);
         model.problem = match &spec {
             Err(error) if found.versions.is_empty() => Some(error.message.clone()),
             _ if found.versions.is_empty() => Some("the repository holds no version of it (1, 2, …)".to_owned()),
@@ -208,8 +224,9 @@ impl Reconciler {
             }
             _ => None,
         };
-        for wanted in &targets {
+        for Target { found: wanted, selected, needed } in &targets {
             let tracked = model.find_or_insert(name, &wanted.version, &self.loader.metrics);
+            (tracked.selected, tracked.needed) = (*selected, *needed);
             let fingerprint = wanted.fingerprint;
             let fresh = tracked.progress.fingerprint() != Some(fingerprint);
             if fresh {
@@ -232,11 +249,17 @@ impl Reconciler {
                 tracked.progress = Progress::Loading { fingerprint, claim };
             }
         }
+        for (held, reason) in held {
+            let tracked = model.find_or_insert(name, &held.version, &self.loader.metrics);
+            tracked.progress = Progress::Held { fingerprint: held.fingerprint, reason };
+        }
         for tracked in &mut model.versions {
-            let wanted = targets.iter().any(|wanted| wanted.version == tracked.version);
+            let wanted = targets.iter().any(|wanted| wanted.found.version == tracked.version);
+            tracked.selected &= wanted;
+            tracked.needed &= wanted || standing.needs(&tracked.version, promote::now());
             let there = found.versions.iter().any(|found| found.version == tracked.version);
             tracked.wanted = wanted;
-            if there && !wanted && !matches!(tracked.progress, Progress::Failed { .. }) {
+            if there && !wanted && !matches!(tracked.progress, Progress::Failed { .. } | Progress::Held { .. }) {
                 tracked.progress = Progress::Gone;
             }
         }
@@ -269,7 +292,7 @@ impl Reconciler {
         let loads = self.loads.clone();
         let loader = self.loader.clone();
         let name = name.clone();
-        let FoundVersion { version, files, fingerprint } = wanted;
+        let FoundVersion { version, files, fingerprint, .. } = wanted;
         let directory = found.directory.clone();
         let plan = spec.map(|spec| self.plan(&name, &version, files.clone(), found, spec));
         let ordered = self.ordered.overrides.get(&name);
@@ -384,9 +407,9 @@ impl Reconciler {
         let mut retired = Vec::new();
         model.versions.retain_mut(|tracked| {
             let gone = tracked.progress == Progress::Gone;
-            let failed = matches!(tracked.progress, Progress::Failed { .. });
+            let failed = matches!(tracked.progress, Progress::Failed { .. } | Progress::Held { .. });
             let unwanted = gone || (failed && !tracked.wanted);
-            if !unwanted || (tracked.serving.is_some() && !may_retire) {
+            if !unwanted || (tracked.serving.is_some() && (!may_retire || (tracked.needed && !nothing_wanted))) {
                 return true;
             }
             if let Some((old, _)) = tracked.serving.take() {
@@ -427,7 +450,12 @@ impl Reconciler {
     }
 
     fn publish(&self) {
-        let deployments = self.models.iter().map(|(name, model)| (name.clone(), model.deployment())).collect();
+        let deployment = |(name, model): (&ModelName, &Tracked)| {
+            let standing = self.rollouts.standing(name);
+            let waits = !self.complete && model.waits_for(standing);
+            (name.clone(), model.deployment(standing, waits))
+        };
+        let deployments = self.models.iter().map(deployment).collect();
         self.writer.publish(Catalog { deployments, complete: self.complete });
     }
 

@@ -14,6 +14,7 @@ use crate::{
     error::Error,
     id::{ModelName, Version},
     model::{catalog::VersionPolicy, schedule::Schedule, warmup::described::DescribedRequest},
+    rollout,
     source::local,
 };
 
@@ -71,6 +72,8 @@ pub struct ModelSpec {
     pub parameters: BTreeMap<String, String>,
     /// How the graph runs.
     pub options: Options,
+    /// What becomes of new versions, and how they take over.
+    pub rollout: rollout::plan::Settings,
     /// What operators should know of the file, such as fields that have no effect here.
     #[serde(skip)]
     pub notes: Vec<String>,
@@ -175,6 +178,7 @@ impl ModelSpec {
             .try_for_each(|request| request.validate(self.max_batch_size))
             .map_err(|error| format!("warmup_requests: {error}"))?;
         self.queue.validate(self.max_batch_size)?;
+        self.rollout.plan().map_err(|error| error.message)?;
         match &self.versions {
             VersionPolicy::Latest(0) => Err("versions.latest must be at least 1".to_owned()),
             VersionPolicy::Specific(list) => list

@@ -1,10 +1,11 @@
-//! `Store`: what must outlive a restart, in one SQLite file: rollouts, overrides, versions given up, and the audit log.
+//! `Store`: what must outlive a restart, in one SQLite file: what is remembered of each model, and the audit log.
 //!
 //! A change is written here before it takes effect, so that whatever the server did, it knows after a kill. Each audit
 //! entry holds the hash of the one before: an entry that was changed or taken out later breaks the chain.
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
+use parking_lot::Mutex;
 use rusqlite::{Connection, OptionalExtension, Transaction, params};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -12,15 +13,15 @@ use sha2::{Digest, Sha256};
 use crate::{
     error::{Code, Error},
     id::ModelName,
-    rollout::{Moment, Rollout},
+    rollout::Moment,
 };
+
+use super::standing::Standing;
 
 const FILE: &str = "state.sqlite";
 /// Changes of the tables, in order; the file says how many it has seen.
 const MIGRATIONS: [&str; 1] = ["
-    CREATE TABLE rollout (model TEXT PRIMARY KEY, document TEXT NOT NULL) STRICT;
-    CREATE TABLE counter (model TEXT PRIMARY KEY, rollouts INTEGER NOT NULL) STRICT;
-    CREATE TABLE given_up (model TEXT, version TEXT, files TEXT, PRIMARY KEY (model, version)) STRICT;
+    CREATE TABLE model (name TEXT PRIMARY KEY, standing TEXT NOT NULL) STRICT;
     CREATE TABLE audit (
         number INTEGER PRIMARY KEY, at INTEGER NOT NULL, model TEXT NOT NULL, author TEXT NOT NULL,
         action TEXT NOT NULL, reason TEXT NOT NULL, details TEXT NOT NULL, hash TEXT NOT NULL
@@ -56,6 +57,33 @@ pub struct Store {
     connection: Connection,
 }
 
+/// The store as tasks share it; nothing waits for the disk on a thread that serves.
+#[derive(Clone)]
+pub struct SharedStore(Result<Arc<Mutex<Store>>, Error>);
+
+impl SharedStore {
+    /// Opens the store in the data directory. Without one the server serves on, and every use says why there is none.
+    pub fn open(directory: &Path) -> Self {
+        let store = Store::open(directory);
+        Self(store.map(|store| Arc::new(Mutex::new(store))).inspect_err(|error| {
+            tracing::error!(%error, "changes of routes will be refused");
+        }))
+    }
+
+    /// Works with the store on a thread that may wait.
+    ///
+    /// # Errors
+    /// `NotReady` without a store, and what the work says.
+    pub async fn with<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Store) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let store = self.0.clone()?;
+        let done = tokio::task::spawn_blocking(move || work(&mut store.lock())).await;
+        done.unwrap_or_else(|_| Err(Error::internal("the server's state broke down")))
+    }
+}
+
 impl Store {
     /// Opens the file in the data directory, or makes it.
     ///
@@ -75,74 +103,37 @@ impl Store {
         Ok(Self { connection })
     }
 
-    /// Every rollout that was stored, by model.
+    /// What is remembered of each model.
     ///
     /// # Errors
     /// `NotReady` when the file cannot be read or holds what this program does not know.
-    pub fn rollouts(&self) -> Result<Vec<(ModelName, Rollout)>, Error> {
+    pub fn standings(&self) -> Result<Vec<(ModelName, Standing)>, Error> {
         let read = || -> rusqlite::Result<Vec<(String, String)>> {
-            let mut rows = self.connection.prepare("SELECT model, document FROM rollout ORDER BY model")?;
+            let mut rows = self.connection.prepare("SELECT name, standing FROM model ORDER BY name")?;
             rows.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.collect()
         };
         let rows = read().map_err(|error| unavailable(&error.to_string()))?;
         let parse = |(model, document): (String, String)| {
-            let rollout = serde_json::from_str(&document)
-                .map_err(|error| unavailable(&format!("the rollout of model '{model}': {error}")))?;
-            Ok((ModelName::parse(&model)?, rollout))
+            let standing = serde_json::from_str(&document)
+                .map_err(|error| unavailable(&format!("what is known of model '{model}': {error}")))?;
+            Ok((ModelName::parse(&model)?, standing))
         };
         rows.into_iter().map(parse).collect()
     }
 
-    /// The number of a model's next rollout, from 1; it is not given again.
-    ///
-    /// # Errors
-    /// `NotReady` when it cannot be stored.
-    pub fn next_number(&mut self, model: &ModelName) -> Result<u64, Error> {
-        let sql = "INSERT INTO counter VALUES (?1, 1)
-                   ON CONFLICT (model) DO UPDATE SET rollouts = rollouts + 1 RETURNING rollouts";
-        let number = self.connection.query_row(sql, [model.as_str()], |row| row.get::<_, i64>(0));
-        number.map(|number| number as u64).map_err(|error| unavailable(&error.to_string()))
-    }
-
-    /// Stores a model's rollout and what is to be known of the change, both or neither.
+    /// Stores what is to be remembered of a model and what is to be known of the change, both or neither.
     ///
     /// # Errors
     /// `NotReady` when it cannot be stored; then nothing is.
-    pub fn save(&mut self, model: &ModelName, rollout: &Rollout, entry: &Entry) -> Result<(), Error> {
-        let document = serde_json::to_string(rollout).map_err(|error| Error::internal(error.to_string()))?;
+    pub fn save(&mut self, model: &ModelName, standing: &Standing, entry: &Entry) -> Result<(), Error> {
+        let document = serde_json::to_string(standing).map_err(|error| Error::internal(error.to_string()))?;
         self.write(|transaction| {
             transaction.execute(
-                "INSERT INTO rollout VALUES (?1, ?2) ON CONFLICT (model) DO UPDATE SET document = ?2",
+                "INSERT INTO model VALUES (?1, ?2) ON CONFLICT (name) DO UPDATE SET standing = ?2",
                 params![model.as_str(), document],
             )?;
             log(transaction, entry)
         })
-    }
-
-    /// Remembers that a version was given up with these files, or (with `None`) that it may be tried again.
-    ///
-    /// # Errors
-    /// `NotReady` when it cannot be stored.
-    pub fn give_up(&mut self, model: &ModelName, version: &str, files: Option<&str>) -> Result<(), Error> {
-        self.write(|transaction| {
-            let (model, sql) = (model.as_str(), "DELETE FROM given_up WHERE model = ?1 AND version = ?2");
-            transaction.execute(sql, params![model, version])?;
-            if let Some(files) = files {
-                transaction.execute("INSERT INTO given_up VALUES (?1, ?2, ?3)", params![model, version, files])?;
-            }
-            Ok(())
-        })
-    }
-
-    /// Whether a version was given up with these files.
-    ///
-    /// # Errors
-    /// `NotReady` when the file cannot be read.
-    pub fn is_given_up(&self, model: &ModelName, version: &str, files: &str) -> Result<bool, Error> {
-        let sql = "SELECT files FROM given_up WHERE model = ?1 AND version = ?2";
-        let found = self.connection.query_row(sql, params![model.as_str(), version], |row| row.get::<_, String>(0));
-        let found = found.optional().map_err(|error| unavailable(&error.to_string()))?;
-        Ok(found.is_some_and(|found| found == files))
     }
 
     /// Adds to the audit log.
@@ -268,13 +259,16 @@ mod tests {
     }
 
     #[test]
-    fn numbers_go_on_after_a_restart() {
+    fn what_is_remembered_outlives_a_restart() {
         let folder = tempfile::tempdir().unwrap();
         let model = ModelName::parse("m").unwrap();
-        for expected in 1..4 {
-            assert_eq!(Store::open(folder.path()).unwrap().next_number(&model).unwrap(), expected);
+        for expected in ["m/r1", "m/r2", "m/r3"] {
+            let mut store = Store::open(folder.path()).unwrap();
+            let known = store.standings().unwrap().pop();
+            let mut standing = known.map_or_else(Standing::default, |(_, standing)| standing);
+            assert_eq!(&*standing.next_id(&model), expected);
+            store.save(&model, &standing, &entry(1)).unwrap();
         }
-        assert_eq!(Store::open(folder.path()).unwrap().next_number(&ModelName::parse("n").unwrap()).unwrap(), 1);
     }
 
     #[test]
@@ -294,18 +288,6 @@ mod tests {
             let error = store.verify().unwrap_err();
             assert_eq!((error.code, error.message.as_str()), (Code::Conflict, wrong));
         }
-    }
-
-    #[test]
-    fn what_was_given_up_is_remembered_with_its_files() {
-        let folder = tempfile::tempdir().unwrap();
-        let model = ModelName::parse("m").unwrap();
-        Store::open(folder.path()).unwrap().give_up(&model, "2", Some("these")).unwrap();
-        let mut store = Store::open(folder.path()).unwrap();
-        assert!(store.is_given_up(&model, "2", "these").unwrap());
-        assert!(!store.is_given_up(&model, "2", "others").unwrap());
-        store.give_up(&model, "2", None).unwrap();
-        assert!(!store.is_given_up(&model, "2", "these").unwrap());
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::spec::ModelSpec;
+use super::{spec::ModelSpec, standing::Standing};
 use crate::{
     error::Error,
     id::{ModelName, Version},
@@ -14,6 +14,7 @@ use crate::{
         ModelVersion, State,
         catalog::{Deployment, Entry, VersionPolicy, insert_in_order},
     },
+    rollout::{self, Moment, plan::OnNewVersion},
     source::local::{Fingerprint, FoundModel, FoundVersion},
 };
 
@@ -27,6 +28,10 @@ pub(super) struct Tracked {
     pub(super) versions: Vec<TrackedVersion>,
     pub(super) problem: Option<String>,
     pub(super) policy: VersionPolicy,
+    /// What becomes of new versions.
+    pub(super) settings: rollout::plan::Settings,
+    /// What the repository held when it was looked at last.
+    pub(super) found: Vec<FoundVersion>,
 }
 
 pub(super) struct TrackedVersion {
@@ -35,8 +40,12 @@ pub(super) struct TrackedVersion {
     /// What serves, and the files it came from.
     pub(super) serving: Option<(Arc<ModelVersion>, Fingerprint)>,
     pub(super) progress: Progress,
-    /// Whether the version policy selects it.
+    /// Whether it shall serve, with or without requests.
     pub(super) wanted: bool,
+    /// Whether it is among what the version policy selects, of the versions that are not passed over.
+    pub(super) selected: bool,
+    /// Whether requests may come to it though its files are gone.
+    pub(super) needed: bool,
     /// Since when the repository does not hold it.
     pub(super) missing_since: Option<Instant>,
 }
@@ -60,6 +69,11 @@ pub(super) enum Progress {
         fingerprint: Fingerprint,
         error: Error,
     },
+    /// Passed over, and why.
+    Held {
+        fingerprint: Fingerprint,
+        reason: String,
+    },
     /// No longer in the repository, or not wanted.
     Gone,
 }
@@ -70,7 +84,8 @@ impl Progress {
             Progress::Settling { fingerprint, .. }
             | Progress::Loading { fingerprint, .. }
             | Progress::Done { fingerprint }
-            | Progress::Failed { fingerprint, .. } => Some(*fingerprint),
+            | Progress::Failed { fingerprint, .. }
+            | Progress::Held { fingerprint, .. } => Some(*fingerprint),
             Progress::Gone => None,
         }
     }
@@ -105,6 +120,8 @@ impl Tracked {
                 serving: None,
                 progress: Progress::Gone,
                 wanted: false,
+                selected: false,
+                needed: false,
                 missing_since: None,
             };
             insert_in_order(&mut self.versions, fresh, |tracked| &tracked.version);
@@ -113,10 +130,64 @@ impl Tracked {
         &mut self.versions[index]
     }
 
-    pub(super) fn deployment(&self) -> Deployment {
-        let entries: Vec<Entry> = self.versions.iter().map(TrackedVersion::entry).collect();
-        let default = entries.iter().rev().find(|entry| entry.serving.is_some()).map(|entry| entry.version.clone());
-        Deployment { entries, default, problem: self.problem.clone(), policy: self.policy.clone() }
+    /// Whether a version that is to get requests is still on its way.
+    pub(super) fn waits_for(&self, standing: &Standing) -> bool {
+        let on_its_way = |tracked: &TrackedVersion| {
+            tracked.serving.is_none()
+                && matches!(tracked.progress, Progress::Settling { .. } | Progress::Loading { .. })
+        };
+        standing.route().is_some_and(|route| {
+            self.versions.iter().any(|tracked| route.names(&tracked.version) && on_its_way(tracked))
+        })
+    }
+
+    /// What requests see of the model. Versions that shall divide its requests as they did before a restart are shown
+    /// only once all of them are there: until then `waits`.
+    pub(super) fn deployment(&self, standing: &Standing, waits: bool) -> Deployment {
+        let mut entries: Vec<Entry> = self.versions.iter().map(TrackedVersion::entry).collect();
+        if waits {
+            entries.iter_mut().for_each(|entry| entry.serving = None);
+        }
+        let serves =
+            |version: &Version| entries.iter().any(|entry| entry.version == *version && entry.serving.is_some());
+        let mut route = standing.route();
+        let default = route.as_ref().map(|route| route.stable.clone()).filter(serves);
+        if let Some(route) = &mut route {
+            route.arms.retain(|arm| serves(&arm.version));
+            route.shadow.take_if(|shadow| !serves(&shadow.version));
+        }
+        let route = route.filter(|_| default.is_some());
+        let default = default.or_else(|| self.usual(standing, serves));
+        for entry in &mut entries {
+            let serving = entry.serving.is_some() && entry.reason.is_empty();
+            let named = route.as_ref().is_some_and(|route| route.names(&entry.version));
+            if serving && !named && default.as_ref() != Some(&entry.version) {
+                "warm, and gets no requests".clone_into(&mut entry.reason);
+            }
+        }
+        Deployment {
+            entries,
+            default,
+            route,
+            rollout: standing.rollout.clone().map(Arc::new),
+            epoch: standing.epoch,
+            problem: self.problem.clone(),
+            policy: self.policy.clone(),
+        }
+    }
+
+    /// The version that answers where nothing else was decided.
+    fn usual(&self, standing: &Standing, serves: impl Fn(&Version) -> bool) -> Option<Version> {
+        let newest = |choice: &dyn Fn(&&TrackedVersion) -> bool| {
+            let mut versions = self.versions.iter().rev().filter(|tracked| serves(&tracked.version));
+            versions.find(choice).map(|tracked| tracked.version.clone())
+        };
+        let swaps = self.settings.on_new_version == OnNewVersion::Swap && standing.running().is_none();
+        let selected = if swaps { newest(&|tracked| tracked.selected) } else { None };
+        selected
+            .or_else(|| standing.stable.clone().filter(&serves))
+            .or_else(|| newest(&|tracked| tracked.selected))
+            .or_else(|| newest(&|_| true))
     }
 }
 
@@ -131,6 +202,7 @@ impl TrackedVersion {
             (None, Progress::Settling { .. }) => (State::Settling, "waiting for its files to be complete".to_owned()),
             (None, Progress::Loading { .. }) => (State::Loading, String::new()),
             (None, Progress::Failed { error, .. }) => (State::Failed, error.message.clone()),
+            (None, Progress::Held { reason, .. }) => (State::Held, reason.clone()),
             (None, Progress::Done { .. } | Progress::Gone) => (State::Draining, String::new()),
         };
         self.metrics.state(state.as_str(), &State::NAMES);
@@ -148,13 +220,31 @@ fn note(version: &ModelVersion) -> String {
     if version.batching.enabled { String::new() } else { format!("not batched: {}", version.batching.reason) }
 }
 
-/// The versions that shall serve: what the policy selects, passing over those whose present files failed before, so
-/// that a broken new version leaves the one before it in place, also after a restart.
+/// A version that shall serve.
+#[derive(Clone, Debug)]
+pub(super) struct Target {
+    pub(super) found: FoundVersion,
+    /// Whether the version policy selects it.
+    pub(super) selected: bool,
+    /// Whether requests are, or may soon be, divided so that it gets some.
+    pub(super) needed: bool,
+}
+
+/// The versions that shall serve, and those that would if they were not passed over.
+pub(super) struct Targets {
+    pub(super) wanted: Vec<Target>,
+    pub(super) held: Vec<(FoundVersion, String)>,
+}
+
+/// What shall serve: what the policy selects, passing over those whose present files failed before, so that a broken
+/// new version leaves the one before it in place, also after a restart; and whatever stands beside that.
 pub(super) fn targets(
     tracked: &[TrackedVersion],
     found: &FoundModel,
     spec: &Result<ModelSpec, Error>,
-) -> Vec<FoundVersion> {
+    standing: &Standing,
+    now: Moment,
+) -> Targets {
     let failed = |found: &&FoundVersion| {
         tracked.iter().any(|tracked| {
             tracked.version == found.version
@@ -162,19 +252,39 @@ pub(super) fn targets(
                 && matches!(&tracked.progress, Progress::Failed { fingerprint, .. } if *fingerprint == found.fingerprint)
         })
     };
+    let passed = |found: &FoundVersion| standing.passes_over(&found.version, found.stamp);
+    let sound: Vec<&FoundVersion> = found.versions.iter().filter(|found| !failed(found)).collect();
     // Broken settings fail each version by name, so that they show wherever versions show.
     let policy = spec.as_ref().map(|spec| spec.versions.clone()).unwrap_or_default();
-    match policy {
-        VersionPolicy::Latest(count) => {
-            found.versions.iter().rev().filter(|found| !failed(found)).take(count).cloned().collect()
+    let fresh: Vec<&FoundVersion> = sound.iter().copied().filter(|found| passed(found).is_none()).collect();
+    let selected = select(&policy, &fresh);
+    let needed = standing.needed(now);
+    let swaps = spec.as_ref().map_or(OnNewVersion::Swap, |spec| spec.rollout.on_new_version) == OnNewVersion::Swap;
+    let stays = standing.stable.as_ref().filter(|_| !swaps);
+    let mut targets = Targets { wanted: Vec::new(), held: Vec::new() };
+    let is_in = |list: &[&FoundVersion], found: &FoundVersion| list.iter().any(|other| other.version == found.version);
+    let otherwise = select(&policy, &sound);
+    for found in &found.versions {
+        let (selected, needed) = (is_in(&selected, found), needed.contains(&found.version));
+        let stays = stays == Some(&found.version) && !failed(&found);
+        if selected || needed || stays {
+            targets.wanted.push(Target { found: found.clone(), selected, needed });
+        } else if let Some(passed) = passed(found).filter(|_| is_in(&otherwise, found)) {
+            targets.held.push((found.clone(), passed.reason.clone()));
         }
-        VersionPolicy::All => found.versions.iter().filter(|found| !failed(found)).cloned().collect(),
-        VersionPolicy::Specific(list) => found
-            .versions
-            .iter()
-            .filter(|found| list.iter().any(|wanted| wanted == found.version.as_str()) && !failed(found))
-            .cloned()
-            .collect(),
+    }
+    targets
+}
+
+/// What a policy selects of versions in ascending order.
+fn select<'a>(policy: &VersionPolicy, versions: &[&'a FoundVersion]) -> Vec<&'a FoundVersion> {
+    match policy {
+        VersionPolicy::Latest(count) => versions.iter().rev().take(*count).copied().collect(),
+        VersionPolicy::All => versions.to_vec(),
+        VersionPolicy::Specific(list) => {
+            let is_listed = |found: &FoundVersion| list.iter().any(|wanted| wanted == found.version.as_str());
+            versions.iter().copied().filter(|found| is_listed(found)).collect()
+        }
     }
 }
 
@@ -204,10 +314,8 @@ mod tests {
             };
         }
         let spec = Ok(ModelSpec { versions: policy, ..ModelSpec::default() });
-        let mut names: Vec<_> =
-            targets(&model.versions, found, &spec).iter().map(|found| found.version.to_string()).collect();
-        names.sort();
-        names
+        let targets = targets(&model.versions, found, &spec, &Standing::default(), 0).wanted;
+        targets.iter().map(|target| target.found.version.to_string()).collect()
     }
 
     #[test]

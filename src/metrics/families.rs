@@ -102,7 +102,7 @@ pub const FAMILIES: [Family; 32] = [
     Family {
         name: REQUESTS,
         kind: Kind::Counter,
-        labels: "variant, protocol, code",
+        labels: "protocol, code, variant",
         help: "Inference requests answered",
     },
     Family {

@@ -99,7 +99,7 @@ impl VersionMetrics {
         self.requests[way as usize][protocol as usize][code]
             .get_or_init(|| {
                 let protocol = PROTOCOLS[protocol as usize];
-                self.counter(families::REQUESTS, &[("variant", way.as_str()), ("protocol", protocol), ("code", name)])
+                self.counter(families::REQUESTS, &[("protocol", protocol), ("code", name), ("variant", way.as_str())])
             })
             .increment(1);
         let durations = self.request_duration[way as usize].get_or_init(|| Histogram::new(&SECONDS));

@@ -15,6 +15,7 @@ use crate::{
     error::{Code, Error},
     id::{ModelName, Version, shorten},
     metrics::VersionMetrics,
+    rollout::{Rollout, route::Route},
 };
 
 /// Everything the server knows of its models at one moment.
@@ -30,8 +31,14 @@ pub struct Catalog {
 pub struct Deployment {
     /// Ordered by number where both are numbers, else by arrival.
     pub entries: Vec<Entry>,
-    /// The version that answers requests that name none.
+    /// The stable version, which answers requests that name none and draw none.
     pub default: Option<Version>,
+    /// How requests are divided, while they are; all of its versions serve.
+    pub route: Option<Route>,
+    /// How the last version took over, or takes over now.
+    pub rollout: Option<Arc<Rollout>>,
+    /// Rises with every change of the route and the rollout.
+    pub epoch: u64,
     /// Why the model has no version at all.
     pub problem: Option<String>,
     /// Which of its versions shall serve.
@@ -81,21 +88,7 @@ impl Catalog {
     /// # Errors
     /// `NotFound` for unknown models and versions, `NotReady` for those that cannot serve now.
     pub fn find(&self, model: &str, version: Option<&str>) -> Result<&Arc<ModelVersion>, Error> {
-        let deployment = self.deployment(model)?;
-        let Some(wanted) = version.or(deployment.default.as_ref().map(Version::as_str)) else {
-            return Err(Error::new(Code::NotReady, deployment.not_ready(model)));
-        };
-        let entry = deployment.entry(wanted).ok_or_else(|| {
-            let versions: Vec<&str> = deployment.entries.iter().map(|entry| entry.version.as_str()).collect();
-            Error::not_found(format!(
-                "model '{model}' has no version '{}'; its versions are {}",
-                shorten(wanted),
-                if versions.is_empty() { "none".to_owned() } else { versions.join(", ") }
-            ))
-        })?;
-        entry.serving.as_ref().ok_or_else(|| {
-            Error::new(Code::NotReady, format!("model '{model}' version '{wanted}' is not ready: {}", entry.describe()))
-        })
+        self.deployment(model)?.find(model, version)
     }
 
     /// Whether every known version serves.
@@ -112,6 +105,27 @@ impl Catalog {
 }
 
 impl Deployment {
+    /// The version of `model`, which this is, that shall answer: the named one, or the default.
+    ///
+    /// # Errors
+    /// `NotFound` for unknown versions, `NotReady` for those that cannot serve now.
+    pub fn find(&self, model: &str, version: Option<&str>) -> Result<&Arc<ModelVersion>, Error> {
+        let Some(wanted) = version.or(self.default.as_ref().map(Version::as_str)) else {
+            return Err(Error::new(Code::NotReady, self.not_ready(model)));
+        };
+        let entry = self.entry(wanted).ok_or_else(|| {
+            let versions: Vec<&str> = self.entries.iter().map(|entry| entry.version.as_str()).collect();
+            Error::not_found(format!(
+                "model '{model}' has no version '{}'; its versions are {}",
+                shorten(wanted),
+                if versions.is_empty() { "none".to_owned() } else { versions.join(", ") }
+            ))
+        })?;
+        entry.serving.as_ref().ok_or_else(|| {
+            Error::new(Code::NotReady, format!("model '{model}' version '{wanted}' is not ready: {}", entry.describe()))
+        })
+    }
+
     pub fn entry(&self, version: &str) -> Option<&Entry> {
         self.entries.iter().find(|entry| entry.version.as_str() == version)
     }

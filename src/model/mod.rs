@@ -35,6 +35,7 @@ use schedule::{Level, Place, TimeoutAction, Urgency};
 use crate::{
     error::{Code, Error},
     metrics::VersionMetrics,
+    observe::Tally,
     priority,
     tensor::Tensor,
 };
@@ -93,11 +94,13 @@ pub enum State {
     Draining,
     /// Could not be loaded; the reason says why.
     Failed,
+    /// Not loaded by itself, because it was given up before or came at the wrong time; the reason says which.
+    Held,
 }
 
 impl State {
     /// The names of all states.
-    pub const NAMES: [&'static str; 5] = ["settling", "loading", "ready", "draining", "failed"];
+    pub const NAMES: [&'static str; 6] = ["settling", "loading", "ready", "draining", "failed", "held"];
 
     pub fn as_str(self) -> &'static str {
         Self::NAMES[self as usize]
@@ -125,6 +128,8 @@ pub struct ModelVersion {
     levels: Vec<Level>,
     pub instances: usize,
     pub metrics: Arc<VersionMetrics>,
+    /// What it did, for those who judge it.
+    pub tally: Tally,
     queue: Arc<Queue>,
     executors: Mutex<Executors>,
     in_flight: Arc<AtomicUsize>,
@@ -160,6 +165,7 @@ impl ModelVersion {
         let (alive, ended) = channel();
         let version = Self {
             has_rows: facts.signature.unbatchable().is_none(),
+            tally: Tally::new(&facts.signature),
             max_rows: limits.max_rows,
             levels: facts.schedule.levels(),
             facts,

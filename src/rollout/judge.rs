@@ -103,6 +103,18 @@ pub struct Agreement {
     pub missing: u64,
 }
 
+impl Agreement {
+    /// What came since `earlier`, which this one was before.
+    pub fn since(&self, earlier: &Self) -> Self {
+        Self {
+            compared: self.compared.saturating_sub(earlier.compared),
+            disagreed: self.disagreed.saturating_sub(earlier.disagreed),
+            failed: self.failed.saturating_sub(earlier.failed),
+            missing: self.missing.saturating_sub(earlier.missing),
+        }
+    }
+}
+
 /// What the judge gets to see.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -111,8 +123,8 @@ pub struct Evidence {
     pub candidate: Window,
     /// While copies go to the candidate.
     pub shadow: Option<Agreement>,
-    /// What answers should take at most.
-    pub objective: Duration,
+    /// What answers should take at most, if that is known.
+    pub objective: Option<Duration>,
 }
 
 /// By how much a candidate may be worse.
@@ -173,8 +185,11 @@ pub struct Judgement {
 /// Looks at everything there is to see.
 pub fn judge(evidence: &Evidence, margins: &Margins) -> Judgement {
     let Evidence { stable, candidate, shadow, objective } = evidence;
-    let slow =
-        |window: &Window| Share { hits: window.latency.above(objective.as_secs_f64()), of: window.latency.total() };
+    // Without an objective nothing is known of either.
+    let slow = |window: &Window| match objective {
+        Some(objective) => Share { hits: window.latency.above(objective.as_secs_f64()), of: window.latency.total() },
+        None => Share { hits: 0, of: 0 },
+    };
     let outputs = candidate.answers.len();
     let alpha = ALPHA / (3 + outputs + usize::from(shadow.is_some())) as f64;
     let mut verdicts = Vec::new();

@@ -16,7 +16,7 @@ pub mod judge;
 pub mod plan;
 pub mod route;
 
-use judge::{Finding, Judgement};
+use judge::{Finding, Judgement, Window};
 use plan::{Inconclusive, Plan, Step};
 use route::{Arm, Route, Shadow, Sticky, Variant, Weight};
 
@@ -107,8 +107,12 @@ pub struct Rollout {
     pub since: Moment,
     /// When the candidate was promoted.
     pub promoted_at: Option<Moment>,
-    /// Rises with every change.
-    pub epoch: u64,
+    /// What answers should take at most; `None` until the stable version has shown what it takes.
+    pub objective: Option<Duration>,
+    /// What the stable version did while it had requests, once it has none to be compared by.
+    pub baseline: Option<Box<Window>>,
+    /// What the judge said last.
+    pub judgement: Option<Judgement>,
     pub history: Vec<Transition>,
 }
 
@@ -139,7 +143,9 @@ impl Rollout {
             paused_in: None,
             since: now,
             promoted_at: None,
-            epoch: 1,
+            objective: None,
+            baseline: None,
+            judgement: None,
             history: Vec::new(),
         })
     }
@@ -229,6 +235,7 @@ impl Rollout {
         if !matches!(self.phase, Phase::Shadow | Phase::Canary | Phase::Watching) {
             return;
         }
+        self.judgement = Some(judgement.clone());
         if judgement.finding == Finding::Worse {
             let worse = judgement.verdicts.iter().filter(|verdict| verdict.finding == Finding::Worse);
             let reason = worse.map(|verdict| verdict.reason.as_str()).collect::<Vec<_>>().join("; ");
@@ -260,8 +267,7 @@ impl Rollout {
 
     fn obey(&mut self, command: Command, reason: String, now: Moment) -> Result<(), Error> {
         let refused = |can: &str| {
-            let phase = serde_json::to_string(&self.phase).unwrap_or_default();
-            Err(Error::new(Code::Conflict, format!("rollout '{}' is {}: {can}", self.id, phase.trim_matches('"'))))
+            Err(Error::new(Code::Conflict, format!("rollout '{}' is {}: {can}", self.id, name_of(self.phase))))
         };
         match (command, self.phase) {
             (Command::Pause, Phase::Shadow | Phase::Canary) => self.pause(now, reason, None),
@@ -318,10 +324,16 @@ impl Rollout {
 
     fn go(&mut self, now: Moment, to: Phase, reason: String, judgement: Option<Judgement>) {
         let from = std::mem::replace(&mut self.phase, to);
-        (self.since, self.epoch) = (now, self.epoch + 1);
+        self.since = now;
         let (step, weight) = (self.step, self.weight());
         self.history.push(Transition { at: now, from, to, step, weight, reason, judgement });
     }
+}
+
+/// A phase's name, as answers and the audit log have it.
+pub fn name_of(phase: Phase) -> String {
+    let quoted = serde_json::to_string(&phase).unwrap_or_default();
+    quoted.trim_matches('"').to_owned()
 }
 
 /// A clock that was set back counts as one that stands still.

@@ -37,7 +37,8 @@ pub enum OnNewVersion {
 pub struct Settings {
     /// What becomes of a version that appears in the repository: "swap", "shadow", "canary" or "hold".
     pub on_new_version: OnNewVersion,
-    /// Percent of the copies that go to a candidate before it gets requests; 0 for none.
+    /// Percent of the requests of which a candidate gets copies before it gets requests; 0 for none, which with
+    /// on_new_version = "shadow" stands for all.
     pub shadow: f64,
     /// Percents of the requests, step by step; the last is 100.
     pub steps: Vec<f64>,
@@ -160,7 +161,10 @@ impl Settings {
             Ok(step)
         };
         let steps = self.steps.iter().map(step).collect::<Result<Vec<Step>, Error>>();
-        let shadow = (self.shadow != 0.0).then(|| step(&self.shadow)).transpose();
+        // Who wants copies and does not say of how many wants all.
+        let copies = self.on_new_version == OnNewVersion::Shadow && self.shadow == 0.0;
+        let shadow = if copies { 100.0 } else { self.shadow };
+        let shadow = (shadow != 0.0).then(|| step(&shadow)).transpose();
         let named = |key: &'static str| move |error: Error| Error::invalid(format!("rollout.{key}: {error}"));
         let mut shadow = shadow.map_err(named("shadow"))?;
         if let (OnNewVersion::Shadow, Some(step)) = (self.on_new_version, &mut shadow) {

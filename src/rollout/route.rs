@@ -8,7 +8,7 @@ use std::{fmt, str::FromStr, sync::Arc};
 use serde::{Deserialize, Serialize};
 use twox_hash::XxHash3_64;
 
-use crate::{error::Error, id::Version};
+use crate::{error::Error, id::Version, metrics::Way};
 
 /// All requests, in the unit of weights: parts per million.
 pub const ALL: u32 = 1_000_000;
@@ -110,6 +110,16 @@ impl Variant {
             Self::Arm(name) => name,
         }
     }
+
+    /// How metrics call what was drawn.
+    pub fn way(&self) -> Way {
+        match self {
+            Self::Stable => Way::Stable,
+            Self::Canary => Way::Canary,
+            Self::Shadow => Way::Shadow,
+            Self::Arm(_) => Way::Arm,
+        }
+    }
 }
 
 impl Route {
@@ -120,7 +130,7 @@ impl Route {
 
     /// The version for the request with this key.
     pub fn choose(&self, key: &[u8]) -> Choice<'_> {
-        let bucket = if self.arms.is_empty() && self.shadow.is_none() { 0 } else { bucket(&self.id, key) };
+        let bucket = if self.is_plain() { 0 } else { bucket(&self.id, key) };
         let shadow = self.shadow.as_ref().filter(|shadow| bucket < shadow.weight.0).map(|shadow| &shadow.version);
         let mut end = 0;
         for Arm { variant, version, weight } in &self.arms {
@@ -130,6 +140,36 @@ impl Route {
             }
         }
         Choice { variant: &Variant::Stable, version: &self.stable, shadow }
+    }
+
+    /// Whether there is nothing to draw: every request goes to the stable version, and nowhere else.
+    pub fn is_plain(&self) -> bool {
+        self.arms.is_empty() && self.shadow.is_none()
+    }
+
+    /// Whether another route divides the same versions by the same key, in other shares at most.
+    pub fn differs_by_weights(&self, other: &Self) -> bool {
+        let weightless = |route: &Self| {
+            let mut route = Self { id: "".into(), ..route.clone() };
+            route.arms.iter_mut().for_each(|arm| arm.weight = Weight::NONE);
+            route.shadow.iter_mut().for_each(|shadow| shadow.weight = Weight::NONE);
+            route
+        };
+        weightless(self) == weightless(other)
+    }
+
+    /// Whether a version gets requests or copies of them.
+    pub fn names(&self, version: &Version) -> bool {
+        self.stable == *version
+            || self.arms.iter().any(|arm| arm.version == *version)
+            || self.shadow.as_ref().is_some_and(|shadow| shadow.version == *version)
+    }
+
+    /// What a version is called that a request asks for by its own name.
+    pub fn variant_of(&self, version: &Version) -> &Variant {
+        let arm = self.arms.iter().find(|arm| arm.version == *version);
+        let shadow = self.shadow.as_ref().filter(|shadow| shadow.version == *version);
+        arm.map(|arm| &arm.variant).or(shadow.map(|_| &Variant::Shadow)).unwrap_or(&Variant::Stable)
     }
 
     /// The version for a request that asks for a variant by name; no copy of it is made. `None` when there is none such.

@@ -12,6 +12,8 @@ use std::{
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
+use twox_hash::XxHash3_64;
+
 use crate::id::{ModelName, Version};
 
 /// Settings of a model, beside its versions.
@@ -45,6 +47,9 @@ pub struct FoundVersion {
     pub version: Version,
     pub files: PathBuf,
     pub fingerprint: Fingerprint,
+    /// Stands for the version's own files, also after a restart and on another machine that has copies of them with
+    /// their times.
+    pub stamp: u64,
 }
 
 /// Stands for the files of a version and the model's settings: it changes when any of them does.
@@ -137,7 +142,8 @@ pub fn scan_model(directory: &Path, is_model: &impl Fn(&str) -> bool) -> io::Res
         .into_iter()
         .map(|(version, files)| {
             let fingerprint = fingerprint(&files, directory)?;
-            Ok(FoundVersion { version, files, fingerprint })
+            let stamp = stamp(&files)?;
+            Ok(FoundVersion { version, files, fingerprint, stamp })
         })
         .collect::<io::Result<Vec<_>>>()?;
     Ok(Some(FoundModel { directory: directory.to_path_buf(), settings, versions, unreadable: None }))
@@ -172,6 +178,25 @@ pub fn fingerprint(files: &Path, model: &Path) -> io::Result<Fingerprint> {
         newest = newest.max(modified);
     }
     Ok(Fingerprint { hash: hasher.finish(), newest })
+}
+
+/// What stands for the files of a version: their names below its folder, lengths and times. The settings beside a model
+/// that is its own only version are none of its files.
+fn stamp(files: &Path) -> io::Result<u64> {
+    let mut paths = Vec::new();
+    collect(files, 0, &mut paths)?;
+    paths.retain(|path| !path.ends_with(MODEL_FILE) && !path.ends_with(TRITON_FILE));
+    paths.sort();
+    let mut hasher = XxHash3_64::new();
+    for path in paths {
+        let Some(metadata) = look(&path)? else { continue };
+        let modified = metadata.modified().ok().and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
+        hasher.write(path.strip_prefix(files).unwrap_or(&path).as_os_str().as_encoded_bytes());
+        hasher.write(&[0]);
+        hasher.write(&metadata.len().to_le_bytes());
+        hasher.write(&modified.unwrap_or_default().as_nanos().to_le_bytes());
+    }
+    Ok(hasher.finish())
 }
 
 /// Every file at or below `path`.

@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     api::{
-        App, Record, after,
+        App, Caller, Record, after,
         auth::Peer,
         codec::{self, Draft, InferCall, InferReply, Pieces},
         message,
@@ -79,8 +79,9 @@ impl Call {
             },
         };
         let service = Service { app };
+        let caller = Caller { headers: &parts.headers, peer: Some(&peer) };
         let answer = match gathered {
-            Ok(Gathered::Message(message)) => match read(&service.app, &message, &mut record) {
+            Ok(Gathered::Message(message)) => match read(&service.app, &message, caller, &mut record) {
                 Ok(Some((target, call))) => {
                     drop((parts, router, message));
                     service.run(target, call, latest, &mut record).await.and_then(|answered| answered.write())
@@ -88,15 +89,15 @@ impl Call {
                 // The compiler's types read it, or say what is wrong with it.
                 Ok(None) => {
                     let reach = Reach::of(&service.app, &parts.headers, Some(&peer));
-                    Box::pin(in_full(&service, message, latest, &reach, &mut record)).await
+                    Box::pin(in_full(&service, message, latest, caller, &reach, &mut record)).await
                 }
                 Err(error) => Err(error),
             },
             Ok(Gathered::Other(body)) => return Box::pin(reroute(router, parts, body, record, peer)).await,
             Err(error) => Err(error),
         };
-        record.finish(answer.as_ref().err().map(|error| error.code));
-        Ok(match answer {
+        let failure = answer.as_ref().err().map(|error| error.code);
+        let mut response = match answer {
             Ok(pieces) => {
                 let mut response = Response::new(Payload::from(pieces));
                 let headers = response.headers_mut();
@@ -104,7 +105,10 @@ impl Call {
                 response
             }
             Err(error) => Status::from(error).into_http(),
-        })
+        };
+        record.mark(response.headers_mut());
+        record.finish(failure);
+        Ok(response)
     }
 }
 
@@ -116,12 +120,19 @@ impl Answered {
 }
 
 /// Reads a usual message in place, and finds the version it is for; `None` when it is not usual.
-fn read(app: &App, message: &Bytes, record: &mut Record) -> Result<Option<(Target, InferCall)>, Error> {
+fn read(
+    app: &App,
+    message: &Bytes,
+    caller: Caller<'_>,
+    record: &mut Record,
+) -> Result<Option<(Target, InferCall)>, Error> {
     let Some(draft) = Draft::read(message) else { return Ok(None) };
     record.request_id.push_str(draft.id);
-    let target = super::aim(app, draft.model, draft.version, record)?;
+    let mut target = record.resolve(draft.model, Some(draft.version), caller)?;
     let Some(call) = draft.call(message, &target.version.signature) else { return Ok(None) };
-    super::check(app, &target, Ok(call)).map(|call| Some((target, call)))
+    let call = super::check(app, &target, Ok(call))?;
+    record.draw(&mut target, &call);
+    Ok(Some((target, call)))
 }
 
 /// Answers a message that is not usual as the generated service does.
@@ -129,10 +140,11 @@ async fn in_full(
     service: &Service,
     message: Bytes,
     latest: Option<Instant>,
+    caller: Caller<'_>,
     reach: &Reach,
     record: &mut Record,
 ) -> Result<Pieces, Error> {
-    let response = service.infer(message::decode(message)?, latest, reach, record).await?;
+    let response = service.infer(message::decode(message)?, latest, caller, reach, record).await?;
     codec::write_message(&response)
 }
 

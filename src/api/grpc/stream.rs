@@ -33,7 +33,8 @@ use super::{
 };
 use crate::{
     api::{
-        Record,
+        Caller, Record,
+        auth::Peer,
         pb::{
             InferParameter, ModelInferRequest, ModelInferResponse, ModelStreamInferResponse,
             infer_parameter::ParameterChoice,
@@ -56,7 +57,8 @@ const FINAL: &str = "triton_final_response";
 pub(super) struct Answers {
     service: Service,
     /// What the call began with, for the records of its requests.
-    headers: HeaderMap,
+    headers: Arc<HeaderMap>,
+    peer: Option<Peer>,
     client: Client,
     /// What of shared memory its requests may use.
     reach: Arc<Reach>,
@@ -99,7 +101,8 @@ impl Answers {
             end_of_time: latest.map(|latest| Box::pin(tokio::time::sleep_until((latest + EDGE_GRACE).into()))),
             errors_end_the_stream: asked.is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"true")),
             end: None,
-            headers: metadata.into_headers(),
+            headers: Arc::new(metadata.into_headers()),
+            peer: extensions.get().copied(),
         }
     }
 
@@ -132,8 +135,10 @@ impl Answers {
         let id = message.id.clone();
         let mut held = Held::new(&self.held, message.encoded_len());
         let (service, reach, latest) = (self.service.clone(), self.reach.clone(), self.latest);
+        let (headers, peer) = (self.headers.clone(), self.peer);
         let answer = AbortOnDropHandle::new(tokio::spawn(async move {
-            let answer = service.infer(message, latest, &reach, &mut record).await;
+            let caller = Caller { headers: &headers, peer: peer.as_ref() };
+            let answer = service.infer(message, latest, caller, &reach, &mut record).await;
             held.change(answer.as_ref().map_or(0, Message::encoded_len));
             record.finish(answer.as_ref().err().map(|error| error.code));
             (answer, held)

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     api::{
-        App, Record, after,
+        App, Caller, Record, after,
         auth::Peer,
         check_size, classify,
         codec::{self, InferCall, InferReply, JsonOptions},
@@ -99,16 +99,16 @@ pub(super) async fn exchange<A: Send + 'static, B: Arriving>(
         Ok(named) => try_exchange(app, &named, arrival, &mut record, read, write).await,
         Err(error) => Err(error),
     };
-    match answer {
-        Ok(response) => {
-            record.finish(None);
-            response
-        }
+    let (mut response, failure) = match answer {
+        Ok(response) => (response, None),
         Err(RestError { error, status }) => {
-            record.finish(Some(error.code));
-            RestError { error, status }.into_response().map(Payload::Routed)
+            let code = error.code;
+            (RestError { error, status }.into_response().map(Payload::Routed), Some(code))
         }
-    }
+    };
+    record.mark(response.headers_mut());
+    record.finish(failure);
+    response
 }
 
 async fn try_exchange<A: Send + 'static, B: Arriving>(
@@ -123,10 +123,8 @@ async fn try_exchange<A: Send + 'static, B: Arriving>(
     if let Some(id) = headers.get(&REQUEST_ID).and_then(|id| id.to_str().ok()) {
         id.clone_into(&mut record.request_id);
     }
-    let version = named.version.as_deref();
-    let found = app.engine.resolve(&named.model, version);
-    let mut target = found.inspect_err(|_| record.aim_at_unready(&named.model, version))?;
-    record.aim(&target);
+    let caller = Caller { headers: &headers, peer: peer.as_ref() };
+    let mut target = record.resolve(&named.model, named.version.as_deref(), caller)?;
 
     let encoding = body::content_encoding(&headers)?;
     let waits = timeout_header(&headers)?;
@@ -153,11 +151,12 @@ async fn try_exchange<A: Send + 'static, B: Arriving>(
     if !call.id.is_empty() {
         record.request_id.clone_from(&call.id);
     }
+    record.draw(&mut target, &call);
 
     let names: Vec<Arc<str>> = call.outputs.iter().map(|output| output.name.clone()).collect();
     let urgency = urgency(record, &call, latest);
     let inputs = std::mem::take(&mut call.inputs);
-    let request = engine::Request { inputs, outputs: &names, urgency };
+    let request = engine::Request { inputs, outputs: &names, urgency, started: record.started() };
     let outputs = app.engine.infer(&mut target, request).await;
     // It may have run on the successor of the version that was found first.
     record.aim(&target);

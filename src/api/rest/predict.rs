@@ -53,7 +53,7 @@ async fn model_status(State(app): State<Arc<App>>, named: Named, request: Reques
 }
 
 async fn metadata(State(app): State<Arc<App>>, named: Named) -> Result<Response, RestError> {
-    let version = app.engine.resolve(&named.model, named.version.as_deref())?.version;
+    let version = app.engine.find(&named.model, named.version.as_deref())?;
     Ok(Json(v1::metadata_json(&version)).into_response())
 }
 

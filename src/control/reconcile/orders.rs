@@ -51,6 +51,9 @@ impl Reconciler {
                 Err(error) => drop(answer.send(Err(error))),
             },
             Command::Unload { name, answer } => drop(answer.send(self.unload(&name).await)),
+            Command::Change { name, asked, change, answer } => {
+                drop(answer.send(self.change(&name, asked, change).await));
+            }
         }
     }
 
@@ -162,7 +165,7 @@ fn outcome(name: &ModelName, model: &Tracked) -> Option<Result<(), Error>> {
             Progress::Settling { .. } | Progress::Loading { .. } => return None,
             Progress::Failed { error, .. } => failures.push((&tracked.version, error)),
             Progress::Done { .. } => serves.push(tracked.version.as_str()),
-            Progress::Gone => {}
+            Progress::Gone | Progress::Held { .. } => {}
         }
     }
     if let Some((_, first)) = failures.first() {

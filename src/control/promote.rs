@@ -1,0 +1,247 @@
+//! `Rollouts`: what is remembered of every model's routes, and what its judge has seen so far.
+//!
+//! Every change is stored before it takes effect. Only what protects clients, giving a candidate up, takes effect
+//! though it cannot be stored, and is stored as soon as that is possible.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Weak},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use super::{
+    standing::Standing,
+    store::{Entry, SharedStore},
+};
+use crate::{
+    error::Error,
+    id::ModelName,
+    metrics::Way,
+    model::ModelVersion,
+    rollout::{
+        Moment, Phase, Rollout,
+        judge::{Agreement, Evidence, Judgement, Window, judge},
+        route::Weight,
+    },
+};
+
+/// The judge looks at least so often, and at least [`LOOKS`] times in the shortest time of a step.
+const LOOK: Duration = Duration::from_secs(10);
+const LOOKS: u32 = 5;
+/// But no more often than that.
+const SHORTEST_LOOK: Duration = Duration::from_millis(50);
+/// Good answers of the stable version that make its p95 the objective.
+const KNOWN: u64 = 100;
+/// The share of the stable version's answers that the objective lets pass.
+const OBJECTIVE: f64 = 0.95;
+
+/// Now, as rollouts count time.
+pub(super) fn now() -> Moment {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Moment::try_from(since.as_millis()).unwrap_or(Moment::MAX)
+}
+
+/// What is remembered of every model.
+pub(super) struct Rollouts {
+    state: SharedStore,
+    models: BTreeMap<ModelName, Managed>,
+    /// For models of which nothing is remembered.
+    nothing: Standing,
+}
+
+#[derive(Default)]
+struct Managed {
+    standing: Standing,
+    /// What took effect and could not be stored yet.
+    unsaved: Option<Entry>,
+    /// What the judge compares with.
+    look: Option<Look>,
+}
+
+/// What there was when a step began.
+struct Look {
+    /// The step, by when it began.
+    since: Moment,
+    stable: Mark,
+    candidate: Mark,
+    agreement: Agreement,
+    next: Instant,
+}
+
+/// What a version had done at some moment.
+struct Mark {
+    of: Weak<ModelVersion>,
+    window: Window,
+}
+
+impl Rollouts {
+    pub(super) fn new(state: SharedStore) -> Self {
+        Self { state, models: BTreeMap::new(), nothing: Standing::default() }
+    }
+
+    /// Reads what is remembered. Without it the server serves what the repository says.
+    pub(super) async fn open(&mut self) {
+        match self.state.with(|store| store.standings()).await {
+            Ok(standings) => {
+                let managed = |standing| Managed { standing, ..Managed::default() };
+                self.models = standings.into_iter().map(|(name, standing)| (name, managed(standing))).collect();
+            }
+            Err(error) => tracing::error!(%error, "rollouts and routes set by hand are not known"),
+        }
+    }
+
+    pub(super) fn standing(&self, name: &ModelName) -> &Standing {
+        self.models.get(name).map_or(&self.nothing, |managed| &managed.standing)
+    }
+
+    /// Stores a change, and then has it stand.
+    ///
+    /// # Errors
+    /// `NotReady` when it cannot be stored; then all is as before.
+    pub(super) async fn change(&mut self, name: &ModelName, mut standing: Standing, entry: Entry) -> Result<(), Error> {
+        standing.epoch += 1;
+        self.save(name, &standing, entry).await?;
+        self.stands(name, standing);
+        Ok(())
+    }
+
+    /// Has a change stand that must not wait for the disk.
+    pub(super) async fn change_at_once(&mut self, name: &ModelName, mut standing: Standing, entry: Entry) {
+        standing.epoch += 1;
+        let saved = self.save(name, &standing, entry.clone()).await;
+        self.stands(name, standing);
+        if let (Err(error), Some(managed)) = (saved, self.models.get_mut(name)) {
+            tracing::error!(model = %name, %error, "the route changed, and this is not stored yet");
+            managed.unsaved = Some(entry);
+        }
+    }
+
+    fn stands(&mut self, name: &ModelName, standing: Standing) {
+        let managed = self.models.entry(name.clone()).or_default();
+        (managed.standing, managed.unsaved) = (standing, None);
+    }
+
+    async fn save(&self, name: &ModelName, standing: &Standing, entry: Entry) -> Result<(), Error> {
+        let (name, standing) = (name.clone(), standing.clone());
+        self.state.with(move |store| store.save(&name, &standing, &entry)).await
+    }
+
+    /// Tries again to store what could not be stored.
+    pub(super) async fn catch_up(&mut self) {
+        let unsaved = self.models.iter().filter_map(|(name, managed)| {
+            let entry = managed.unsaved.clone()?;
+            Some((name.clone(), managed.standing.clone(), entry))
+        });
+        for (name, standing, entry) in unsaved.collect::<Vec<_>>() {
+            if self.save(&name, &standing, entry).await.is_ok()
+                && let Some(managed) = self.models.get_mut(&name)
+            {
+                managed.unsaved = None;
+            }
+        }
+    }
+
+    /// Writes down what happened without changing a route.
+    pub(super) async fn log(&self, entry: Entry) {
+        if let Err(error) = self.state.with(move |store| store.log(&entry)).await {
+            tracing::error!(%error, "the audit log misses an entry");
+        }
+    }
+
+    /// Keeps what a judge said, though nothing follows from it.
+    pub(super) fn judged(&mut self, name: &ModelName, judgement: Judgement) {
+        let rollout = self.models.get_mut(name).and_then(|managed| managed.standing.rollout.as_mut());
+        if let Some(rollout) = rollout {
+            rollout.judgement = Some(judgement);
+        }
+    }
+
+    /// Models with a rollout that runs.
+    pub(super) fn running(&self) -> Vec<ModelName> {
+        let running = self.models.iter().filter(|(_, managed)| managed.standing.running().is_some());
+        running.map(|(name, _)| name.clone()).collect()
+    }
+
+    /// When the next judge has to look; far away without any.
+    pub(super) fn next_look(&self) -> Instant {
+        let looks = self.models.values().filter(|managed| managed.standing.running().is_some());
+        let next = looks.filter_map(|managed| managed.look.as_ref().map(|look| look.next)).min();
+        next.unwrap_or_else(|| Instant::now() + LOOK)
+    }
+
+    /// What the judge says of a model's candidate, when it is time for it to look.
+    pub(super) fn judge(
+        &mut self,
+        name: &ModelName,
+        stable: Option<&Arc<ModelVersion>>,
+        candidate: &Arc<ModelVersion>,
+    ) -> Option<Judgement> {
+        let managed = self.models.get_mut(name)?;
+        let rollout = managed.standing.rollout.as_mut().filter(|rollout| !rollout.is_over())?;
+        let (stable_way, candidate_way) = match rollout.phase {
+            Phase::Shadow => (Way::Stable, Way::Shadow),
+            Phase::Canary => (Way::Stable, Way::Canary),
+            Phase::Watching => (Way::Stable, Way::Stable),
+            _ => return None,
+        };
+        if rollout.objective.is_none() {
+            rollout.objective = stable.and_then(usual_latency);
+        }
+        let now = Instant::now();
+        let look = managed.look.take_if(|look| look.since == rollout.since);
+        let mut look = look.unwrap_or_else(|| Look {
+            since: rollout.since,
+            stable: Mark::of(stable, stable_way),
+            candidate: Mark::of(Some(candidate), candidate_way),
+            agreement: candidate.tally.agreement(),
+            next: now,
+        });
+        let due = look.next <= now;
+        let judgement = due.then(|| {
+            look.next = now + interval(rollout);
+            let alone = rollout.baseline.as_deref().filter(|_| rollout.weight() == Weight::FULL);
+            let evidence = Evidence {
+                stable: alone.cloned().unwrap_or_else(|| look.stable.until_now(stable, stable_way)),
+                candidate: look.candidate.until_now(Some(candidate), candidate_way),
+                shadow: (rollout.phase == Phase::Shadow).then(|| candidate.tally.agreement().since(&look.agreement)),
+                objective: rollout.objective,
+            };
+            judge(&evidence, &rollout.plan.margins)
+        });
+        managed.look = Some(look);
+        judgement
+    }
+}
+
+impl Mark {
+    fn of(version: Option<&Arc<ModelVersion>>, way: Way) -> Self {
+        let window = version.map(|version| version.tally.window(way)).unwrap_or_default();
+        Self { of: version.map(Arc::downgrade).unwrap_or_default(), window }
+    }
+
+    /// What the version did since; all it did, when it was loaded anew meanwhile.
+    fn until_now(&self, version: Option<&Arc<ModelVersion>>, way: Way) -> Window {
+        let Some(version) = version else { return Window::default() };
+        let window = version.tally.window(way);
+        let same = std::ptr::eq(self.of.as_ptr(), Arc::as_ptr(version));
+        if same { window.since(&self.window) } else { window }
+    }
+}
+
+/// What most of a version's answers take at most, once enough of them are known.
+fn usual_latency(version: &Arc<ModelVersion>) -> Option<Duration> {
+    let latency = version.tally.window(Way::Stable).latency;
+    let known = latency.total() >= KNOWN;
+    let seconds = latency.quantile(OBJECTIVE).filter(|_| known)?;
+    Some(Duration::from_secs_f64(seconds))
+}
+
+/// How often the judge looks in the rollout's phase.
+fn interval(rollout: &Rollout) -> Duration {
+    let shortest = match rollout.phase {
+        Phase::Shadow => rollout.plan.shadow.as_ref().map(|step| step.min_duration),
+        Phase::Canary => rollout.plan.steps.get(rollout.step).map(|step| step.min_duration),
+        _ => Some(rollout.plan.watch),
+    };
+    (shortest.unwrap_or(LOOK) / LOOKS).clamp(SHORTEST_LOOK, LOOK)
+}
