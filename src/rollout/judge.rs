@@ -405,8 +405,8 @@ mod tests {
             vec![Answers { output: "y".into(), kind: Kind::Values(histogram) }]
         };
         let answered = |answers| Window { answers, ..window(1_000, 0) };
-        assert_eq!(finding(answered(values(1.0)), answered(values(1.05))), Finding::Good);
-        assert_eq!(finding(answered(values(1.0)), answered(values(2.0))), Finding::Worse);
+        assert_eq!(finding(answered(values(1.05)), answered(values(1.2))), Finding::Good);
+        assert_eq!(finding(answered(values(1.05)), answered(values(2.0))), Finding::Worse);
     }
 
     #[test]
