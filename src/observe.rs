@@ -10,11 +10,13 @@ use parking_lot::Mutex;
 use crate::{
     backend::Signature,
     metrics::{Buckets, Page, Predictions, SCORE_BUCKETS, VALUE_BUCKETS, Way},
-    rollout::judge::{Agreement, Window},
+    rollout::judge::Window,
     tensor::Tensor,
 };
 
 mod answers;
+pub mod compare;
+pub mod copies;
 mod shown;
 
 use answers::{Counted, Look, Seen};
@@ -29,6 +31,7 @@ pub struct Tally {
     /// What the last scrape said of each output's labels. Locked before what was done is looked at, so that nothing old
     /// is told after what is new.
     shown: Mutex<[Vec<Shown>; Way::ALL.len()]>,
+    copies: copies::Copies,
 }
 
 /// What came in one way.
@@ -43,7 +46,7 @@ struct Done {
 impl Tally {
     pub fn new(signature: &Signature) -> Self {
         let looks = signature.outputs.iter().map(|spec| Some((spec.name.clone(), Look::at(spec)?)));
-        Self { looks: looks.collect(), done: Default::default(), shown: Mutex::default() }
+        Self { looks: looks.collect(), done: Default::default(), shown: Mutex::default(), copies: Default::default() }
     }
 
     /// Counts a request that was answered with an error.
@@ -82,11 +85,6 @@ impl Tally {
         let Done { mut window, outputs } = self.done(way).unwrap_or_else(|| self.nothing());
         window.answers = outputs.iter().map(Counted::answers).collect();
         window
-    }
-
-    /// How the version's answers to copies compare with those that clients got.
-    pub fn agreement(&self) -> Agreement {
-        Agreement::default()
     }
 
     /// Shows what the version answered. `labels` are the names of classes, by output.

@@ -25,7 +25,7 @@ const LAYERS: [(u8, &[&str]); 12] = [
 const HOMES: [(&str, &[&str]); 24] = [
     ("ort", &["backend/onnx"]),
     ("libc", &["priority", "heap"]),
-    ("half", &["backend/onnx", "model/warmup", "api/codec"]),
+    ("half", &["backend/onnx", "model/warmup", "api/codec", "observe/compare"]),
     ("prost", &["backend/onnx", "api"]),
     ("tonic", &["api"]),
     ("tonic_health", &["api/health"]),

@@ -14,11 +14,10 @@ use http::{StatusCode, header};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::{App, status};
+use super::{App, scrape, status};
 use crate::{
     error::Code,
     id::ModelName,
-    metrics::Page,
     model::{
         State as ModelState,
         catalog::{Deployment, Entry},
@@ -41,7 +40,8 @@ pub fn router(app: Arc<App>) -> Router {
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
-    ([(header::CONTENT_TYPE, EXPOSITION)], app.metrics.render(Page::default())).into_response()
+    ([(header::CONTENT_TYPE, EXPOSITION)], app.metrics.render(scrape::page(&app.engine.catalog().load())))
+        .into_response()
 }
 
 async fn ready(State(app): State<Arc<App>>) -> Response {

@@ -350,6 +350,7 @@ impl Reconciler {
             described_samples: (spec.warmup_requests, found.directory.join(local::SAMPLES)),
             sample_folders: vec![files.join(local::SAMPLES), found.directory.join(local::SAMPLES)],
             parameters: spec.parameters,
+            predictions: spec.predictions.unwrap_or(true),
             notes: spec.notes,
             files,
         }

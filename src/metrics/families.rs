@@ -230,8 +230,8 @@ pub const FAMILIES: [Family; 32] = [
     Family {
         name: SHADOW_MISSING,
         kind: Kind::Counter,
-        labels: "",
-        help: "Copies that were not made or not answered, for want of room",
+        labels: "reason",
+        help: "Copies without an answer: full (as many waited as may), busy (the processor was), or late",
     },
     Family {
         name: SHADOW_MAX_DIFFERENCE,

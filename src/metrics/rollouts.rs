@@ -31,7 +31,8 @@ pub struct CopiesCompared<'a> {
     pub model: &'a str,
     pub version: &'a str,
     pub failed: u64,
-    pub missing: u64,
+    /// Copies without an answer, by reason.
+    pub missing: &'a [(&'a str, u64)],
     pub outputs: Vec<OutputCompared<'a>>,
 }
 
@@ -67,7 +68,9 @@ impl Page {
     pub fn copies(&mut self, of: &CopiesCompared<'_>) {
         let series @ [model, version] = [("model", of.model), ("version", of.version)];
         self.sample(SHADOW_FAILED, &series, of.failed);
-        self.sample(SHADOW_MISSING, &series, of.missing);
+        for (reason, missing) in of.missing {
+            self.sample(SHADOW_MISSING, &[model, version, ("reason", reason)], missing);
+        }
         for found in &of.outputs {
             let series = [model, version, ("output", found.output)];
             self.sample(SHADOW_COMPARED, &series, found.compared);
@@ -128,11 +131,11 @@ mod tests {
         };
         let outputs = vec![output("label", None), output("scores", Some(0.25))];
         let mut page = Page::default();
-        page.copies(&CopiesCompared { model: "m", version: "2", failed: 3, missing: 4, outputs });
+        page.copies(&CopiesCompared { model: "m", version: "2", failed: 3, missing: &[("full", 4)], outputs });
         let text = page.text();
         for line in [
             r#"tidegate_shadow_failed_total{model="m",version="2"} 3"#,
-            r#"tidegate_shadow_missing_total{model="m",version="2"} 4"#,
+            r#"tidegate_shadow_missing_total{model="m",version="2",reason="full"} 4"#,
             r#"tidegate_shadow_disagreed_total{model="m",version="2",output="label"} 2"#,
             r#"tidegate_shadow_difference_max{model="m",version="2",output="scores"} 0.25"#,
         ] {

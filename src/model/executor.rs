@@ -54,6 +54,8 @@ struct State {
     purged_at: Instant,
     /// The sessions of executors that wait for work.
     idle: Vec<Box<dyn Session>>,
+    /// Executors of earlier shifts take no more batches.
+    shift: u64,
 }
 
 /// How often a full queue is searched for requests that nobody waits for: rarely enough to keep refusals cheap.
@@ -71,7 +73,7 @@ pub(super) struct Ticket {
 impl Queue {
     pub fn new(model: ModelName, steady: bool, batcher: Batcher<Job>, metrics: Arc<VersionMetrics>) -> Self {
         Self {
-            state: Mutex::new(State { batcher, closed: false, purged_at: Instant::now(), idle: Vec::new() }),
+            state: Mutex::new(State { batcher, closed: false, purged_at: Instant::now(), idle: Vec::new(), shift: 0 }),
             work: Condvar::new(),
             model,
             steady,
@@ -197,6 +199,10 @@ impl Queue {
         }
     }
 
+    pub fn is_closed(&self) -> bool {
+        self.state.lock().closed
+    }
+
     pub fn len(&self) -> usize {
         self.state.lock().batcher.len()
     }
@@ -207,10 +213,31 @@ impl Queue {
         self.drop_dead(dropped);
     }
 
-    /// Blocks until there is a batch, or returns a session when the queue is closed and empty.
-    fn take(&self) -> Result<Taken, Box<dyn Session>> {
+    /// Has the executors that there are end after their runs and leave their sessions to those of a new shift, whose
+    /// number this is; there must be as many of them as sessions. `None` of a closed queue: they finish what is left.
+    pub fn change_shift(&self) -> Option<u64> {
+        let mut state = self.state.lock();
+        if state.closed {
+            return None;
+        }
+        state.shift += 1;
+        let shift = state.shift;
+        drop(state);
+        self.work.notify_all();
+        Some(shift)
+    }
+
+    /// Blocks until there is a batch, or says that the calling executor is to end: with a session when the queue is
+    /// closed and empty, without one when its `shift` is over.
+    fn take(&self, shift: u64) -> Result<Taken, Option<Box<dyn Session>>> {
         let mut state = self.state.lock();
         loop {
+            if state.shift != shift {
+                // Its session lies there, and whoever woke it meant somebody who works.
+                drop(state);
+                self.work.notify_one();
+                return Err(None);
+            }
             let Some(session) = state.idle.pop() else {
                 self.work.wait(&mut state);
                 continue;
@@ -231,7 +258,7 @@ impl Queue {
             }
             let over = next.wake_at.is_none() && !dropped && state.closed;
             if over {
-                return Err(session);
+                return Err(Some(session));
             }
             state.idle.push(session);
             match next.wake_at {
@@ -241,6 +268,11 @@ impl Queue {
                 None => self.work.wait(&mut state),
             }
         }
+    }
+
+    /// Leaves a session to whoever comes first.
+    pub fn add(&self, session: Box<dyn Session>) {
+        self.give_back(session, None);
     }
 
     /// Leaves a session to whoever comes first, after the run `done`.
@@ -294,22 +326,21 @@ struct Done {
 /// offer. What that leaves them beside a busy I/O thread was not measured.
 const TURN: Duration = Duration::from_millis(1);
 
-/// Runs batches until the queue is closed and empty; then the session, or another of the version's, comes back.
-pub(super) fn run(queue: &Queue, mut session: Box<dyn Session>) -> Box<dyn Session> {
-    let mut done = None;
+/// Runs batches until the queue is closed and empty, when one of the version's sessions comes back, or until `shift` is
+/// over.
+pub(super) fn run(queue: &Queue, shift: u64) -> Option<Box<dyn Session>> {
     let mut turn = Instant::now();
     loop {
-        queue.give_back(session, done);
+        match queue.take(shift) {
+            Ok(Taken { mut session, start, batch }) => {
+                let done = execute(queue, session.as_mut(), start, batch);
+                queue.give_back(session, Some(done));
+            }
+            Err(session) => return session,
+        }
         if turn.elapsed() >= TURN {
             std::thread::yield_now();
             turn = Instant::now();
-        }
-        match queue.take() {
-            Ok(taken) => {
-                session = taken.session;
-                done = Some(execute(queue, session.as_mut(), taken.start, taken.batch));
-            }
-            Err(session) => return session,
         }
     }
 }
@@ -504,8 +535,9 @@ mod tests {
             let executor = |_| {
                 let (runs, gate, thread) = (sender.clone(), gate.clone(), Arc::clone(&thread));
                 let echo = Echo { signature: Signature::default(), runs, gate, thread };
+                queue.add(Box::new(echo));
                 let queue = queue.clone();
-                thread::spawn(move || drop(run(&queue, Box::new(echo))))
+                thread::spawn(move || drop(run(&queue, 0)))
             };
             let executors = (0..executors).map(executor).collect();
             Self { queue, gate, runs, thread, executors }
@@ -651,7 +683,8 @@ mod tests {
                 let line = Line::new("", 1, 0);
                 let tickets: Vec<Ticket> = (0..RUNS).map(|_| line.submit(3)).collect();
                 line.queue.close();
-                drop(run(&line.queue, Box::new(Spin(Signature::default(), seen))));
+                line.queue.add(Box::new(Spin(Signature::default(), seen)));
+                drop(run(&line.queue, 0));
                 tickets.into_iter().for_each(|ticket| drop(ticket.reply.blocking_recv().unwrap().unwrap()));
             })
         }

@@ -56,6 +56,8 @@ pub struct Plan {
     pub sample_folders: Vec<PathBuf>,
     /// What the author wants clients to read in the configuration.
     pub parameters: BTreeMap<String, String>,
+    /// Whether metrics show what it answers.
+    pub predictions: bool,
     /// What operators should know of the model's configuration.
     pub notes: Vec<String>,
 }
@@ -91,6 +93,8 @@ pub struct Facts {
     pub label_files: BTreeMap<String, PathBuf>,
     /// What its author wants clients to read in the configuration.
     pub parameters: BTreeMap<String, String>,
+    /// Whether metrics show what it answers.
+    pub predictions: bool,
     /// How the graph runs, as far as its settings and the profile say.
     pub options: Options,
     pub load_duration: Duration,
@@ -139,6 +143,7 @@ pub fn load(plan: Plan, backends: &Backends, decode: DecodeSample) -> Result<Loa
         labels,
         label_files: plan.labels,
         parameters: plan.parameters,
+        predictions: plan.predictions,
         options: plan.options,
         load_duration: start.elapsed(),
     };

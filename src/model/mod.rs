@@ -5,9 +5,7 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
-        mpsc::{Receiver, RecvTimeoutError, channel},
     },
-    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -17,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 pub mod batcher;
 pub mod catalog;
+mod crew;
 mod executor;
 pub mod labels;
 pub mod load;
@@ -27,6 +26,7 @@ pub mod warmup;
 mod watch;
 
 use batcher::{Batcher, Cost, Limits, ShapeKey};
+use crew::Crew;
 pub use executor::Refused;
 use executor::{Queue, Ticket};
 use load::{Facts, Loaded};
@@ -36,7 +36,6 @@ use crate::{
     error::{Code, Error},
     metrics::VersionMetrics,
     observe::Tally,
-    priority,
     tensor::Tensor,
 };
 
@@ -131,7 +130,7 @@ pub struct ModelVersion {
     /// What it did, for those who judge it.
     pub tally: Tally,
     queue: Arc<Queue>,
-    executors: Mutex<Executors>,
+    crew: Mutex<Crew>,
     in_flight: Arc<AtomicUsize>,
 }
 
@@ -141,13 +140,6 @@ impl Deref for ModelVersion {
     fn deref(&self) -> &Facts {
         &self.facts
     }
-}
-
-/// The threads of a version.
-struct Executors {
-    threads: Vec<JoinHandle<()>>,
-    /// Disconnected once all of them have ended.
-    ended: Receiver<()>,
 }
 
 impl ModelVersion {
@@ -162,8 +154,9 @@ impl ModelVersion {
         let queue = Arc::new(Queue::new(facts.name.clone(), facts.signature.steady, batcher, metrics.clone()));
         metrics.loaded(facts.load_duration);
         metrics.prepare();
-        let (alive, ended) = channel();
-        let version = Self {
+        sessions.into_iter().for_each(|session| queue.add(session));
+        let crew = Crew::start(queue.clone(), &facts.name, instances)?;
+        Ok(Self {
             has_rows: facts.signature.unbatchable().is_none(),
             tally: Tally::new(&facts.signature),
             max_rows: limits.max_rows,
@@ -172,29 +165,9 @@ impl ModelVersion {
             instances,
             metrics,
             queue,
-            executors: Mutex::new(Executors { threads: Vec::with_capacity(instances), ended }),
+            crew: Mutex::new(crew),
             in_flight: Arc::default(),
-        };
-        for (index, session) in sessions.into_iter().enumerate() {
-            let queue = version.queue.clone();
-            let name = version.name.clone();
-            let alive = alive.clone();
-            let spawned = std::thread::Builder::new().name(format!("run-{index}-{name}")).spawn(move || {
-                priority::be_patient();
-                let session = executor::run(&queue, session);
-                // Giving a large session's memory back takes milliseconds that requests of other models need.
-                priority::step_back();
-                drop((session, alive));
-            });
-            match spawned {
-                Ok(thread) => version.executors.lock().threads.push(thread),
-                Err(error) => {
-                    version.queue.close();
-                    return Err(Error::internal(format!("cannot start an executor thread: {error}")));
-                }
-            }
-        }
-        Ok(version)
+        })
     }
 
     /// Runs `inputs`, which must match the signature and stand in its order; the outputs are in its order too.
@@ -274,6 +247,18 @@ impl ModelVersion {
         })
     }
 
+    /// Has the executors run when nothing else wants the processor, for a version that gets only copies; or as usual,
+    /// for one that people wait for. Takes as long as starting a thread for each instance, and no request notices.
+    ///
+    /// Threads get the class of whoever starts them, so the caller's must be the usual one.
+    ///
+    /// # Errors
+    /// `Internal` when the system gives no thread; then all is as it was.
+    pub fn set_background(&self, background: bool) -> Result<(), Error> {
+        // A version that drains keeps the threads it has, and its crew is being waited for.
+        if self.queue.is_closed() { Ok(()) } else { self.crew.lock().set_background(background) }
+    }
+
     /// From now on no batch waits for company.
     pub fn hurry(&self) {
         self.queue.hurry();
@@ -288,12 +273,7 @@ impl ModelVersion {
     /// up what still waits. Blocks: not for I/O threads. Returns the number of requests that were cut short.
     pub fn drain(&self, limit: Duration) -> usize {
         self.close();
-        let mut executors = self.executors.lock();
-        if executors.ended.recv_timeout(limit) != Err(RecvTimeoutError::Timeout) {
-            for thread in executors.threads.drain(..) {
-                // A panic was answered where it happened.
-                let _ = thread.join();
-            }
+        if self.crew.lock().has_ended(limit) {
             return 0;
         }
         // Threads that are inside a run cannot be stopped; they end by themselves after it.
