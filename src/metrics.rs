@@ -25,7 +25,7 @@ mod rollouts;
 mod statistics;
 mod version;
 
-pub use families::{BATCH_BUCKETS, DURATION_BUCKETS, FAMILIES, Family, Kind, SCORE_BUCKETS, VALUE_BUCKETS};
+pub use families::{BATCH_BUCKETS, DURATION_BUCKETS, FAMILIES, Family, Kind, Of, SCORE_BUCKETS, VALUE_BUCKETS};
 use families::{BUILD_INFO, SHARED_MEMORY_BYTES, SHARED_MEMORY_REGIONS};
 pub use page::{Buckets, Page};
 pub use predictions::{OTHER, Predictions, SHOWN_LABELS};

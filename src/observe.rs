@@ -24,8 +24,8 @@ use shown::Shown;
 
 /// What a version did since it was loaded, by the way in which requests came to it.
 pub struct Tally {
-    /// How its outputs are looked at, if they are, in the order of its signature.
-    looks: Vec<Option<(Arc<str>, Look)>>,
+    /// The outputs that are looked at: name, place in the signature, and how.
+    looks: Vec<(Arc<str>, usize, Look)>,
     /// Made when the first such request comes.
     done: [Mutex<Option<Box<Done>>>; Way::ALL.len()],
     /// What the last scrape said of each output's labels. Locked before what was done is looked at, so that nothing old
@@ -45,7 +45,8 @@ struct Done {
 
 impl Tally {
     pub fn new(signature: &Signature) -> Self {
-        let looks = signature.outputs.iter().map(|spec| Some((spec.name.clone(), Look::at(spec)?)));
+        let outputs = signature.outputs.iter().enumerate();
+        let looks = outputs.filter_map(|(place, spec)| Some((spec.name.clone(), place, Look::at(spec)?)));
         Self { looks: looks.collect(), done: Default::default(), shown: Mutex::default(), copies: Default::default() }
     }
 
@@ -71,10 +72,9 @@ impl Tally {
                 return;
             }
             window.looked_at += 1;
-            let seen = self.looks.iter().zip(outputs).filter_map(|(look, output)| look.as_ref().map(|_| output));
             let mut odd = false;
-            for (counted, output) in counted.iter_mut().zip(seen) {
-                odd |= !counted.add(output);
+            for counted in counted {
+                odd |= outputs.get(counted.place).is_some_and(|output| !counted.add(output));
             }
             window.no_numbers += u64::from(odd);
         });
@@ -111,7 +111,7 @@ impl Tally {
     }
 
     fn nothing(&self) -> Done {
-        let outputs = self.looks.iter().flatten().map(|(name, look)| Counted::new(name.clone(), *look));
+        let outputs = self.looks.iter().map(|(name, place, look)| Counted::new(name.clone(), *place, *look));
         Done { window: Window::default(), outputs: outputs.collect() }
     }
 }

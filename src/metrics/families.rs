@@ -75,9 +75,30 @@ pub(super) type Durations = Histogram<{ DURATION_BUCKETS.len() }>;
 pub struct Family {
     pub name: &'static str,
     pub kind: Kind,
-    /// Labels beside `model` and `version`; families of rollouts have `model` and no version.
+    /// What there is one series of, or several with more labels.
+    pub of: Of,
+    /// Labels beside those.
     pub labels: &'static str,
     pub help: &'static str,
+}
+
+/// What series are of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Of {
+    Version,
+    Rollout,
+    Server,
+}
+
+impl Of {
+    /// The labels that all of them have.
+    pub fn labels(self) -> &'static [&'static str] {
+        match self {
+            Of::Version => &["model", "version"],
+            Of::Rollout => &["model", "rollout"],
+            Of::Server => &[],
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -101,157 +122,205 @@ impl Kind {
 pub const FAMILIES: [Family; 32] = [
     Family {
         name: REQUESTS,
+        of: Of::Version,
         kind: Kind::Counter,
         labels: "protocol, code, variant",
         help: "Inference requests answered",
     },
     Family {
         name: REQUEST_DURATION,
+        of: Of::Version,
         kind: Kind::Histogram,
         labels: "variant",
         help: "Seconds from a request's arrival to its answer",
     },
     Family {
         name: QUEUE_DURATION,
+        of: Of::Version,
         kind: Kind::Histogram,
         labels: "",
         help: "Seconds a request waited for an executor",
     },
     Family {
         name: COMPUTE_DURATION,
+        of: Of::Version,
         kind: Kind::Histogram,
         labels: "phase",
         help: "Seconds an execution spent gathering inputs, running the graph, and scattering outputs",
     },
-    Family { name: BATCH_SIZE, kind: Kind::Histogram, labels: "", help: "Rows per execution" },
-    Family { name: INFERENCES, kind: Kind::Counter, labels: "", help: "Rows inferred" },
-    Family { name: EXECUTIONS, kind: Kind::Counter, labels: "", help: "Runs of the graph" },
-    Family { name: PENDING, kind: Kind::Gauge, labels: "", help: "Requests submitted and not yet answered" },
+    Family { name: BATCH_SIZE, of: Of::Version, kind: Kind::Histogram, labels: "", help: "Rows per execution" },
+    Family { name: INFERENCES, of: Of::Version, kind: Kind::Counter, labels: "", help: "Rows inferred" },
+    Family { name: EXECUTIONS, of: Of::Version, kind: Kind::Counter, labels: "", help: "Runs of the graph" },
+    Family {
+        name: PENDING,
+        of: Of::Version,
+        kind: Kind::Gauge,
+        labels: "",
+        help: "Requests submitted and not yet answered",
+    },
     Family {
         name: DROPPED,
+        of: Of::Version,
         kind: Kind::Counter,
         labels: "reason",
         help: "Requests given up before they cost a run: cancelled, deadline, timeout (of the queue), overloaded, or \
                displaced (from a full queue, by a client with less waiting)",
     },
-    Family { name: STATE, kind: Kind::Gauge, labels: "state", help: "1 for the state a version is in, else 0" },
-    Family { name: LOAD_DURATION, kind: Kind::Gauge, labels: "", help: "Seconds the version took to load and warm" },
+    Family {
+        name: STATE,
+        of: Of::Version,
+        kind: Kind::Gauge,
+        labels: "state",
+        help: "1 for the state a version is in, else 0",
+    },
+    Family {
+        name: LOAD_DURATION,
+        of: Of::Version,
+        kind: Kind::Gauge,
+        labels: "",
+        help: "Seconds the version took to load and warm",
+    },
     Family {
         name: SHARED_MEMORY_REGIONS,
+        of: Of::Server,
         kind: Kind::Gauge,
         labels: "",
         help: "Regions of shared memory that are registered; only with shared_memory.enabled",
     },
     Family {
         name: SHARED_MEMORY_BYTES,
+        of: Of::Server,
         kind: Kind::Gauge,
         labels: "",
         help: "Bytes of the registered regions; only with shared_memory.enabled",
     },
     Family {
         name: PREDICTIONS,
+        of: Of::Version,
         kind: Kind::Counter,
         labels: "variant, output, label",
         help: "Answers with each label: the 20 that come most often, and other for the rest; a class of an output with a labels file by its name",
     },
     Family {
         name: PREDICTION_SCORE,
+        of: Of::Version,
         kind: Kind::Histogram,
         labels: "variant, output",
         help: "Score of the winning class",
     },
     Family {
         name: PREDICTION_VALUE,
+        of: Of::Version,
         kind: Kind::Histogram,
         labels: "variant, output",
         help: "Values of an output of one number",
     },
     Family {
         name: PREDICTION_MEAN,
+        of: Of::Version,
         kind: Kind::Gauge,
         labels: "variant, output",
         help: "Mean of about the last thousand values of an output of one number",
     },
     Family {
         name: PREDICTION_STDDEV,
+        of: Of::Version,
         kind: Kind::Gauge,
         labels: "variant, output",
         help: "Standard deviation of about the last thousand values of an output of one number",
     },
     Family {
         name: PREDICTION_NONFINITE,
+        of: Of::Version,
         kind: Kind::Counter,
         labels: "variant, output",
         help: "Values and scores that are NaN or infinite",
     },
     Family {
         name: ROLLOUT_PHASE,
+        of: Of::Rollout,
         kind: Kind::Gauge,
         labels: "rollout, phase",
         help: "1 for the phase that a model's current or last rollout is in, else 0",
     },
     Family {
         name: ROLLOUT_WEIGHT,
+        of: Of::Rollout,
         kind: Kind::Gauge,
         labels: "rollout",
         help: "Share of the requests that the candidate gets, 0 to 1",
     },
     Family {
         name: ROLLOUT_STEP,
+        of: Of::Rollout,
         kind: Kind::Gauge,
         labels: "rollout",
         help: "Canary step that the rollout is at, from 0",
     },
     Family {
         name: ROLLOUT_STEP_AGE,
+        of: Of::Rollout,
         kind: Kind::Gauge,
         labels: "rollout",
         help: "Seconds since the rollout came to its phase and step",
     },
     Family {
         name: ROLLOUT_VERDICT,
+        of: Of::Rollout,
         kind: Kind::Gauge,
         labels: "rollout, metric",
         help: "What the judge found last of the candidate: 1 not worse, 0 inconclusive, -1 worse",
     },
     Family {
         name: SHADOW_COMPARED,
+        of: Of::Version,
         kind: Kind::Counter,
         labels: "output",
         help: "Answers to copies of requests that were compared with the live ones",
     },
-    Family { name: SHADOW_DISAGREED, kind: Kind::Counter, labels: "output", help: "Those with another label" },
+    Family {
+        name: SHADOW_DISAGREED,
+        of: Of::Version,
+        kind: Kind::Counter,
+        labels: "output",
+        help: "Those with another label",
+    },
     Family {
         name: SHADOW_FAILED,
+        of: Of::Version,
         kind: Kind::Counter,
         labels: "",
         help: "Copies that failed where the live answer was good",
     },
     Family {
         name: SHADOW_MISSING,
+        of: Of::Version,
         kind: Kind::Counter,
         labels: "reason",
         help: "Copies without an answer: full (as many waited as may), busy (the processor was), or late",
     },
     Family {
         name: SHADOW_MAX_DIFFERENCE,
+        of: Of::Version,
         kind: Kind::Gauge,
         labels: "output",
         help: "Largest absolute difference of an element from the live one's",
     },
     Family {
         name: SHADOW_MEAN_DIFFERENCE,
+        of: Of::Version,
         kind: Kind::Gauge,
         labels: "output",
         help: "Mean absolute difference of elements from the live ones",
     },
     Family {
         name: SHADOW_COSINE,
+        of: Of::Version,
         kind: Kind::Gauge,
         labels: "output",
         help: "Mean cosine of answers to copies and live ones",
     },
-    Family { name: BUILD_INFO, kind: Kind::Gauge, labels: "version, onnxruntime", help: "Always 1" },
+    Family { name: BUILD_INFO, of: Of::Server, kind: Kind::Gauge, labels: "version, onnxruntime", help: "Always 1" },
 ];
 
 /// The lines in front of a family's samples.
