@@ -41,7 +41,8 @@ fn word(text: &str) -> &str {
 /// Each metric of ours that is named, with the text behind it. Names with a colon are rules' own.
 fn named(text: &str) -> Vec<(&str, &str)> {
     let starts = text.match_indices("tidegate_").map(|(start, _)| start);
-    let whole = |start: &usize| !text[..*start].ends_with(|letter: char| letter.is_ascii_alphanumeric() || letter == '_');
+    let whole =
+        |start: &usize| !text[..*start].ends_with(|letter: char| letter.is_ascii_alphanumeric() || letter == '_');
     let split = |start: usize| (word(&text[start..]), &text[start + word(&text[start..]).len()..]);
     starts.filter(whole).map(split).collect()
 }
@@ -62,15 +63,12 @@ fn labels(family: &Family) -> impl Iterator<Item = &'static str> {
 /// Names of the labels that a selector, right behind a metric's name, asks for.
 fn selected(rest: &str) -> Vec<&str> {
     let Some(inside) = rest.strip_prefix('{') else { return Vec::new() };
-    let (mut found, mut quoted, mut start) = (Vec::new(), false, 0);
+    let (mut found, mut quoted, mut name) = (Vec::new(), false, Some(0));
     for (place, letter) in inside.char_indices() {
         match letter {
             '"' => quoted = !quoted,
-            '=' | '!' if !quoted && !inside[start..place].trim().is_empty() => {
-                found.push(word(inside[start..place].trim()));
-                start = inside.len();
-            }
-            ',' if !quoted => start = place + 1,
+            '=' | '!' if !quoted => found.extend(name.take().map(|start| inside[start..place].trim())),
+            ',' if !quoted => name = Some(place + 1),
             '}' if !quoted => break,
             _ => {}
         }

@@ -8,6 +8,7 @@ mod commands;
 mod documentation;
 mod fairness;
 mod lifecycle;
+mod monitoring;
 mod overload;
 mod schedule;
 mod shutdown;
