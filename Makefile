@@ -43,7 +43,7 @@ fuzz: setup
 image-test:
 	deploy/image-test.sh
 
-# What a server in front of a model costs, as a table and in target/bench/report.json: 50 minutes on a quiet machine of
+# What a server in front of a model costs, as a table and in target/bench/report.json: 52 minutes on a quiet machine of
 # two cores or more, or less than five with QUICK=1. FIGURES=queue,memory measures these families only, KEEP=name also
 # keeps the report in benches/results/.
 bench: build .venv/clients.installed

@@ -49,6 +49,8 @@ pub struct Process {
     lines: Lines,
     pub rest: SocketAddr,
     pub grpc: SocketAddr,
+    /// Only of the server.
+    pub ops: SocketAddr,
     /// From before it was started to its saying that it is ready.
     pub ready_after: Duration,
     home: TempDir,
@@ -141,7 +143,7 @@ pub fn start(mut command: Command, cores: &[usize], home: TempDir) -> Result<Pro
     let begun = Instant::now();
     let (running, lines) = spawn(&mut command, cores, home.path())?;
     let any = SocketAddr::from(([127, 0, 0, 1], 0));
-    let mut process = Process { running, lines, rest: any, grpc: any, ready_after: Duration::ZERO, home };
+    let mut process = Process { running, lines, rest: any, grpc: any, ops: any, ready_after: Duration::ZERO, home };
     let ready = process.listen().with_context(|| {
         format!("{:?} did not start; its log ends:\n{}", command.get_program(), tail(process.home.path()))
     })?;
@@ -238,6 +240,7 @@ impl Process {
             match words.as_slice() {
                 ["REST", address] => self.rest = address.trim_start_matches("http://").parse()?,
                 ["gRPC", address] => self.grpc = address.parse()?,
+                ["ops", address] => self.ops = address.trim_start_matches("http://").parse()?,
                 ["model", name, version, state, ..] if *state != "ready" => {
                     bail!("model {name} {version} is {state}: {line}")
                 }

@@ -15,6 +15,7 @@ use toml::{Table, Value};
 use crate::{
     api::{LimitsConfig, auth::Token, client::Clients, codec::NonFinite, shared_memory::SharedMemoryConfig},
     control::{ModelControl, spec::Profile},
+    engine::shadow::ShadowConfig,
     logging::LogConfig,
     model::QueueConfig,
 };
@@ -70,6 +71,8 @@ pub struct Config {
     pub limits: LimitsConfig,
     /// Bounds of each version's queue; a request for which it has no room is answered at once with "overloaded".
     pub queue: QueueConfig,
+    /// Bounds of shadow copies; those beyond them are shed, and live requests notice nothing.
+    pub shadow: ShadowConfig,
     /// Tensors in shared memory, for clients on this machine.
     pub shared_memory: SharedMemoryConfig,
     /// How the server stops.
@@ -100,6 +103,7 @@ impl Default for Config {
             load_concurrency: None,
             limits: LimitsConfig::default(),
             queue: QueueConfig::default(),
+            shadow: ShadowConfig::default(),
             shared_memory: SharedMemoryConfig::default(),
             shutdown: ShutdownConfig::default(),
             log: LogConfig::default(),
@@ -172,6 +176,8 @@ impl Config {
             ("queue.max_rows", self.queue.max_rows),
             ("queue.max_requests", self.queue.max_requests),
             ("queue.max_bytes", self.queue.max_bytes),
+            ("shadow.max_requests", self.shadow.max_requests),
+            ("shadow.max_bytes", self.shadow.max_bytes),
             ("shared_memory.max_regions", self.shared_memory.max_regions),
         ];
         if let Some((key, _)) = positive.into_iter().find(|&(_, value)| value == 0) {
@@ -187,6 +193,9 @@ impl Config {
         ];
         if let Some((key, _)) = times.into_iter().find(|(_, value)| value.is_zero()) {
             bail!("{key} must be longer than 0s");
+        }
+        if !(0.0..=1.0).contains(&self.shadow.max_cpu) {
+            bail!("shadow.max_cpu must be 0 to 1, got {}", self.shadow.max_cpu);
         }
         Clients::new(self.queue.client_header.as_deref())?;
         if self.model_control != ModelControl::Explicit && !self.load_model.is_empty() {

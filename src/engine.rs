@@ -8,6 +8,10 @@ use std::{
     time::Instant,
 };
 
+pub mod shadow;
+
+use shadow::{Original, Shadows};
+
 use crate::{
     error::{Code, Error},
     id::ModelName,
@@ -25,6 +29,7 @@ use crate::{
 #[derive(Clone)]
 pub struct Engine {
     catalog: CatalogReader,
+    shadows: Shadows,
     /// Numbers the requests that have no key and no id to be drawn by.
     drawn: Arc<AtomicU64>,
 }
@@ -73,8 +78,8 @@ pub struct Request<'a> {
 }
 
 impl Engine {
-    pub fn new(catalog: CatalogReader) -> Self {
-        Self { catalog, drawn: Arc::default() }
+    pub fn new(catalog: CatalogReader, shadows: Shadows) -> Self {
+        Self { catalog, shadows, drawn: Arc::default() }
     }
 
     pub fn catalog(&self) -> &CatalogReader {
@@ -172,8 +177,16 @@ impl Engine {
             let version = &target.version;
             let chosen = choose(version, request.outputs)?;
             let arranged = version.signature.arrange(version.name.as_str(), inputs)?;
+            // A version has nothing to compare with itself.
+            let candidate = target.shadow.as_ref().filter(|candidate| !Arc::ptr_eq(candidate, version));
+            let original = candidate.map(|candidate| Original::of(candidate, &arranged));
             match version.infer(arranged, &request.urgency).await {
-                Ok(outputs) => return Ok((outputs, chosen)),
+                Ok(outputs) => {
+                    if let Some(original) = original {
+                        self.shadows.offer(original, &outputs);
+                    }
+                    return Ok((outputs, chosen));
+                }
                 Err(Refused::Error(error)) => return Err(error),
                 Err(Refused::Draining(back)) => inputs = back,
             }

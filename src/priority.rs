@@ -3,6 +3,8 @@
 #[cfg(target_os = "linux")]
 use std::time::Duration;
 
+pub mod usage;
+
 /// The calling thread, and what it starts from now on, run only when no other thread wants the processor; whoever wakes
 /// up interrupts it at once. Without privileges there is no way back, so it is for threads that end after their work.
 ///
@@ -11,11 +13,16 @@ use std::time::Duration;
 ///
 /// Where the system refuses, the thread goes on as it was.
 pub fn step_back() {
-    #[expect(unsafe_code, reason = "the call reads a structure that outlives it, and writes nothing")]
     #[cfg(target_os = "linux")]
-    unsafe {
-        // Zero is the calling thread; what a policy without priorities asks for is priority zero.
-        libc::sched_setscheduler(0, libc::SCHED_IDLE, &libc::sched_param { sched_priority: 0 });
+    {
+        #[expect(unsafe_code, reason = "the call reads a structure that outlives it, and writes nothing")]
+        let refused = unsafe {
+            // Zero is the calling thread; what a policy without priorities asks for is priority zero.
+            libc::sched_setscheduler(0, libc::SCHED_IDLE, &libc::sched_param { sched_priority: 0 })
+        };
+        if refused == 0 {
+            usage::leave_out_this_thread();
+        }
     }
 }
 

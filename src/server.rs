@@ -39,7 +39,10 @@ use crate::{
         store::SharedStore,
         upload::Uploads,
     },
-    engine::Engine,
+    engine::{
+        Engine,
+        shadow::{ShadowThread, Shadows},
+    },
     error::Error,
     logging::Logging,
     metrics::Metrics,
@@ -112,8 +115,9 @@ impl Server {
         let settings = settings(config, cores);
         let state = SharedStore::open(&data);
         let (commands, orders) = commands(&settings, backends.clone(), uploads, state.clone());
+        let (shadows, shadow_thread) = Shadows::start(&config.shadow)?;
         let app = Arc::new(App {
-            engine: Engine::new(reader),
+            engine: Engine::new(reader, shadows),
             commands,
             metrics: metrics.clone(),
             logging,
@@ -145,6 +149,7 @@ impl Server {
             loader,
             writer,
             state,
+            shadow_thread,
             stops,
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -250,6 +255,7 @@ struct Parts {
     loader: Loader,
     writer: CatalogWriter,
     state: SharedStore,
+    shadow_thread: ShadowThread,
     stops: mpsc::Receiver<Duration>,
 }
 
@@ -303,7 +309,8 @@ impl Parts {
                 let _ = joined.await;
             }
         }
-        // 3 The models, in what is left of the time.
+        // 3 Nobody waits for copies, and then the models, in what is left of the time.
+        let _ = tokio::task::spawn_blocking(move || self.shadow_thread.stop()).await;
         let left = deadline.saturating_duration_since(Instant::now()).max(LAST_MOMENT);
         let _ = stop_reconciling.send(left);
         cut += reconciling.await.context("the reconciler panicked")?;

@@ -29,6 +29,7 @@ mod memory;
 mod order;
 mod peer;
 mod queue;
+mod shadow;
 mod shared_memory;
 mod start;
 mod swap;
@@ -76,7 +77,7 @@ pub struct Pace {
 }
 
 impl Pace {
-    /// By the sum of its windows, pauses and starts 250 s on two cores, of 300 that a quick run may take.
+    /// By the sum of its windows, pauses and starts 260 s on two cores, of 300 that a quick run may take.
     pub const QUICK: Self = Self {
         pairs: 5,
         second_pairs: 3,
@@ -96,7 +97,7 @@ impl Pace {
         cycles: 100,
         thorough: false,
     };
-    /// By the same sum 50 minutes, of an hour.
+    /// By the same sum 52 minutes, of an hour.
     pub const FULL: Self = Self {
         pairs: 10,
         second_pairs: 6,
@@ -141,6 +142,8 @@ pub enum Family {
     /// Beside the ideal queue, under overload, and with clients that want too much.
     Queue,
     Swap,
+    /// `iris` while copies of all requests go to another version.
+    Shadow,
     Start,
     Memory,
     /// `iris` while another model is loaded.
@@ -194,6 +197,7 @@ impl Bench {
                 Family::Latency => self.added_latency(&iris, rate / 10.0)?,
                 Family::Queue => self.queues()?,
                 Family::Swap => self.swaps(&iris, rate / 2.0)?,
+                Family::Shadow => self.shadows(&iris, rate / 4.0)?,
                 Family::Start => self.start()?,
                 Family::Memory => self.memory(self.magika.clone().as_deref())?,
                 Family::Loading => self.loading(iris.model.row(), rate * 0.3)?,

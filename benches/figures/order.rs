@@ -1,4 +1,4 @@
-//! Models that a server loads and unloads by order, also while it is asked.
+//! What a server does by order: above all load and unload models, also while it is asked.
 
 use std::{
     io::{Read, Write},
@@ -22,17 +22,38 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 /// # Errors
 /// When it refuses, or takes more than a minute.
 pub(super) fn order(rest: SocketAddr, model: &str, what: &str) -> Result<()> {
-    let mut stream = TcpStream::connect(rest)?;
+    ask(rest, "POST", &format!("/v2/repository/models/{model}/{what}"), "")
+}
+
+/// Has the server at `address` do something, and waits until it has.
+///
+/// # Errors
+/// When it refuses, or takes more than a minute.
+pub(super) fn ask(address: SocketAddr, method: &str, path: &str, body: &str) -> Result<()> {
+    call(address, method, path, body).map(drop)
+}
+
+/// What the server at `address` shows at `path`, with its head.
+///
+/// # Errors
+/// As `ask`.
+pub(super) fn page(address: SocketAddr, path: &str) -> Result<String> {
+    call(address, "GET", path, "")
+}
+
+fn call(address: SocketAddr, method: &str, path: &str, body: &str) -> Result<String> {
+    let mut stream = TcpStream::connect(address)?;
     stream.set_read_timeout(Some(TIMEOUT))?;
     let request = format!(
-        "POST /v2/repository/models/{model}/{what} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\
-         connection: close\r\n\r\n"
+        "{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\
+         connection: close\r\n\r\n{body}",
+        body.len()
     );
     stream.write_all(request.as_bytes())?;
     let mut reply = String::new();
-    stream.read_to_string(&mut reply).with_context(|| format!("no answer to the {what} of '{model}'"))?;
-    ensure!(reply.starts_with("HTTP/1.1 200"), "the {what} of '{model}' fails: {reply}");
-    Ok(())
+    stream.read_to_string(&mut reply).with_context(|| format!("no answer to {method} {path}"))?;
+    ensure!(reply.starts_with("HTTP/1.1 200"), "{method} {path} fails: {reply}");
+    Ok(reply)
 }
 
 /// A load that whoever asks the server meanwhile begins in the midst of it.
@@ -128,7 +149,7 @@ mod tests {
         assert!(load(rest).unwrap());
         assert!(asked.join().unwrap().starts_with("POST /v2/repository/models/deep/load HTTP/1.1\r\n"));
         let (rest, _) = server("404 Not Found");
-        assert!(load(rest).unwrap_err().to_string().contains("the load of 'deep' fails"));
+        assert!(load(rest).unwrap_err().to_string().contains("POST /v2/repository/models/deep/load fails"));
     }
 
     #[test]

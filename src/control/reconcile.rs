@@ -31,7 +31,7 @@ use crate::{
     metrics::Metrics,
     model::{
         ModelVersion, State,
-        catalog::{Catalog, CatalogWriter},
+        catalog::{Catalog, CatalogWriter, Deployment},
         load::{self, DecodeSample, Loaded, Plan},
     },
     priority,
@@ -456,8 +456,13 @@ impl Reconciler {
             let waits = !self.complete && model.waits_for(standing);
             (name.clone(), model.deployment(standing, waits))
         };
-        let deployments = self.models.iter().map(deployment).collect();
+        let deployments: BTreeMap<ModelName, Deployment> = self.models.iter().map(deployment).collect();
+        let serving = |only_copies| deployments.values().flat_map(move |model| model.serving(only_copies).cloned());
+        let copied: Vec<Arc<ModelVersion>> = serving(true).collect();
+        // Who is to be waited for makes haste before anybody comes, and slows down when nobody comes any more.
+        serving(false).for_each(|version| set_background(&version, false));
         self.writer.publish(Catalog { deployments, complete: self.complete });
+        copied.iter().for_each(|version| set_background(version, true));
     }
 
     async fn shut_down(mut self, limit: Duration) -> usize {
@@ -480,6 +485,13 @@ impl Reconciler {
             tracing::warn!("a model was still loading");
         }
         cut
+    }
+}
+
+fn set_background(version: &ModelVersion, background: bool) {
+    if let Err(error) = version.set_background(background) {
+        // It serves all the same, at the wrong priority.
+        tracing::warn!(model = %version.name, version = %version.version, background, %error, "executors not changed");
     }
 }
 

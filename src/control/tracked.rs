@@ -158,10 +158,11 @@ impl Tracked {
         }
         let route = route.filter(|_| default.is_some());
         let default = default.or_else(|| self.usual(standing, serves));
-        for entry in &mut entries {
-            let serving = entry.serving.is_some() && entry.reason.is_empty();
+        // Of a newer version than the one that answers, operators want to know why it does not.
+        let place = entries.iter().position(|entry| Some(&entry.version) == default.as_ref());
+        for entry in entries.iter_mut().skip(place.map_or(usize::MAX, |place| place + 1)) {
             let named = route.as_ref().is_some_and(|route| route.names(&entry.version));
-            if serving && !named && default.as_ref() != Some(&entry.version) {
+            if entry.serving.is_some() && entry.reason.is_empty() && !named {
                 "warm, and gets no requests".clone_into(&mut entry.reason);
             }
         }

@@ -130,6 +130,17 @@ impl Deployment {
         self.entries.iter().find(|entry| entry.version.as_str() == version)
     }
 
+    /// The versions that take requests: those that get nothing but copies, whose executors may wait, or all others.
+    pub fn serving(&self, only_copies: bool) -> impl Iterator<Item = &Arc<ModelVersion>> {
+        let copied = self.route.as_ref().and_then(|route| {
+            let version = &route.shadow.as_ref()?.version;
+            let answers = route.stable == *version || route.arms.iter().any(|arm| arm.version == *version);
+            (!answers).then_some(version)
+        });
+        let entries = self.entries.iter().filter(move |entry| (copied == Some(&entry.version)) == only_copies);
+        entries.filter_map(|entry| entry.serving.as_ref())
+    }
+
     /// Names of the versions that take requests.
     pub fn ready_versions(&self) -> Vec<String> {
         self.entries.iter().filter(|entry| entry.serving.is_some()).map(|entry| entry.version.to_string()).collect()

@@ -88,11 +88,12 @@ impl Crew {
             let spawned = std::thread::Builder::new().name(name).spawn(move || {
                 let Ok(shift) = number.recv() else { return };
                 if background {
-                    priority::step_back()
+                    priority::step_back();
                 } else {
-                    priority::be_patient()
+                    priority::be_patient();
                 }
-                let session = executor::run(&queue, shift);
+                // What runs take in the idle class depends on all others, and is not to be expected of them later.
+                let session = executor::run(&queue, shift, !background);
                 if session.is_some() {
                     // Giving a large session's memory back takes milliseconds that requests of other models need.
                     priority::step_back();

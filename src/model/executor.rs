@@ -327,14 +327,14 @@ struct Done {
 const TURN: Duration = Duration::from_millis(1);
 
 /// Runs batches until the queue is closed and empty, when one of the version's sessions comes back, or until `shift` is
-/// over.
-pub(super) fn run(queue: &Queue, shift: u64) -> Option<Box<dyn Session>> {
+/// over. What runs take is learnt from, when that `counts`.
+pub(super) fn run(queue: &Queue, shift: u64, counts: bool) -> Option<Box<dyn Session>> {
     let mut turn = Instant::now();
     loop {
         match queue.take(shift) {
             Ok(Taken { mut session, start, batch }) => {
-                let done = execute(queue, session.as_mut(), start, batch);
-                queue.give_back(session, Some(done));
+                let Done { start, rows, took } = execute(queue, session.as_mut(), start, batch);
+                queue.give_back(session, Some(Done { start, rows, took: took.filter(|_| counts) }));
             }
             Err(session) => return session,
         }
@@ -537,7 +537,7 @@ mod tests {
                 let echo = Echo { signature: Signature::default(), runs, gate, thread };
                 queue.add(Box::new(echo));
                 let queue = queue.clone();
-                thread::spawn(move || drop(run(&queue, 0)))
+                thread::spawn(move || drop(run(&queue, 0, true)))
             };
             let executors = (0..executors).map(executor).collect();
             Self { queue, gate, runs, thread, executors }
@@ -684,7 +684,7 @@ mod tests {
                 let tickets: Vec<Ticket> = (0..RUNS).map(|_| line.submit(3)).collect();
                 line.queue.close();
                 line.queue.add(Box::new(Spin(Signature::default(), seen)));
-                drop(run(&line.queue, 0));
+                drop(run(&line.queue, 0, true));
                 tickets.into_iter().for_each(|ticket| drop(ticket.reply.blocking_recv().unwrap().unwrap()));
             })
         }

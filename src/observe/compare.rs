@@ -1,7 +1,7 @@
 //! How far two answers to one request are apart, output by output.
 //!
-//! Every element is looked at. What that may cost is bounded by the bytes of copies that may wait, which are those of
-//! both answers as well.
+//! Every element is looked at, however many there are: it is done when nothing else wants the processor, and of copies
+//! that wait for it only so many bytes are kept.
 
 use half::{bf16, f16};
 

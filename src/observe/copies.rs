@@ -3,7 +3,7 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicU64, Ordering},
+    atomic::{AtomicU64, AtomicUsize, Ordering},
 };
 
 use parking_lot::Mutex;
@@ -70,6 +70,9 @@ pub struct OutputComparison {
 pub(super) struct Copies {
     /// Those that are shed are counted by I/O threads, which nobody may hold up.
     shed: [AtomicU64; 3],
+    /// What waits for an answer.
+    waiting: AtomicUsize,
+    bytes: AtomicUsize,
     /// Locked for moments only, since those who count do so when nothing else wants the processor.
     answered: Mutex<Answered>,
 }
@@ -98,6 +101,24 @@ struct Totals {
 }
 
 impl Tally {
+    /// Takes room for a copy of so many bytes, of which so many and so many bytes may wait altogether; whether there was
+    /// any. One copy may always wait, whatever its size. To be given back with [`leave`](Self::leave).
+    pub fn enter(&self, bytes: usize, max_copies: usize, max_bytes: usize) -> bool {
+        let waiting = self.copies.waiting.fetch_add(1, Ordering::Relaxed);
+        let before = self.copies.bytes.fetch_add(bytes, Ordering::Relaxed);
+        let fits = waiting < max_copies && (waiting == 0 || before.saturating_add(bytes) <= max_bytes);
+        if !fits {
+            self.leave(bytes);
+        }
+        fits
+    }
+
+    /// Gives back the room of a copy.
+    pub fn leave(&self, bytes: usize) {
+        self.copies.waiting.fetch_sub(1, Ordering::Relaxed);
+        self.copies.bytes.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
     /// Counts the answer to a copy beside the live one. All of the live outputs are compared with those of the same
     /// names; what else the copy's answer has, nobody has asked for.
     pub fn compared(&self, live: &[Tensor], copy: &[Tensor]) {
@@ -233,6 +254,17 @@ mod tests {
         assert_eq!((value.compared, value.disagreed, value.unlike, value.measured), (4, 1, 0, 3));
         assert_eq!((value.max_abs, value.mean_abs), (1.0, 0.5));
         assert_eq!(value.mean_cosine, Some(1.0), "one of the answers has no direction");
+    }
+
+    #[test]
+    fn so_many_copies_may_wait() {
+        let tally = Tally::new(&Signature::default());
+        let enter = |bytes| tally.enter(bytes, 3, 100);
+        assert_eq!([500, 1].map(enter), [true, false], "one of any size, and then no more");
+        tally.leave(500);
+        assert_eq!([60, 50, 40, 0, 0].map(enter), [true, false, true, true, false]);
+        [60, 40, 0].into_iter().for_each(|bytes| tally.leave(bytes));
+        assert!(enter(100));
     }
 
     #[test]

@@ -350,7 +350,7 @@ mod tests {
     }
 
     fn finding(stable: Window, candidate: Window) -> Finding {
-        judge(&Evidence { stable, candidate, shadow: None, objective: OBJECTIVE }, &Margins::default()).finding
+        judge(&Evidence { stable, candidate, shadow: None, objective: Some(OBJECTIVE) }, &Margins::default()).finding
     }
 
     fn labels(counts: &[u64]) -> Vec<Answers> {
@@ -416,7 +416,7 @@ mod tests {
             let mut candidate = window(compared, 0);
             (0..compared).for_each(|_| candidate.latency.add(9.0));
             let stable = window(compared, 0);
-            judge(&Evidence { stable, candidate, shadow, objective: OBJECTIVE }, &Margins::default())
+            judge(&Evidence { stable, candidate, shadow, objective: Some(OBJECTIVE) }, &Margins::default())
         };
         assert_eq!(judged(1_000, 10, 0).finding, Finding::Good);
         assert_eq!(judged(1_000, 400, 0).finding, Finding::Worse);
@@ -428,7 +428,12 @@ mod tests {
     #[test]
     fn a_verdict_has_the_numbers_that_it_rests_on() {
         let judged = judge(
-            &Evidence { stable: window(9_000, 180), candidate: window(1_000, 100), shadow: None, objective: OBJECTIVE },
+            &Evidence {
+                stable: window(9_000, 180),
+                candidate: window(1_000, 100),
+                shadow: None,
+                objective: Some(OBJECTIVE),
+            },
             &Margins::default(),
         );
         let reason = &judged.verdicts[0].reason;

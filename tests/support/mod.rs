@@ -42,6 +42,10 @@ pub struct Script {
     pub load_ms: u64,
     /// A run waits while this file is there.
     pub gate: PathBuf,
+    /// The name of the input.
+    pub input: String,
+    /// Answers the scheduling policy of the thread that runs it, as the kernel tells it: 5 is `SCHED_IDLE`.
+    pub tell_policy: bool,
 }
 
 impl Default for Script {
@@ -55,6 +59,8 @@ impl Default for Script {
             fail_code: Code::InvalidArgument.as_str().to_owned(),
             load_ms: 0,
             gate: PathBuf::new(),
+            input: "x".to_owned(),
+            tell_policy: false,
         }
     }
 }
@@ -87,7 +93,8 @@ impl Backend for ScriptBackend {
             return Err(Error::new(code, "the script says so"));
         }
         let spec = |name: &str| TensorSpec { name: name.into(), dtype: DType::Fp32, shape: vec![-1] };
-        let signature = Signature { inputs: vec![spec("x")], outputs: vec![spec("y")], ..Signature::default() };
+        let signature =
+            Signature { inputs: vec![spec(&script.input)], outputs: vec![spec("y")], ..Signature::default() };
         let session = || Box::new(ScriptSession { script: script.clone(), signature: signature.clone() }) as _;
         Ok((0..instances).map(|_| session()).collect())
     }
@@ -114,9 +121,20 @@ impl Session for ScriptSession {
             return Err(Error::invalid("the script refuses this value"));
         }
         assert!(!values.contains(&self.script.panic), "as scripted");
+        if self.script.tell_policy {
+            let policy = vec![scheduling_policy(); values.len()].into_iter().flat_map(f32::to_le_bytes).collect();
+            return Ok(vec![Tensor::new("y".into(), DType::Fp32, inputs[0].shape.clone(), Data::Plain(policy))?]);
+        }
         let scaled = values.iter().flat_map(|value| (value * self.script.scale).to_le_bytes()).collect();
         Ok(vec![Tensor::new("y".into(), DType::Fp32, inputs[0].shape.clone(), Data::Plain(scaled))?])
     }
+}
+
+/// Of the calling thread.
+pub fn scheduling_policy() -> f32 {
+    let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
+    let (_, fields) = stat.rsplit_once(')').unwrap();
+    fields.split_whitespace().nth(38).unwrap().parse().unwrap()
 }
 
 /// A folder of models.

@@ -1,0 +1,173 @@
+//! One version takes over from another, step by step, under load, and is taken back when it is worse.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use serde_json::Value;
+use tidegate::config::Config;
+
+use crate::support::{Repository, Running, config, eventually, infer_message, start};
+
+/// A plan whose steps take moments.
+const PLAN: &str = r#"
+    [rollout]
+    on_new_version = "canary"
+    steps = [20, 50, 100]
+    every = "500ms"
+    min_samples = 20
+    watch = "500ms"
+    rollback_window = "60s"
+    latency_objective = "100ms"
+"#;
+
+/// A server whose data outlives it.
+struct Place {
+    repository: Repository,
+    config: Config,
+    _data: tempfile::TempDir,
+}
+
+impl Place {
+    fn new(settings: &str, script: &str) -> Self {
+        let repository = Repository::with("m", script);
+        repository.settings("m", settings);
+        let data = tempfile::tempdir().unwrap();
+        let config = Config { data: Some(data.path().to_path_buf()), ..config(&repository) };
+        Self { repository, config, _data: data }
+    }
+}
+
+/// Clients that ask without a pause, over both protocols, each with a key of its own.
+struct Load {
+    stop: Arc<AtomicBool>,
+    answered: Arc<AtomicUsize>,
+    failed: Arc<AtomicUsize>,
+    clients: Vec<tokio::task::JoinHandle<()>>,
+}
+
+impl Load {
+    /// `right` says whether a version's answer to 1.0 is as it should be.
+    fn start(running: &Arc<Running>, right: fn(&str, f64) -> bool) -> Self {
+        let load = Self { stop: Arc::default(), answered: Arc::default(), failed: Arc::default(), clients: Vec::new() };
+        let clients = (0..8).map(|client| {
+            let (running, stop) = (running.clone(), load.stop.clone());
+            let (answered, failed) = (load.answered.clone(), load.failed.clone());
+            tokio::spawn(async move {
+                let mut grpc = running.grpc.clone();
+                while !stop.load(Ordering::Relaxed) {
+                    let stable = if client % 2 == 0 {
+                        let reply = running.infer("m", &[1.0]).await;
+                        let version = reply.headers["x-tidegate-version"].to_str().unwrap().to_owned();
+                        if reply.status == 200 {
+                            assert_eq!(reply.body["model_version"], version.as_str());
+                            assert!(right(&version, reply.values()[0]), "{}", reply.body);
+                        }
+                        (version, reply.status == 200)
+                    } else {
+                        let answer = grpc.model_infer(infer_message("m", &[1.0])).await;
+                        let metadata =
+                            answer.as_ref().map_or_else(|status| status.metadata(), |answer| answer.metadata());
+                        (metadata.get("x-tidegate-version").unwrap().to_str().unwrap().to_owned(), answer.is_ok())
+                    };
+                    let count = if stable.1 { &answered } else { &failed };
+                    count.fetch_add(1, Ordering::Relaxed);
+                    assert!(stable.1 || stable.0 != "1", "the stable version failed");
+                    tokio::time::sleep(Duration::from_millis(2)).await;
+                }
+            })
+        });
+        let clients = clients.collect();
+        Self { clients, ..load }
+    }
+
+    async fn end(self) -> (usize, usize) {
+        self.stop.store(true, Ordering::Relaxed);
+        for client in self.clients {
+            client.await.unwrap();
+        }
+        (self.answered.load(Ordering::Relaxed), self.failed.load(Ordering::Relaxed))
+    }
+}
+
+/// The model's rollout as operators see it.
+async fn rollout(running: &Running) -> Value {
+    running.ops("/admin/v1/models/m/rollout").await.1
+}
+
+async fn reaches(running: &Running, phase: &str) -> Value {
+    eventually(&format!("the rollout is {phase}"), async || rollout(running).await["phase"] == phase).await;
+    rollout(running).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_good_version_takes_over_step_by_step() {
+    let place = Place::new(PLAN, "scale = 1.0");
+    let running = Arc::new(start(&place.config).await);
+    let load = Load::start(&running, |_, value| value == 1.0);
+    place.repository.put("m", "2", "scale = 1.0");
+    let status = reaches(&running, "done").await;
+    let phases: Vec<_> = status["history"].as_array().unwrap().iter().map(|change| &change["to"]).collect();
+    assert_eq!(phases, ["canary", "canary", "canary", "promoting", "watching", "done"]);
+    assert_eq!(status["id"], "m/r1");
+    let (answered, failed) = load.end().await;
+    assert!(answered > 500 && failed == 0, "{answered} answered, {failed} failed");
+    assert_eq!(running.infer("m", &[1.0]).await.body["model_version"], "2");
+    let (_, model) = running.ops("/admin/v1/models/m").await;
+    assert_eq!(model["versions"][0]["state"], "ready", "version 1 stays warm for a rollback: {model}");
+}
+
+/// A candidate that is given up: its script, and what the reason says.
+async fn is_given_up(plan: &str, script: &str, because: &str) {
+    let place = Place::new(plan, "scale = 1.0");
+    let running = Arc::new(start(&place.config).await);
+    let load = Load::start(&running, |version, value| version == "2" || value == 1.0);
+    place.repository.put("m", "2", script);
+    let status = reaches(&running, "aborted").await;
+    let reason = status["history"].as_array().unwrap().last().unwrap()["reason"].as_str().unwrap().to_owned();
+    assert!(reason.contains(because), "{reason}");
+    eventually("version 1 has all requests", async || {
+        running.infer("m", &[1.0]).await.headers["x-tidegate-version"] == "1"
+    })
+    .await;
+    let (answered, failed) = load.end().await;
+    assert!(answered > 20, "{answered} answered, {failed} failed");
+
+    // It is not tried again, also after a restart, until its files change.
+    Arc::into_inner(running).unwrap().stop().await;
+    let running = start(&place.config).await;
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    assert_eq!(running.infer("m", &[1.0]).await.body["model_version"], "1");
+    assert_eq!(rollout(&running).await["phase"], "aborted");
+    place.repository.put("m", "2", "scale = 1.0\nsleep_ms = 0");
+    eventually("the mended version is tried", async || rollout(&running).await["id"] == "m/r2").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_version_that_fails_requests_is_given_up() {
+    is_given_up(PLAN, "scale = 1.0\nrefuse = 1.0", "requests failed").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_version_that_is_too_slow_is_given_up() {
+    is_given_up(PLAN, "scale = 1.0\nsleep_ms = 150", "slow:").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_version_that_answers_no_numbers_is_given_up() {
+    is_given_up(PLAN, "scale = nan", "no_numbers:").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_version_that_answers_otherwise_is_given_up() {
+    is_given_up(PLAN, "scale = 100.0", "distribution of 'y'").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_version_that_cannot_be_loaded_is_given_up() {
+    is_given_up(PLAN, "fail_load = true", "the script says so").await;
+}
