@@ -117,9 +117,10 @@ impl Reconciler {
     /// What has happened to a model's rollout and was not taken note of.
     fn next_event(&mut self, name: &ModelName) -> Option<(Event, &'static str)> {
         let model = self.models.get_mut(name)?;
-        let rollout = self.rollouts.standing(name).running()?;
+        let standing = self.rollouts.standing(name);
+        let rollout = standing.running()?;
         let (phase, stable, candidate) = (rollout.phase, rollout.stable.clone(), rollout.candidate.clone());
-        let replaced = replacement(model, rollout);
+        let replaced = replacement(model, standing, rollout);
         let stable = model.find(&stable).and_then(|tracked| tracked.serving.clone()).map(|(version, _)| version);
         let tracked = model.find(&candidate)?;
         let lost = match (&tracked.progress, &tracked.serving) {
@@ -184,7 +185,7 @@ impl Reconciler {
         let now = promote::now();
         let asked = |reason: &str| Asked { author: REPOSITORY.to_owned(), reason: reason.to_owned(), epoch: None };
         let mut changed = if standing.stable.as_ref() == Some(&stable) {
-            let news = news(model, &stable).filter(|_| policy != OnNewVersion::Hold);
+            let news = news(model, &standing, &stable).filter(|_| policy != OnNewVersion::Hold);
             let Some(news) = news else { return };
             let settings = model.settings.clone();
             if let Err(error) = begin(name, &mut standing, [stable, news], &settings, now) {
@@ -205,21 +206,25 @@ impl Reconciler {
     }
 }
 
-/// The newest version that the policy selects, when it is newer than the stable one.
-fn news(model: &Tracked, stable: &Version) -> Option<Version> {
-    let place = |version: &Version| model.versions.iter().position(|tracked| tracked.version == *version);
-    let newest =
-        model.versions.iter().rfind(|tracked| tracked.selected && !matches!(tracked.progress, Progress::Gone))?;
+/// The newest version that the policy selects and nobody passes over, when it is newer than the stable one.
+fn news(model: &Tracked, standing: &Standing, stable: &Version) -> Option<Version> {
+    let place = |version: &Version| model.found.iter().position(|found| found.version == *version);
+    let is_selected =
+        |version: &Version| model.versions.iter().any(|tracked| tracked.version == *version && tracked.selected);
+    let newest = model
+        .found
+        .iter()
+        .rfind(|found| is_selected(&found.version) && standing.passes_over(&found.version, found.stamp).is_none())?;
     (place(&newest.version) > place(stable)).then(|| newest.version.clone())
 }
 
 /// Why a newer version takes a candidate's place, when it does.
-fn replacement(model: &Tracked, rollout: &Rollout) -> Option<String> {
+fn replacement(model: &Tracked, standing: &Standing, rollout: &Rollout) -> Option<String> {
     let early = matches!(rollout.phase, Phase::Pending | Phase::Shadow | Phase::Canary | Phase::Paused);
     let replaces = early
         && rollout.plan.on_arrival == Arrival::Replace
         && matches!(model.settings.on_new_version, OnNewVersion::Canary | OnNewVersion::Shadow);
-    let newer = news(model, &rollout.candidate).filter(|_| replaces)?;
+    let newer = news(model, standing, &rollout.candidate).filter(|_| replaces)?;
     Some(format!("version '{newer}' takes its place"))
 }
 
