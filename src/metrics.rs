@@ -212,6 +212,22 @@ mod tests {
     }
 
     #[test]
+    fn copies_are_no_requests_of_clients() {
+        let metrics = Metrics::new("0.1.0", "1.31.1");
+        let version = metrics.version("m", "2");
+        version.copied(None, Duration::from_millis(3));
+        version.copied(Some(Code::Internal), Duration::from_millis(3));
+        let text = metrics.render(Page::default());
+        for line in [
+            r#"tidegate_requests_total{model="m",version="2",protocol="copy",code="internal",variant="shadow"} 1"#,
+            r#"tidegate_request_duration_seconds_count{model="m",version="2",variant="shadow"} 2"#,
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
+        }
+        assert_eq!((version.statistics.success.read(), version.statistics.fail.read()), ((0, 0), (0, 0)));
+    }
+
+    #[test]
     fn a_version_loaded_twice_counts_into_the_same_series() {
         let metrics = Metrics::new("0.1.0", "1.31.1");
         let old = metrics.version("m", "1");

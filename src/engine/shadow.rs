@@ -165,9 +165,16 @@ impl ShadowCopy {
         let inputs = std::mem::take(&mut self.original.inputs);
         let candidate = &self.original.candidate;
         let start = Instant::now();
-        match ask(candidate, inputs, start + max_wait).await {
+        let answer = ask(candidate, inputs, start + max_wait).await;
+        let took = start.elapsed();
+        match &answer {
+            Ok(_) => candidate.metrics.copied(None, took),
+            Err(Refused::Error(error)) => candidate.metrics.copied(Some(error.code), took),
+            Err(Refused::Draining(_)) => {}
+        }
+        match answer {
             Ok(outputs) => {
-                candidate.tally.answered(Way::Shadow, start.elapsed(), &outputs);
+                candidate.tally.answered(Way::Shadow, took, &outputs);
                 candidate.tally.compared(&self.live, &outputs);
             }
             Err(Refused::Draining(_)) => candidate.tally.shed(Shed::Late),

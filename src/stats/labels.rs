@@ -79,8 +79,8 @@ mod tests {
     #[test]
     fn numbers_and_texts_are_labels() {
         let mut labels = Labels::default();
-        [2, 0, 2, -1, 5000, i64::MIN].map(|label| labels.class(label));
-        ["cat", "2", "caf\u{e9}"].map(|label| labels.text(label.as_bytes()));
+        [2, 0, 2, -1, 5000, i64::MIN].into_iter().for_each(|label| labels.class(label));
+        ["cat", "2", "caf\u{e9}"].into_iter().for_each(|label| labels.text(label.as_bytes()));
         labels.text(b"\xff");
         let expected = [("-1", 1), ("-9223372036854775808", 1), ("0", 1), ("2", 3), ("5000", 1), ("caf\u{e9}", 1)];
         let expected = expected.into_iter().chain([("cat", 1), ("\u{fffd}", 1)]);
