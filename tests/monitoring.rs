@@ -1,8 +1,10 @@
-//! What dashboards and alerts ask for is there: each metric and each label of it.
+//! What operators see of rollouts, and that what dashboards and alerts ask for is there.
 
 use std::{collections::BTreeSet, path::PathBuf};
 
 use tidegate::metrics::{FAMILIES, Family, Kind};
+
+use crate::support::{Repository, config, eventually, start};
 
 /// Labels that Prometheus adds, to what it scrapes and to alerts.
 const ADDED: [&str; 6] = ["job", "instance", "le", "alertname", "alertstate", "severity"];
@@ -90,6 +92,56 @@ fn mentioned(text: &str) -> BTreeSet<&str> {
         found.extend(rests.map(word).filter(|label| !label.is_empty()));
     }
     found
+}
+
+/// Whatever comes after the first version gets a copy of every request; the judge looks often.
+const ALL_COPIED: &str = "[rollout]\non_new_version = 'shadow'\nshadow = 100.0\nevery = '1s'\n";
+
+#[tokio::test]
+async fn rollouts_and_copies_are_shown_until_their_model_goes() {
+    let repository = Repository::with("m", "scale = 1.0");
+    repository.settings("m", ALL_COPIED);
+    let mut config = config(&repository);
+    // Other tests use the processor meanwhile.
+    config.shadow.max_cpu = 1.0;
+    let running = start(&config).await;
+    assert_eq!(running.metric(r#"tidegate_requests_total{model="m"}"#).await, 0.0);
+    let (_, before) = running.ops("/metrics").await;
+    assert!(!before.as_str().unwrap().contains("tidegate_rollout"), "there is none: {before}");
+    repository.put("m", "2", "scale = 3.0");
+    let phase = |phase: &str| format!(r#"tidegate_rollout_phase{{model="m",rollout="m/r1",phase="{phase}"}}"#);
+    eventually("copies are made", async || running.metric(&phase("shadow")).await == 1.0).await;
+    assert_eq!(running.metric(&phase("canary")).await, 0.0);
+    for value in [1.0, 2.0] {
+        assert_eq!(running.infer("m", &[value]).await.values(), [f64::from(value)]);
+    }
+    let copy = |name: &str, more: &str| format!(r#"tidegate_shadow_{name}{{model="m",version="2"{more}}}"#);
+    let compared = copy("compared_total", r#",output="y""#);
+    eventually("copies are compared", async || running.metric(&compared).await == 2.0).await;
+    let series = r#"model="m",version="2",protocol="copy",code="ok",variant="shadow""#;
+    for (series, value) in [
+        (copy("difference_max", r#",output="y""#), 4.0),
+        (copy("difference_mean", r#",output="y""#), 3.0),
+        (copy("cosine_mean", r#",output="y""#), 1.0),
+        (copy("failed_total", ""), 0.0),
+        (copy("missing_total", r#",reason="busy""#), 0.0),
+        (format!("tidegate_requests_total{{{series}}}"), 2.0),
+        (r#"tidegate_rollout_weight_ratio{model="m",rollout="m/r1"}"#.to_owned(), 0.0),
+        (r#"tidegate_prediction_mean{model="m",version="2",variant="shadow",output="y"}"#.to_owned(), 4.5),
+        (r#"tidegate_prediction_mean{model="m",version="1",variant="stable",output="y"}"#.to_owned(), 1.5),
+    ] {
+        assert_eq!(running.metric(&series).await, value, "{series}");
+    }
+    let verdict = r#"tidegate_rollout_verdict{model="m",rollout="m/r1",metric="no_numbers"}"#;
+    let (_, page) = running.ops("/metrics").await;
+    eventually("the judge has looked", async || running.ops("/metrics").await.1.as_str().unwrap().contains(verdict))
+        .await;
+    assert!(page.as_str().unwrap().contains("tidegate_rollout_step_age_seconds{"), "{page}");
+    std::fs::remove_dir_all(repository.0.path().join("m")).unwrap();
+    eventually("nothing is left of the model", async || {
+        !running.ops("/metrics").await.1.as_str().unwrap().contains(r#"model="m""#)
+    })
+    .await;
 }
 
 #[test]
