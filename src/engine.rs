@@ -15,7 +15,7 @@ use shadow::{Original, Shadows};
 use crate::{
     error::{Code, Error},
     id::ModelName,
-    metrics::Way,
+    metrics::{Protocol, Way},
     model::{
         ModelVersion, Refused,
         catalog::{Catalog, CatalogReader, Deployment},
@@ -73,8 +73,9 @@ pub struct Request<'a> {
     /// Names of the outputs to return, in that order; empty for all.
     pub outputs: &'a [Arc<str>],
     pub urgency: Urgency,
-    /// When it arrived.
+    /// When it arrived, and by which way.
     pub started: Instant,
+    pub protocol: Protocol,
 }
 
 impl Engine {
@@ -179,7 +180,7 @@ impl Engine {
             let arranged = version.signature.arrange(version.name.as_str(), inputs)?;
             // A version has nothing to compare with itself.
             let candidate = target.shadow.as_ref().filter(|candidate| !Arc::ptr_eq(candidate, version));
-            let original = candidate.map(|candidate| Original::of(candidate, &arranged));
+            let original = candidate.map(|candidate| Original::of(candidate, &arranged, request.protocol));
             match version.infer(arranged, &request.urgency).await {
                 Ok(outputs) => {
                     if let Some(original) = original {

@@ -215,11 +215,11 @@ mod tests {
     fn copies_are_no_requests_of_clients() {
         let metrics = Metrics::new("0.1.0", "1.31.1");
         let version = metrics.version("m", "2");
-        version.copied(None, Duration::from_millis(3));
-        version.copied(Some(Code::Internal), Duration::from_millis(3));
+        version.request(Protocol::Grpc, Way::Shadow, None, Duration::from_millis(3));
+        version.request(Protocol::Rest, Way::Shadow, Some(Code::Internal), Duration::from_millis(3));
         let text = metrics.render(Page::default());
         for line in [
-            r#"tidegate_requests_total{model="m",version="2",protocol="copy",code="internal",variant="shadow"} 1"#,
+            r#"tidegate_requests_total{model="m",version="2",protocol="rest",code="internal",variant="shadow"} 1"#,
             r#"tidegate_request_duration_seconds_count{model="m",version="2",variant="shadow"} 2"#,
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");

@@ -118,7 +118,7 @@ async fn rollouts_and_copies_are_shown_until_their_model_goes() {
     let copy = |name: &str, more: &str| format!(r#"tidegate_shadow_{name}{{model="m",version="2"{more}}}"#);
     let compared = copy("compared_total", r#",output="y""#);
     eventually("copies are compared", async || running.metric(&compared).await == 2.0).await;
-    let series = r#"model="m",version="2",protocol="copy",code="ok",variant="shadow""#;
+    let series = r#"model="m",version="2",protocol="rest",code="ok",variant="shadow""#;
     for (series, value) in [
         (copy("difference_max", r#",output="y""#), 4.0),
         (copy("difference_mean", r#",output="y""#), 3.0),

@@ -138,6 +138,11 @@ async fn a_candidate_that_fails_or_panics_is_noticed_by_nobody_else() {
     }
     let found = model.comparison(6).await;
     assert_eq!((found.agreement.compared, found.agreement.failed), (2, 4), "{found:?}");
+    for (protocol, code, count) in [("rest", "ok", 1.0), ("rest", "internal", 1.0), ("grpc", "invalid_argument", 1.0)] {
+        let labels = format!(r#"protocol="{protocol}",code="{code}",variant="shadow""#);
+        let series = format!(r#"tidegate_requests_total{{model="m",version="2",{labels}}}"#);
+        assert_eq!(model.running.metric(&series).await, count, "{series}");
+    }
     assert_eq!(model.running.infer("m", &[9.0]).await.status, 400);
     model.ask(6.0).await;
     let found = model.comparison(8).await;

@@ -95,7 +95,8 @@ impl Service {
     ) -> Result<Answered, Error> {
         let urgency = urgency(record, &call, latest);
         let names: Vec<Arc<str>> = call.outputs.iter().map(|output| output.name.clone()).collect();
-        let request = engine::Request { inputs: call.inputs, outputs: &names, urgency, started: record.started() };
+        let (started, protocol) = (record.started(), record.protocol());
+        let request = engine::Request { inputs: call.inputs, outputs: &names, urgency, started, protocol };
         let outputs = self.app.engine.infer(&mut target, request).await;
         // It may have run on the successor of the version that was found first.
         record.aim(&target);

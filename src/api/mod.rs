@@ -296,6 +296,10 @@ impl Record {
         self.start
     }
 
+    pub fn protocol(&self) -> Protocol {
+        self.protocol
+    }
+
     /// Counts the answer; to be called before it is sent, so that whoever has it finds it counted.
     pub fn finish(mut self, failure: Option<Code>) {
         self.count(failure);

@@ -125,7 +125,7 @@ pub const FAMILIES: [Family; 32] = [
         of: Of::Version,
         kind: Kind::Counter,
         labels: "protocol, code, variant",
-        help: "Inference requests answered; copies of requests have the protocol copy and the variant shadow",
+        help: "Inference requests answered, and, with the variant shadow, copies of them",
     },
     Family {
         name: REQUEST_DURATION,

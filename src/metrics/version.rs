@@ -13,9 +13,7 @@ use super::{
 };
 use crate::error::Code;
 
-/// The last one stands for copies, which come over none.
-const PROTOCOLS: [&str; 3] = ["rest", "grpc", "copy"];
-const COPY: usize = 2;
+const PROTOCOLS: [&str; 2] = ["rest", "grpc"];
 const REASONS: [&str; 5] = ["cancelled", "deadline", "timeout", "overloaded", "displaced"];
 const PHASES: [&str; 3] = ["input", "infer", "output"];
 
@@ -96,26 +94,20 @@ impl VersionMetrics {
 
     /// Counts one answered request; `failure` is `None` for success.
     pub fn request(&self, protocol: Protocol, way: Way, failure: Option<Code>, duration: Duration) {
-        self.count(protocol as usize, way, failure, duration);
-        let tally = if failure.is_none() { &self.statistics.success } else { &self.statistics.fail };
-        tally.add(1, duration);
-        self.statistics.touch();
-    }
-
-    /// Counts the answer to a copy of a request. Triton's statistics are of requests, and say nothing of it.
-    pub fn copied(&self, failure: Option<Code>, duration: Duration) {
-        self.count(COPY, Way::Shadow, failure, duration);
-    }
-
-    fn count(&self, protocol: usize, way: Way, failure: Option<Code>, duration: Duration) {
         let code = failure.map_or(0, |code| code as usize + 1);
         let name = failure.map_or("ok", Code::as_str);
-        let labels = || [("protocol", PROTOCOLS[protocol]), ("code", name), ("variant", way.as_str())];
-        self.requests[way as usize][protocol][code]
+        let labels = || [("protocol", PROTOCOLS[protocol as usize]), ("code", name), ("variant", way.as_str())];
+        self.requests[way as usize][protocol as usize][code]
             .get_or_init(|| self.counter(families::REQUESTS, &labels()))
             .increment(1);
         let durations = self.request_duration[way as usize].get_or_init(|| Histogram::new(&SECONDS));
         durations.record(nanoseconds(duration));
+        // Triton's statistics are of what clients asked for.
+        if way != Way::Shadow {
+            let tally = if failure.is_none() { &self.statistics.success } else { &self.statistics.fail };
+            tally.add(1, duration);
+            self.statistics.touch();
+        }
     }
 
     fn execution(&self) -> &ExecutionHandles {

@@ -20,10 +20,15 @@ struct Idle {
 ///
 /// Where the system does not tell the time of other threads, theirs counts until they end.
 pub fn used() -> Duration {
+    let left_out = left_out();
+    clock(ClockId::ProcessCPUTime).saturating_sub(left_out)
+}
+
+/// What threads have used since they stepped back.
+fn left_out() -> Duration {
     let idle = IDLE.lock();
     let since = |&(thread, before): &(i32, Duration)| time_of(thread).map(|now| now.saturating_sub(before));
-    let stepped_back: Duration = idle.threads.iter().filter_map(since).sum();
-    clock(ClockId::ProcessCPUTime).saturating_sub(idle.ended + stepped_back)
+    idle.ended + idle.threads.iter().filter_map(since).sum::<Duration>()
 }
 
 /// From now on the calling thread's time does not count.
@@ -67,53 +72,48 @@ fn time_of(thread: i32) -> Option<Duration> {
 }
 
 #[cfg(test)]
+#[cfg(target_os = "linux")]
 mod tests {
-    use std::{sync::mpsc, time::Instant};
+    use std::sync::mpsc;
 
     use super::*;
 
-    const WORK: Duration = Duration::from_millis(300);
+    const WORK: Duration = Duration::from_millis(50);
 
-    /// Uses so much of the processor.
-    fn work() {
-        let start = clock(ClockId::ThreadCPUTime);
-        while clock(ClockId::ThreadCPUTime) - start < WORK {}
-    }
-
-    /// What counts of the work of a thread, while it lives and when it has ended; other tests' work counts, too.
-    fn counted(steps_back: bool) -> [Duration; 2] {
-        let before = used();
+    /// What a thread's work adds to what is left out, while it lives and when it has ended, and whether it is known.
+    fn left_out_of(step_back: bool) -> ([Duration; 2], bool) {
+        let before = left_out();
         let (done, worked) = mpsc::channel();
         let (end, ends) = mpsc::channel::<()>();
         let thread = std::thread::spawn(move || {
-            if steps_back {
+            if step_back {
                 super::super::step_back();
             }
-            work();
-            done.send(()).unwrap();
+            let start = clock(ClockId::ThreadCPUTime);
+            while clock(ClockId::ThreadCPUTime) - start < WORK {}
+            done.send(rustix::thread::gettid().as_raw_nonzero().get()).unwrap();
             let _ = ends.recv();
         });
-        worked.recv().unwrap();
-        let alive = used() - before;
+        let number = worked.recv().unwrap();
+        let known = IDLE.lock().threads.iter().any(|(thread, _)| *thread == number);
+        // It may not have come to rest yet.
+        let mut alive = left_out() - before;
+        while known && alive < WORK {
+            std::thread::yield_now();
+            alive = left_out() - before;
+        }
         drop(end);
         thread.join().unwrap();
-        [alive, used() - before]
+        assert!(IDLE.lock().threads.iter().all(|(thread, _)| *thread != number), "it has ended");
+        ([alive, left_out() - before], known)
     }
 
     #[test]
-    #[cfg(target_os = "linux")]
-    fn only_the_work_of_threads_that_stepped_back_does_not_count() {
-        // Other tests of this process work meanwhile, at times on every core.
-        let start = Instant::now();
-        let least = |steps_back| {
-            let found: Vec<[Duration; 2]> = (0..5).map(|_| counted(steps_back)).collect();
-            [0, 1].map(|index| found.iter().map(|counted| counted[index]).min().unwrap())
-        };
-        let (usual, idle) = (least(false), least(true));
-        println!("{usual:?} and {idle:?} of {WORK:?}, {:?}", start.elapsed());
-        assert!(usual.iter().all(|counted| *counted >= WORK), "{usual:?}");
-        for index in [0, 1] {
-            assert!(idle[index] + WORK / 2 < usual[index], "{usual:?}, and stepped back {idle:?}");
-        }
+    fn the_work_of_threads_that_stepped_back_is_left_out() {
+        // Other tests have such threads, too, so there may be more.
+        let (work, known) = left_out_of(true);
+        assert!(known && work.iter().all(|left_out| *left_out >= WORK), "{work:?}");
+        assert!(!left_out_of(false).1);
+        assert!(used() <= clock(ClockId::ProcessCPUTime).saturating_sub(WORK));
     }
 }

@@ -156,7 +156,8 @@ async fn try_exchange<A: Send + 'static, B: Arriving>(
     let names: Vec<Arc<str>> = call.outputs.iter().map(|output| output.name.clone()).collect();
     let urgency = urgency(record, &call, latest);
     let inputs = std::mem::take(&mut call.inputs);
-    let request = engine::Request { inputs, outputs: &names, urgency, started: record.started() };
+    let (started, protocol) = (record.started(), record.protocol());
+    let request = engine::Request { inputs, outputs: &names, urgency, started, protocol };
     let outputs = app.engine.infer(&mut target, request).await;
     // It may have run on the successor of the version that was found first.
     record.aim(&target);
