@@ -1,4 +1,4 @@
-//! Commands: serve, models, health, config.
+//! Commands: serve, models, rollout, audit, health, config.
 
 use std::{
     io::Write,
@@ -9,14 +9,11 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use bytes::Bytes;
 use clap::{Args, Parser, Subcommand};
-use http_body_util::{BodyExt, Empty};
-use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use toml::{Table, Value};
 
 use crate::{
-    api::ops::ModelStatus,
+    api::admin::documents::ModelStatus,
     backend::{Backends, onnx::OnnxRuntime},
     config::{self, Config},
     control::{
@@ -28,7 +25,11 @@ use crate::{
     server::Server,
 };
 
-const ASK_TIMEOUT: Duration = Duration::from_secs(5);
+mod ask;
+mod audit;
+mod rollout;
+
+use ask::{Ops, OpsArgs};
 
 /// Tidegate serves models over REST and gRPC (Open Inference Protocol v2).
 #[derive(Parser)]
@@ -43,7 +44,11 @@ enum Command {
     /// Serve a folder of models.
     Serve(Box<ServeArgs>),
     /// List the models of a running server with their versions, states and reasons.
-    Models(OpsArgs),
+    Models(ModelsArgs),
+    /// Change which version of a model gets requests: step by step, by hand, and back.
+    Rollout(Box<rollout::RolloutArgs>),
+    /// Show what was changed by whom and why, or verify the log of it.
+    Audit(audit::AuditArgs),
     /// Exit with 0 when a running server is ready, else with 1.
     Health(OpsArgs),
     /// Show the configuration.
@@ -81,7 +86,7 @@ struct ServeArgs {
     /// Let loads bring the model's files along
     #[arg(long)]
     allow_model_upload: bool,
-    /// Bearer token that loads, unloads and changes to logging need; better as TIDEGATE_TOKEN
+    /// Bearer token that loads, unloads, rollouts and changes to logging need; better as TIDEGATE_TOKEN
     #[arg(long, value_name = "TOKEN")]
     token: Option<String>,
     /// How instances and threads divide the cores [default: latency]
@@ -99,10 +104,12 @@ struct ServeArgs {
 }
 
 #[derive(Args)]
-struct OpsArgs {
-    /// Operators' address of the server
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8002", env = "TIDEGATE_OPS")]
-    ops: SocketAddr,
+struct ModelsArgs {
+    #[command(flatten)]
+    server: OpsArgs,
+    /// Print the server's answer as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Args)]
@@ -131,8 +138,10 @@ enum ConfigAction {
 pub fn run() -> anyhow::Result<ExitCode> {
     match Cli::parse().command {
         Command::Serve(args) => serve(&args),
-        Command::Models(args) => models(args.ops),
-        Command::Health(args) => health(args.ops),
+        Command::Models(args) => models(&args),
+        Command::Rollout(args) => rollout::run(&args),
+        Command::Audit(args) => audit::run(&args),
+        Command::Health(args) => health(&args),
         Command::Config(ConfigArgs { action: Some(ConfigAction::Convert { file }), .. }) => convert(&file),
         Command::Config(ConfigArgs { action: None, .. }) => {
             print!("{}", config::documented_defaults());
@@ -266,12 +275,13 @@ fn convert(file: &Path) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn models(ops: SocketAddr) -> anyhow::Result<ExitCode> {
-    let (status, body) = ask(ops, "/admin/v1/models")?;
-    if !status.is_success() {
-        bail!("the server at {ops} answered {status}");
+fn models(args: &ModelsArgs) -> anyhow::Result<ExitCode> {
+    let answer = Ops::new(&args.server)?.get("/admin/v1/models")?;
+    if args.json {
+        say(format_args!("{}", answer.pretty()?));
+        return Ok(ExitCode::SUCCESS);
     }
-    let models: Vec<ModelStatus> = serde_json::from_slice(&body).context("the answer is not a list of models")?;
+    let models: Vec<ModelStatus> = answer.read()?;
     println!("{:<24} {:<10} {:<10} REASON", "MODEL", "VERSION", "STATE");
     for model in models {
         for version in &model.versions {
@@ -286,25 +296,8 @@ fn models(ops: SocketAddr) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn health(ops: SocketAddr) -> anyhow::Result<ExitCode> {
-    let (status, _) = ask(ops, "/readyz")?;
+fn health(args: &OpsArgs) -> anyhow::Result<ExitCode> {
+    let (status, _) = Ops::new(args)?.fetch("/readyz")?;
     println!("{}", if status.is_success() { "ready" } else { "not ready" });
     Ok(if status.is_success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-fn ask(ops: SocketAddr, path: &str) -> anyhow::Result<(http::StatusCode, Bytes)> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
-        let client = Client::builder(TokioExecutor::new()).build_http::<Empty<Bytes>>();
-        let uri = format!("http://{ops}{path}").parse()?;
-        let asking = async {
-            let response = client.get(uri).await?;
-            let status = response.status();
-            anyhow::Ok((status, response.into_body().collect().await?.to_bytes()))
-        };
-        tokio::time::timeout(ASK_TIMEOUT, asking)
-            .await
-            .with_context(|| format!("no answer from {ops} within {ASK_TIMEOUT:?}"))?
-            .with_context(|| format!("no server answers at {ops}"))
-    })
 }

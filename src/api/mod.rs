@@ -24,6 +24,7 @@ use crate::{
     tensor::{DType, Tensor},
 };
 
+pub mod admin;
 pub mod aside;
 pub mod auth;
 pub mod client;

@@ -1,4 +1,4 @@
-//! The operators' port: metrics, probes, versions and the state of every model.
+//! The operators' port: metrics, probes and versions, beside what `admin` has.
 //!
 //! It has a thread of its own, so it answers while the data ports are saturated.
 
@@ -6,37 +6,74 @@ use std::sync::Arc;
 
 use axum::{
     Json, Router,
-    extract::{Path, State},
+    extract::State,
     response::{IntoResponse, Response},
-    routing::get,
 };
 use http::{StatusCode, header};
-use serde::{Deserialize, Serialize};
-use serde_json::json;
+use schemars::JsonSchema;
+use serde::Serialize;
+use serde_json::{Map, Value};
 
-use super::{App, scrape, status};
-use crate::{
-    error::Code,
-    id::ModelName,
-    model::{
-        State as ModelState,
-        catalog::{Deployment, Entry},
+use super::{
+    App,
+    admin::{
+        self,
+        openapi::{self, Operation},
     },
+    rest, scrape, status,
 };
+use crate::error::Code;
 
 /// The media type of the text that Prometheus scrapes.
 const EXPOSITION: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 pub fn router(app: Arc<App>) -> Router {
-    Router::new()
-        .route("/metrics", get(metrics))
-        .route("/healthz", get(|| async { Json(json!({ "live": true })) }))
-        .route("/readyz", get(ready))
-        .route("/version", get(version))
-        .route("/admin/v1/models", get(models))
-        .route("/admin/v1/models/{model}", get(model))
-        .fallback(|| async { status::response(&crate::error::Error::not_found("there is nothing at this path")) })
+    openapi::router(operations())
+        .fallback(rest::unknown_path)
+        .method_not_allowed_fallback(rest::wrong_verb)
         .with_state(app)
+}
+
+/// Everything there is on the port.
+fn operations() -> Vec<Operation> {
+    let mut operations = vec![
+        Operation::get::<String, _, _>("/metrics", "getMetrics", "Every metric, for Prometheus.", metrics)
+            .text(EXPOSITION),
+        Operation::get::<Live, _, _>("/healthz", "getLiveness", "Whether the process is alive.", live),
+        Operation::get::<Ready, _, _>("/readyz", "getReadiness", "Whether the server is ready.", ready)
+            .failing_with::<Ready>(Code::NotReady),
+        Operation::get::<Version, _, _>("/version", "getVersion", "What runs here.", version),
+        Operation::get::<Map<String, Value>, _, _>("/admin/openapi.json", "getOpenapi", "This document.", document),
+    ];
+    operations.extend(admin::operations());
+    operations
+}
+
+#[derive(Serialize, JsonSchema)]
+struct Live {
+    live: bool,
+}
+
+#[derive(Serialize, JsonSchema)]
+struct Ready {
+    ready: bool,
+}
+
+#[derive(Serialize, JsonSchema)]
+struct Version {
+    name: String,
+    version: String,
+    /// ONNX Runtime's.
+    onnxruntime: String,
+}
+
+async fn live() -> Json<Live> {
+    Json(Live { live: true })
+}
+
+/// Put together when it is asked for: hardly anybody does, and it takes a millisecond.
+async fn document() -> Json<Value> {
+    Json(openapi::document(&operations()))
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
@@ -47,91 +84,44 @@ async fn metrics(State(app): State<Arc<App>>) -> Response {
 async fn ready(State(app): State<Arc<App>>) -> Response {
     let ready = app.is_ready();
     let code = if ready { StatusCode::OK } else { status::http(Code::NotReady) };
-    (code, Json(json!({ "ready": ready }))).into_response()
+    (code, Json(Ready { ready })).into_response()
 }
 
-async fn version(State(app): State<Arc<App>>) -> Response {
-    Json(json!({
-        "name": super::SERVER_NAME,
-        "version": env!("CARGO_PKG_VERSION"),
-        "onnxruntime": app.onnxruntime_version,
-    }))
-    .into_response()
+async fn version(State(app): State<Arc<App>>) -> Json<Version> {
+    Json(Version {
+        name: super::SERVER_NAME.to_owned(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        onnxruntime: app.onnxruntime_version.clone(),
+    })
 }
 
-/// A model as `GET /admin/v1/models` shows it.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct ModelStatus {
-    pub name: String,
-    /// The version that answers requests that name none.
-    pub default_version: Option<String>,
-    /// Why the model has no version at all.
-    pub problem: Option<String>,
-    pub versions: Vec<VersionStatus>,
-}
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
 
-/// A version as `GET /admin/v1/models` shows it.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct VersionStatus {
-    pub version: String,
-    pub state: String,
-    pub reason: String,
-    #[serde(flatten)]
-    pub serving: Option<ServingStatus>,
-}
+    use super::*;
 
-/// What is known of a version once it serves.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct ServingStatus {
-    pub instances: usize,
-    pub batching: bool,
-    pub batching_reason: String,
-    pub batch_rows: usize,
-    pub max_batch_size: Option<usize>,
-    pub pending_requests: usize,
-    pub load_seconds: f64,
-    pub notes: Vec<String>,
-}
-
-fn model_status(name: &ModelName, deployment: &Deployment) -> ModelStatus {
-    ModelStatus {
-        name: name.to_string(),
-        default_version: deployment.default.as_ref().map(ToString::to_string),
-        problem: deployment.problem.clone(),
-        versions: deployment.entries.iter().map(version_status).collect(),
+    #[test]
+    fn every_operation_is_described_once() {
+        let document = openapi::document(&operations());
+        let paths = document["paths"].as_object().unwrap();
+        let methods = paths.values().flat_map(|path| path.as_object().unwrap().values());
+        let names: BTreeSet<&str> = methods.map(|method| method["operationId"].as_str().unwrap()).collect();
+        assert_eq!(names.len(), operations().len());
+        for path in ["/metrics", "/admin/openapi.json", "/admin/v1/models/{model}/rollout/{command}"] {
+            assert!(paths.contains_key(path), "{path}");
+        }
     }
-}
 
-fn version_status(entry: &Entry) -> VersionStatus {
-    let serving = entry.serving.as_ref().map(|version| ServingStatus {
-        instances: version.instances,
-        batching: version.batching.enabled,
-        batching_reason: version.batching.reason.clone(),
-        batch_rows: version.batching.group,
-        max_batch_size: version.max_batch_size,
-        pending_requests: version.in_flight(),
-        load_seconds: version.load_duration.as_secs_f64(),
-        notes: version.signature.notes.clone(),
-    });
-    VersionStatus {
-        version: entry.version.to_string(),
-        state: ModelState::as_str(entry.state).to_owned(),
-        reason: entry.reason.clone(),
-        serving,
-    }
-}
-
-async fn models(State(app): State<Arc<App>>) -> Json<Vec<ModelStatus>> {
-    let catalog = app.engine.catalog().load();
-    Json(catalog.deployments.iter().map(|(name, deployment)| model_status(name, deployment)).collect())
-}
-
-async fn model(State(app): State<Arc<App>>, Path(name): Path<String>) -> Response {
-    let catalog = app.engine.catalog().load();
-    match catalog.deployments.get_key_value(name.as_str()) {
-        Some((name, deployment)) => Json(model_status(name, deployment)).into_response(),
-        None => {
-            status::response(&crate::error::Error::not_found(format!("unknown model '{}'", crate::id::shorten(&name))))
+    #[test]
+    fn settings_of_a_start_are_described_and_have_no_defaults() {
+        let document = openapi::document(&operations());
+        let start = &document["components"]["schemas"]["StartRequest"];
+        assert_eq!((&start["required"], &start["additionalProperties"]), (&serde_json::json!(["to"]), &false.into()));
+        let settings = serde_json::to_value(crate::rollout::plan::Settings::default()).unwrap();
+        for (key, _) in settings.as_object().unwrap() {
+            assert!(start["properties"][key].is_object(), "{key}");
+            assert!(start["properties"][key].get("default").is_none(), "{key}");
         }
     }
 }

@@ -116,7 +116,7 @@ fn check_repository(name: &str) -> Result<(), Error> {
 }
 
 /// A load may take longer than the server has left.
-async fn until_closing(app: &App, command: impl Future<Output = Result<(), Error>>) -> Result<(), Error> {
+pub(super) async fn until_closing(app: &App, command: impl Future<Output = Result<(), Error>>) -> Result<(), Error> {
     tokio::select! {
         biased;
         answer = command => answer,

@@ -90,11 +90,11 @@ async fn goodbye(State(app): State<Arc<App>>, response: Response) -> Response {
     front::say_goodbye(&app, response)
 }
 
-async fn unknown_path(request: Request) -> Response {
+pub(super) async fn unknown_path(request: Request) -> Response {
     status::response(&Error::not_found(format!("there is nothing at {}", shorten(request.uri().path()))))
 }
 
-async fn wrong_verb(request: Request) -> Response {
+pub(super) async fn wrong_verb(request: Request) -> Response {
     let message = format!("{} is not allowed for {}", request.method(), shorten(request.uri().path()));
     RestError { error: Error::invalid(message), status: Some(StatusCode::METHOD_NOT_ALLOWED) }.into_response()
 }

@@ -161,13 +161,20 @@ impl Commands {
         self.ask(|answer| Command::Change { name, asked, change, answer }).await
     }
 
-    /// What was written down of changes of a model (of all without), oldest first.
+    /// What was written down of changes of a model (of all without) since a moment and behind the entry of a number,
+    /// oldest first.
     ///
     /// # Errors
     /// `NotReady` when the state cannot be read.
-    pub async fn audit(&self, model: Option<&str>, since: Moment, most: usize) -> Result<Vec<Logged>, Error> {
+    pub async fn audit(
+        &self,
+        model: Option<&str>,
+        since: Moment,
+        after: u64,
+        most: usize,
+    ) -> Result<Vec<Logged>, Error> {
         let model = model.map(str::to_owned);
-        self.state.with(move |store| store.audit(model.as_deref(), since, most)).await
+        self.state.with(move |store| store.audit(model.as_deref(), since, after, most)).await
     }
 
     /// Everything that was changed by request or by rollouts, by model.

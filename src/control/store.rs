@@ -6,7 +6,7 @@
 use std::{path::Path, sync::Arc};
 
 use parking_lot::Mutex;
-use rusqlite::{Connection, OptionalExtension, Transaction, params};
+use rusqlite::{Connection, OpenFlags, OptionalExtension, Transaction, params};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
@@ -103,6 +103,17 @@ impl Store {
         Ok(Self { connection })
     }
 
+    /// Opens the file in the data directory to read it, also while a server writes to it.
+    ///
+    /// # Errors
+    /// `NotReady` naming the file.
+    pub fn open_to_read(directory: &Path) -> Result<Self, Error> {
+        let path = directory.join(FILE);
+        let connection = Connection::open_with_flags(&path, OpenFlags::SQLITE_OPEN_READ_ONLY);
+        let connection = connection.map_err(|error| unavailable(&format!("{}: {error}", path.display())))?;
+        Ok(Self { connection })
+    }
+
     /// What is remembered of each model.
     ///
     /// # Errors
@@ -144,18 +155,18 @@ impl Store {
         self.write(|transaction| log(transaction, entry))
     }
 
-    /// Entries of a model (of all without) since a moment, oldest first, at most so many.
+    /// Entries of a model (of all without) since a moment and behind the one of a number, oldest first, at most so many.
     ///
     /// # Errors
     /// `NotReady` when the file cannot be read.
-    pub fn audit(&self, model: Option<&str>, since: Moment, most: usize) -> Result<Vec<Logged>, Error> {
+    pub fn audit(&self, model: Option<&str>, since: Moment, after: u64, most: usize) -> Result<Vec<Logged>, Error> {
         let read = || -> rusqlite::Result<Vec<Logged>> {
             let sql = "SELECT number, at, model, author, action, reason, details, hash FROM audit
-                       WHERE (?1 IS NULL OR model = ?1) AND at >= ?2 ORDER BY number LIMIT ?3";
+                       WHERE (?1 IS NULL OR model = ?1) AND at >= ?2 AND number > ?3 ORDER BY number LIMIT ?4";
             let mut rows = self.connection.prepare(sql)?;
             let most = i64::try_from(most).unwrap_or(i64::MAX);
-            let since = i64::try_from(since).unwrap_or(i64::MAX);
-            rows.query_map(params![model, since, most], logged)?.collect()
+            let [since, after] = [since, after].map(|number| i64::try_from(number).unwrap_or(i64::MAX));
+            rows.query_map(params![model, since, after, most], logged)?.collect()
         };
         read().map_err(|error| unavailable(&error.to_string()))
     }
@@ -167,7 +178,7 @@ impl Store {
     pub fn verify(&self) -> Result<u64, Error> {
         let mut before = ORIGIN.to_owned();
         let mut count = 0;
-        for Logged { number, entry, hash } in self.audit(None, 0, usize::MAX)? {
+        for Logged { number, entry, hash } in self.audit(None, 0, 0, usize::MAX)? {
             count += 1;
             if number != count {
                 return Err(Error::new(Code::Conflict, format!("audit entry {count} is missing")));
@@ -278,7 +289,7 @@ mod tests {
         assert_eq!(store.verify().unwrap(), 0);
         (1..=10).for_each(|number| store.log(&entry(number)).unwrap());
         assert_eq!(store.verify().unwrap(), 10);
-        let found: Vec<u64> = store.audit(Some("odd"), 4, 2).unwrap().iter().map(|logged| logged.number).collect();
+        let found: Vec<u64> = store.audit(Some("odd"), 4, 0, 2).unwrap().iter().map(|logged| logged.number).collect();
         assert_eq!(found, [5, 7]);
         for (change, wrong) in [
             ("UPDATE audit SET reason = 'another' WHERE number = 4", "audit entry 4 is not as it was written"),

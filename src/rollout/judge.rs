@@ -148,7 +148,7 @@ impl Default for Margins {
 }
 
 /// What is found of one metric, or of the candidate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Finding {
     /// Not worse by more than the margin, as far as known.
@@ -160,7 +160,7 @@ pub enum Finding {
 }
 
 /// What is found of one metric, in numbers.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Verdict {
     pub metric: String,
     pub finding: Finding,
@@ -174,7 +174,7 @@ pub struct Verdict {
 }
 
 /// What is found of the candidate.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Judgement {
     pub finding: Finding,
     /// Answers of the candidate that it rests on.

@@ -1,0 +1,269 @@
+//! The command line as operators use it: the binary itself, against a server in this process.
+
+use std::{
+    io::{BufRead, BufReader},
+    process::{Command, Output, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use serde_json::{Value, json};
+use tidegate::{api::auth::Token, config::Config};
+
+use crate::{
+    rollout_api::{held, start_held},
+    support::{Repository, Running, config, eventually, start},
+};
+
+/// What a command printed, and how it ended.
+struct Done {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+impl Done {
+    fn json(&self) -> Value {
+        serde_json::from_str(&self.out).unwrap_or_else(|_| panic!("{}{}", self.out, self.err))
+    }
+
+    /// The same, of a command that went well.
+    fn good(self) -> Self {
+        assert_eq!(self.code, 0, "{}{}", self.out, self.err);
+        self
+    }
+
+    /// What a command says that did not go well.
+    fn refused(self) -> String {
+        assert_eq!((self.code, self.out.as_str()), (1, ""), "{}", self.err);
+        self.err
+    }
+}
+
+impl From<Output> for Done {
+    fn from(output: Output) -> Self {
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        Self { code: output.status.code().unwrap(), out: text(output.stdout), err: text(output.stderr) }
+    }
+}
+
+fn command(words: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tidegate"));
+    let inherited = std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(|n| n.starts_with("TIDEGATE_")));
+    for (name, _) in inherited {
+        command.env_remove(name);
+    }
+    command.args(words.split_whitespace()).env("USER", "ada");
+    command
+}
+
+/// Runs `tidegate` with these words and the server's address.
+async fn tidegate(running: &Running, words: &str) -> Done {
+    let mut command = command(words);
+    command.env("TIDEGATE_OPS", running.ops.trim_start_matches("http://"));
+    tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap().into()
+}
+
+async fn status(running: &Running) -> Value {
+    tidegate(running, "rollout status m --json").await.good().json()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rollout_is_steered_from_start_to_abort() {
+    let repository = held();
+    let running = start_held(&repository, &config(&repository)).await;
+    let none = tidegate(&running, "rollout status m").await.refused();
+    assert!(none.contains("has had no rollout") && none.contains("`tidegate rollout start m --to VERSION`"), "{none}");
+    let unknown = tidegate(&running, "rollout start nosuch --to 2").await.refused();
+    assert!(unknown.contains("unknown model 'nosuch'") && unknown.contains("`tidegate models`"), "{unknown}");
+    let wrong = tidegate(&running, "rollout start m --to 2 --steps 10,5,100").await.refused();
+    assert!(wrong.contains("got 10 and then 5 percent"), "{wrong}");
+    let wrong = tidegate(&running, "rollout start m --to 2 --sticky cookie:x").await.refused();
+    assert!(wrong.contains("field 'sticky' in line 1: sticky must be header:NAME"), "{wrong}");
+
+    let options = "--to 2 --steps 10,50,100 --every 1h --shadow 100 --sticky header:X-User --manual --min-samples 7";
+    let shown = tidegate(&running, &format!("rollout start m {options} --reason better")).await.good().out;
+    assert!(shown.starts_with("rollout m/r1: version 1 → 2, "), "{shown}");
+    eventually("copies are made", async || status(&running).await["phase"] == "shadow").await;
+    let document = status(&running).await;
+    assert_eq!((&document["sticky"], &document["shadow"]["weight_percent"]), (&json!("header:x-user"), &json!(100.0)));
+    let step = json!({ "weight_percent": 50.0, "min_duration_seconds": 3600.0, "min_samples": 7,
+                       "max_duration_seconds": 36000.0, "pause": true });
+    assert_eq!(document["steps"][1], step);
+    let shown = tidegate(&running, "rollout status m").await.good().out;
+    assert!(shown.contains("▶ shadow 100 %  · 10 %  · 50 %  · 100 %") && shown.contains("pending → shadow"), "{shown}");
+
+    assert_eq!(tidegate(&running, "rollout pause m --json").await.good().json()["phase"], "paused");
+    let shown = tidegate(&running, "rollout resume m").await.good().out;
+    assert!(shown.contains("shadow for"), "{shown}");
+    let advanced = tidegate(&running, "rollout advance m --reason now --json").await.good().json();
+    assert_eq!((&advanced["phase"], &advanced["weight_percent"]), (&json!("canary"), &json!(10.0)));
+    let busy = tidegate(&running, "rollout start m --to 2").await.refused();
+    assert!(busy.contains("abort it first") && busy.contains("its rollout is canary"), "{busy}");
+    let busy = tidegate(&running, "rollout set m 5").await.refused();
+    assert!(busy.contains("rollout 'm/r1' divides its requests"), "{busy}");
+    let aborted = tidegate(&running, "rollout abort m").await.good().out;
+    assert!(aborted.contains("aborted for") && aborted.contains("✓ shadow 100 %  ✗ 10 %"), "{aborted}");
+    let over = tidegate(&running, "rollout resume m").await.refused();
+    assert!(over.contains("is aborted") && over.contains("`tidegate rollout status m`"), "{over}");
+    running.stop().await;
+}
+
+/// Requests for `m`, one after the other, until it is told to stop; how many were not answered well.
+fn load(running: &Arc<Running>, stop: &Arc<AtomicBool>) -> tokio::task::JoinHandle<usize> {
+    let (running, stop) = (running.clone(), stop.clone());
+    tokio::spawn(async move {
+        let mut failed = 0;
+        while !stop.load(Ordering::Relaxed) {
+            failed += usize::from(running.infer("m", &[1.0]).await.status != 200);
+        }
+        failed
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watched_rollout_is_told_to_its_end() {
+    let repository = Repository::with("m", "scale = 2.0");
+    repository.settings("m", "[rollout]\non_new_version = \"hold\"\nwatch = \"300ms\"\nlatency_objective = \"10s\"\n");
+    let running = Arc::new(start_held(&repository, &config(&repository)).await);
+    let stop = Arc::new(AtomicBool::new(false));
+    let loads = [load(&running, &stop), load(&running, &stop)];
+    let options = "--to 2 --steps 50,100 --every 300ms --min-samples 20 --watch";
+    let done = tidegate(&running, &format!("rollout start m {options}")).await.good();
+    stop.store(true, Ordering::Relaxed);
+    for load in loads {
+        assert_eq!(load.await.unwrap(), 0);
+    }
+    let changes: Vec<&str> = done.out.lines().filter(|line| line.contains("Z  ")).collect();
+    let phases =
+        ["pending → canary", "canary → canary", "canary → promoting", "promoting → watching", "watching → done"];
+    assert_eq!(changes.len(), phases.len(), "{}", done.out);
+    for (line, phase) in changes.iter().zip(phases) {
+        assert!(line.contains(phase), "{line}");
+    }
+    assert!(done.out.contains("✓ 50 %  ✓ 100 %") && !done.out.contains('\x1b'), "{}", done.out);
+    assert!(done.out.contains("good     errors: candidate 0.00 %"), "{}", done.out);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watched_rollout_that_is_given_up_ends_with_1() {
+    let repository = held();
+    let running = Arc::new(start_held(&repository, &config(&repository)).await);
+    tidegate(&running, "rollout start m --to 2 --every 1h").await.good();
+    let watched = tokio::spawn({
+        let running = running.clone();
+        async move { tidegate(&running, "rollout status m --watch --json").await }
+    });
+    eventually("it is at the first step", async || status(&running).await["phase"] == "canary").await;
+    tidegate(&running, "rollout abort m --reason enough").await.good();
+    let done = watched.await.unwrap();
+    assert_eq!(done.code, 1, "{}{}", done.out, done.err);
+    let last: Value = serde_json::from_str(done.out.lines().last().unwrap()).unwrap();
+    assert_eq!((&last["phase"], &last["reason"]), (&json!("aborted"), &json!("enough")));
+}
+
+/// The server stops and comes back; whoever watches sees the same rollout go on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_watches_outlasts_a_restart() {
+    let repository = held();
+    let running = start_held(&repository, &config(&repository)).await;
+    tidegate(&running, "rollout start m --to 2 --every 1h").await.good();
+    eventually("it is at the first step", async || status(&running).await["phase"] == "canary").await;
+    let ops = running.ops.trim_start_matches("http://").to_owned();
+    let mut watching =
+        command("rollout status m --watch").env("TIDEGATE_OPS", &ops).stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(watching.stdout.take().unwrap()).lines();
+    assert!(lines.next().unwrap().unwrap().contains("pending → canary"), "it is seen before the server stops");
+    running.stop().await;
+    let running = start(&Config { ops: ops.parse().unwrap(), ..config(&repository) }).await;
+    tidegate(&running, "rollout abort m --reason enough").await.good();
+    let rest: Vec<String> = tokio::task::spawn_blocking(move || lines.map(Result::unwrap).collect()).await.unwrap();
+    assert!(rest[0].contains("canary → aborted at 0 %: enough"), "{rest:?}");
+    assert_eq!(watching.wait().unwrap().code(), Some(1));
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_share_is_set_by_hand_and_cleared() {
+    let repository = held();
+    let running = start_held(&repository, &config(&repository)).await;
+    let unsaid = tidegate(&running, "rollout set m 25").await.refused();
+    assert!(unsaid.contains("name its version with --to VERSION (loaded besides the stable one: 2)"), "{unsaid}");
+    let set = tidegate(&running, "rollout set m 25 --to 2 --reason careful").await.good().out;
+    assert_eq!(set, "m: 25 % to version 2 (canary)\nm: the rest to version 1 (stable)\n");
+    let id = running.ops("/admin/v1/models/m").await.1["route"]["id"].clone();
+    let set = tidegate(&running, "rollout set m 0.5 --json").await.good().json();
+    assert_eq!((&set["route"]["arms"][0]["percent"], &set["route"]["id"]), (&json!(0.5), &id));
+    let wrong = tidegate(&running, "rollout set m 101").await.refused();
+    assert!(wrong.contains("field 'canary.percent': a weight must be 0 to 100 percent, got 101"), "{wrong}");
+
+    let listed = tidegate(&running, "rollout overrides").await.good().out;
+    assert_eq!(listed, "m: route by hand: 1 (stable), 0.5 % 2 (canary); by ada\n");
+    assert_eq!(tidegate(&running, "rollout overrides clear m").await.good().out, "cleared m\n");
+    let listed = tidegate(&running, "rollout overrides").await.good().out;
+    assert_eq!(listed, "everything is as the repository has it\n");
+    assert!(tidegate(&running, "rollout overrides clear").await.good().out.contains("there were no overrides"));
+    let models = tidegate(&running, "models --json").await.good().json();
+    assert_eq!((&models[0]["name"], &models[0]["route"]), (&json!("m"), &Value::Null));
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_log_is_told_and_verified_with_a_server_and_without() {
+    let repository = held();
+    let config = config(&repository);
+    let running = start_held(&repository, &config).await;
+    // More than one answer of the server holds.
+    for percent in 0..105 {
+        let body =
+            json!({ "canary": { "version": "2", "percent": percent % 100 }, "reason": format!("try {percent}") });
+        let uri = format!("{}/admin/v1/models/m/route", running.ops);
+        let request = http::Request::put(uri).body(body.to_string().into()).unwrap();
+        assert_eq!(running.send(request).await.unwrap().status, 200);
+    }
+    let told = tidegate(&running, "audit m").await.good().out;
+    assert_eq!(told.lines().count(), 106, "{told}");
+    assert!(told.lines().last().unwrap().ends_with("m  route by operator: try 104"), "{told}");
+    assert_eq!(
+        tidegate(&running, "audit --since 1h --json").await.good().json()["entries"].as_array().unwrap().len(),
+        106
+    );
+    assert_eq!(tidegate(&running, "audit --since 2100-01-01T00:00:00Z").await.good().out, "");
+    let wrong = tidegate(&running, "audit --since yesterday").await.refused();
+    assert!(wrong.contains("'since' must be a time"), "{wrong}");
+
+    let verify = format!("audit verify --data {}", config.data_directory().display());
+    let whole = "106 entries, all as they were written\n";
+    assert_eq!(tidegate(&running, &verify).await.good().out, whole);
+    running.stop().await;
+    let verified = || Done::from(command(&verify).output().unwrap());
+    assert_eq!(verified().good().out, whole);
+    let file = rusqlite::Connection::open(config.data_directory().join("state.sqlite")).unwrap();
+    file.execute("UPDATE audit SET author = 'nobody' WHERE number = 50", []).unwrap();
+    drop(file);
+    let broken = verified().refused();
+    assert!(broken.contains("audit entry 50 is not as it was written"), "{broken}");
+    let missing = Done::from(command("audit verify --data /nonexistent").output().unwrap()).refused();
+    assert!(missing.contains("name another folder with --data"), "{missing}");
+    assert!(!std::path::Path::new("/nonexistent").exists());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_the_token_or_a_server_the_next_step_is_told() {
+    let repository = Repository::with("m", "");
+    let token = Some(Token::parse("s3cret".to_owned()).unwrap());
+    let running = start(&Config { token, ..config(&repository) }).await;
+    let refused = tidegate(&running, "rollout set m 5 --to 2").await.refused();
+    assert!(refused.contains("changes need this server's token") && refused.contains("--token or TIDEGATE_TOKEN"));
+    let refused = tidegate(&running, "rollout set m 5 --to 2 --token wrong").await.refused();
+    assert!(refused.contains("the bearer token is not this server's"), "{refused}");
+    let known = tidegate(&running, "rollout --token s3cret set m 5 --to 2").await.refused();
+    assert!(known.contains("has no version '2'"), "{known}");
+    running.stop().await;
+    let alone = Done::from(command("rollout status m --ops 127.0.0.1:1").output().unwrap()).refused();
+    assert!(alone.contains("no server answers at 127.0.0.1:1; name another with --ops or TIDEGATE_OPS"), "{alone}");
+    let wrong = Done::from(command("rollout status m --ops localhost").output().unwrap());
+    assert!(wrong.code == 2 && wrong.err.contains("HOST:PORT"), "{}", wrong.err);
+}
