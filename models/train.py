@@ -3,8 +3,9 @@
     pip install -r models/requirements.txt
     python models/train.py
 
-For every model this writes `<name>/1/model.onnx` and `<name>/request.json`, an
-inference request made of held-out rows. Each file is run with onnxruntime and
+For every model this writes `<name>/1/model.onnx`, `<name>/1/golden.json`, held-out
+rows with what the model it was made from says of them, and `<name>/request.json`,
+an inference request made of such rows. Each file is run with onnxruntime and
 compared with the model it was made from. Everything is seeded and fitted weights
 are rounded, so a second run writes the same bytes.
 """
@@ -25,6 +26,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 
 SEED = 7
+GOLDEN_ROWS = 40
 HERE = Path(__file__).resolve().parent
 
 
@@ -423,8 +425,35 @@ def write(name, model, request_input):
     (HERE / name / "request.json").write_text(request + "\n", encoding="utf-8")
 
 
+def write_golden(name, feeds, expected):
+    """One case with all rows, and one with the first of them alone."""
+    rows = len(next(iter(feeds.values())))
+
+    def tensors(values, count):
+        return [v2_tensor(key, value[:count]) for key, value in values.items()]
+
+    cases = [
+        {"inputs": tensors(feeds, count), "outputs": tensors(expected, count)}
+        for count in (min(rows, GOLDEN_ROWS), 1)
+    ]
+    text = ",\n".join(json.dumps(case, ensure_ascii=False) for case in cases)
+    path = HERE / name / "1" / "golden.json"
+    path.write_text(f"[\n{text}\n]\n", encoding="utf-8")
+
+
+def v2_tensor(name, values):
+    if values.dtype == object:
+        return v2_input(name, "BYTES", values.shape, values.ravel().tolist())
+    if values.dtype.kind == "i":
+        return v2_input(name, "INT64", values.shape, values.ravel().tolist())
+    return v2_input(
+        name, "FP32", values.shape, shortest_floats(values.astype(np.float32))
+    )
+
+
 def verify(name, feeds, expected):
     """The file must agree with its source, and a row must not feel its neighbours."""
+    write_golden(name, feeds, expected)
     path = HERE / name / "1" / "model.onnx"
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for value in session.get_inputs() + session.get_outputs():

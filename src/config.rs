@@ -46,8 +46,8 @@ pub struct Config {
     /// the model is unloaded, never in the repository; one call may bring 1000 files of `limits.max_message_bytes`
     /// together.
     pub allow_model_upload: bool,
-    /// The bearer token that changes by request (load, unload, rollouts, logging) need, from everyone. Without one they are
-    /// allowed to callers on this machine only, and not with a header `Origin`, `Forwarded`, `X-Forwarded-For` or
+    /// The bearer token that changes by request (load, unload, rollouts, logging) need, from everyone. Without one they
+    /// are allowed to callers on this machine only, and not with a header `Origin`, `Forwarded`, `X-Forwarded-For` or
     /// `Via`: web pages and proxies speak for others. A proxy on this machine that sends none of these passes for a
     /// caller here, so set a token there. In the environment (TIDEGATE_TOKEN) it does not show in the list of
     /// processes.

@@ -35,7 +35,7 @@
 //! warm them on a low-priority thread, as `control::spec` says (from model.toml, or through `control::pbtxt` from
 //! Triton's config.pbtxt). What the author declares of inputs and outputs is a session before the graph's
 //! (`backend::declared`). Clients' wishes to load and unload come in as `control::command`. Warm-up proves that rows are
-//! independent before requests may share runs. Then one new catalog is published, the old version takes no more
+//! independent before requests may share runs, and `model::golden` asks what has a known answer. Then one new catalog is published, the old version takes no more
 //! requests, finishes those it has, and is dropped off the serving threads. Everything that can fail happens before the
 //! publish.
 //!

@@ -46,7 +46,10 @@ use crate::{
     error::Error,
     logging::Logging,
     metrics::Metrics,
-    model::catalog::{CatalogReader, CatalogWriter, catalog},
+    model::{
+        catalog::{CatalogReader, CatalogWriter, catalog},
+        load::Decode,
+    },
     tensor::Tensor,
 };
 
@@ -133,7 +136,8 @@ impl Server {
             draining: CancellationToken::new(),
             closing: CancellationToken::new(),
         });
-        let loader = Loader { backends, decode_sample, metrics };
+        let loader =
+            Loader { backends, decode: Decode { sample: decode_sample, cases: api::codec::decode_cases }, metrics };
         let ops_closing = CancellationToken::new();
         let ops_thread = start_ops(ops_port, ops::router(app.clone()), config, &ops_closing)?;
 

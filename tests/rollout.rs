@@ -8,10 +8,12 @@ use std::{
     time::Duration,
 };
 
-use serde_json::Value;
+use bytes::Bytes;
+use http_body_util::Full;
+use serde_json::{Value, json};
 use tidegate::config::Config;
 
-use crate::support::{Repository, Running, config, eventually, infer_message, start};
+use crate::support::{Reply, Repository, Running, config, eventually, infer_message, start};
 
 /// A plan whose steps take moments.
 const PLAN: &str = r#"
@@ -95,6 +97,12 @@ impl Load {
     }
 }
 
+/// What an operator changes of the model.
+async fn ask(running: &Running, method: &str, path: &str, body: &Value) -> Reply {
+    let request = http::Request::builder().method(method).uri(format!("{}/admin/v1/models/m/{path}", running.ops));
+    running.send(request.body(Full::from(Bytes::from(body.to_string()))).unwrap()).await.unwrap()
+}
+
 /// The model's rollout as operators see it.
 async fn rollout(running: &Running) -> Value {
     running.ops("/admin/v1/models/m/rollout").await.1
@@ -172,4 +180,46 @@ async fn a_version_that_answers_otherwise_is_given_up() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_version_that_cannot_be_loaded_is_given_up() {
     is_given_up(PLAN, "fail_load = true", "the script says so").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_place_for_the_state_the_server_serves_on() {
+    let place = Place::new("", "scale = 1.0");
+    let folder = place.config.data.clone().unwrap();
+    std::fs::write(folder.join("state.sqlite"), "not a database, but long enough to be looked at as one").unwrap();
+    let running = start(&place.config).await;
+    assert_eq!(running.infer("m", &[1.0]).await.values(), [1.0]);
+    let change = json!({ "stable": "1" });
+    let reply = ask(&running, "PUT", "route", &change).await;
+    assert_eq!(reply.status, 503);
+    assert!(reply.error().contains("state.sqlite"), "{}", reply.body);
+    assert_eq!(rollout(&running).await["phase"], Value::Null);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_protects_clients_waits_for_no_disk() {
+    let place = Place::new(PLAN, "scale = 1.0");
+    let running = Arc::new(start(&place.config).await);
+    let load = Load::start(&running, |version, value| version == "2" || value == 1.0);
+    place.repository.put("m", "2", "scale = 1.0\nrefuse = 1.0\nload_ms = 500");
+    reaches(&running, "pending").await;
+    reaches(&running, "canary").await;
+
+    // Somebody else has the file for as long as it takes.
+    let state = place.config.data.clone().unwrap().join("state.sqlite");
+    let holder = rusqlite::Connection::open(&state).unwrap();
+    holder.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let reply = ask(&running, "PUT", "route", &json!({ "stable": "1" })).await;
+    assert!([409, 503].contains(&reply.status), "{}", reply.body);
+    reaches(&running, "aborted").await;
+    let reply = ask(&running, "PUT", "route", &json!({ "stable": "1" })).await;
+    assert_eq!(reply.status, 503, "{}", reply.body);
+    assert_eq!(running.infer("m", &[2.0]).await.values(), [2.0]);
+    holder.execute_batch("ROLLBACK").unwrap();
+    eventually("the abort is written down", async || {
+        let log = running.ops("/admin/v1/audit?model=m").await.1;
+        log["entries"].as_array().is_some_and(|entries| entries.iter().any(|entry| entry["action"] == "aborted"))
+    })
+    .await;
+    load.end().await;
 }

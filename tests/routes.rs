@@ -22,7 +22,7 @@ use tidegate::{
 
 use crate::{
     rollout_api::{held, start_held},
-    support::{Reply, Running, config, eventually, infer_message, start},
+    support::{Reply, Repository, Running, config, eventually, infer_message, start},
     swap,
 };
 
@@ -246,4 +246,60 @@ async fn a_rollback_is_one_command_and_takes_effect_with_its_answer() {
         client.await.unwrap();
     }
     assert!(answered.load(Ordering::Relaxed) > 100);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_new_versions_swap_a_rollback_leads_back_too() {
+    let repository = Repository::with("m", "scale = 1.0");
+    repository.put("m", "2", "scale = 2.0");
+    let running = start(&config(&repository)).await;
+    let answers = async || running.infer("m", &[1.0]).await.body["model_version"].clone();
+    assert_eq!(answers().await, "2");
+    let plan = json!({ "to": "1", "steps": [50, 100], "every": "1h", "watch": "1h" });
+    for (commands, expected) in [(&["abort"][..], "2"), (&["promote", "rollback"], "2")] {
+        assert_eq!(change(&running, "POST", "rollout", plan.clone()).await.status, 200);
+        eventually("version 1 answers too", async || answers().await == "1").await;
+        // A new version waits its turn.
+        for command in commands {
+            eventually("it can be told", async || {
+                change(&running, "POST", &format!("rollout/{command}"), json!({})).await.status == 200
+            })
+            .await;
+        }
+        for _ in 0..20 {
+            assert_eq!(answers().await, expected);
+        }
+    }
+    repository.put("m", "3", "scale = 3.0");
+    eventually("what comes after that takes over by itself", async || answers().await == "3").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_new_versions_swap_those_that_come_during_a_rollout_are_held() {
+    let repository = Repository::with("m", "scale = 1.0");
+    repository.put("m", "2", "scale = 2.0");
+    let running = start(&config(&repository)).await;
+    let answers = async || running.infer("m", &[1.0]).await.body["model_version"].clone();
+    let plan = json!({ "to": "1", "steps": [100], "every": "1h", "watch": "1h" });
+    assert_eq!(change(&running, "POST", "rollout", plan).await.status, 200);
+    repository.put("m", "3", "scale = 3.0");
+    let state = async || running.ops("/admin/v1/models/m").await.1["versions"][2]["state"].clone();
+    eventually("version 3 is warm", async || state().await == "ready").await;
+    assert_eq!(answers().await, "1");
+    assert_eq!(change(&running, "POST", "rollout/abort", json!({})).await.status, 200);
+    for _ in 0..20 {
+        assert_eq!(answers().await, "2");
+    }
+    eventually("version 3 is held", async || state().await == "held").await;
+    let reason = running.ops("/admin/v1/models/m").await.1["versions"][2]["reason"].clone();
+    assert!(reason.as_str().unwrap().contains("it came while rollout 'm/r1' ran"), "{reason}");
+    // Until an operator says otherwise.
+    let reply = running
+        .send(
+            http::Request::delete(format!("{}/admin/v1/overrides?model=m", running.ops)).body(Full::default()).unwrap(),
+        )
+        .await
+        .unwrap();
+    assert_eq!(reply.status, 200, "{}", reply.body);
+    eventually("version 3 takes over", async || answers().await == "3").await;
 }

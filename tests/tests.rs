@@ -7,6 +7,7 @@ mod codes;
 mod commands;
 mod documentation;
 mod fairness;
+mod golden;
 mod lifecycle;
 mod monitoring;
 mod overload;

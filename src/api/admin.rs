@@ -31,6 +31,7 @@ pub mod openapi;
 mod overrides;
 mod query;
 pub mod requests;
+mod told;
 
 use documents::{AuditEntry, AuditPage, Cleared, ModelStatus, OverrideStatus, RolloutStatus};
 use openapi::Operation;

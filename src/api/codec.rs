@@ -16,6 +16,7 @@ use crate::{
 };
 
 mod binary;
+mod cases;
 mod classification;
 mod column;
 mod decimal;
@@ -35,6 +36,7 @@ mod wire;
 
 pub use binary::decode_raw;
 pub(super) use binary::write as write_binary;
+pub use cases::decode_cases;
 pub use classification::classify;
 pub(super) use column::{Column, coded};
 pub use document::Document;

@@ -105,13 +105,11 @@ impl Rollouts {
         Ok(())
     }
 
-    /// Has a change stand that must not wait for the disk.
-    pub(super) async fn change_at_once(&mut self, name: &ModelName, mut standing: Standing, entry: Entry) {
+    /// Has a change stand that must not wait for the disk; it is stored by the next `catch_up`.
+    pub(super) fn change_at_once(&mut self, name: &ModelName, mut standing: Standing, entry: Entry) {
         standing.epoch += 1;
-        let saved = self.save(name, &standing, entry.clone()).await;
         self.stands(name, standing);
-        if let (Err(error), Some(managed)) = (saved, self.models.get_mut(name)) {
-            tracing::error!(model = %name, %error, "the route changed, and this is not stored yet");
+        if let Some(managed) = self.models.get_mut(name) {
             managed.unsaved = Some(entry);
         }
     }
@@ -126,17 +124,18 @@ impl Rollouts {
         self.state.with(move |store| store.save(&name, &standing, &entry)).await
     }
 
-    /// Tries again to store what could not be stored.
+    /// Stores what took effect before it was stored.
     pub(super) async fn catch_up(&mut self) {
         let unsaved = self.models.iter().filter_map(|(name, managed)| {
             let entry = managed.unsaved.clone()?;
             Some((name.clone(), managed.standing.clone(), entry))
         });
         for (name, standing, entry) in unsaved.collect::<Vec<_>>() {
-            if self.save(&name, &standing, entry).await.is_ok()
-                && let Some(managed) = self.models.get_mut(&name)
-            {
-                managed.unsaved = None;
+            let saved = self.save(&name, &standing, entry).await;
+            let Some(managed) = self.models.get_mut(&name) else { continue };
+            match saved {
+                Ok(()) => managed.unsaved = None,
+                Err(error) => tracing::error!(model = %name, %error, "the route changed, and this is not stored yet"),
             }
         }
     }
@@ -178,7 +177,8 @@ impl Rollouts {
     ) -> Option<Judgement> {
         let managed = self.models.get_mut(name)?;
         let rollout = managed.standing.rollout.as_mut().filter(|rollout| !rollout.is_over())?;
-        let (stable_way, candidate_way) = match rollout.phase {
+        let phase = rollout.phase_or_paused_in();
+        let (stable_way, candidate_way) = match phase {
             Phase::Shadow => (Way::Stable, Way::Shadow),
             Phase::Canary => (Way::Stable, Way::Canary),
             Phase::Watching => (Way::Stable, Way::Stable),
@@ -203,7 +203,7 @@ impl Rollouts {
             let evidence = Evidence {
                 stable: alone.cloned().unwrap_or_else(|| look.stable.until_now(stable, stable_way)),
                 candidate: look.candidate.until_now(Some(candidate), candidate_way),
-                shadow: (rollout.phase == Phase::Shadow).then(|| candidate.tally.agreement().since(&look.agreement)),
+                shadow: (phase == Phase::Shadow).then(|| candidate.tally.agreement().since(&look.agreement)),
                 objective: rollout.objective,
             };
             judge(&evidence, &rollout.plan.margins)
@@ -238,7 +238,7 @@ fn usual_latency(version: &Arc<ModelVersion>) -> Option<Duration> {
 
 /// How often the judge looks in the rollout's phase.
 fn interval(rollout: &Rollout) -> Duration {
-    let shortest = match rollout.phase {
+    let shortest = match rollout.phase_or_paused_in() {
         Phase::Shadow => rollout.plan.shadow.as_ref().map(|step| step.min_duration),
         Phase::Canary => rollout.plan.steps.get(rollout.step).map(|step| step.min_duration),
         _ => Some(rollout.plan.watch),

@@ -32,7 +32,8 @@ use crate::{
     model::{
         ModelVersion, State,
         catalog::{Catalog, CatalogWriter, Deployment},
-        load::{self, DecodeSample, Loaded, Plan},
+        golden,
+        load::{self, Decode, Loaded, Plan},
     },
     priority,
     source::local::{self, Fingerprint, FoundModel, FoundVersion, Scan},
@@ -49,7 +50,7 @@ const LOADER_NICENESS: i32 = 15;
 #[derive(Clone)]
 pub struct Loader {
     pub backends: Backends,
-    pub decode_sample: DecodeSample,
+    pub decode: Decode,
     pub metrics: Arc<Metrics>,
 }
 
@@ -123,13 +124,13 @@ impl Reconciler {
                 }
                 _ = tick.tick() => {}
                 Some(()) = kicks.recv() => {}
-                Some(event) = self.events.1.recv() => self.handle(event),
+                Some(event) = self.events.1.recv() => self.handle(event).await,
                 Some(command) = self.orders.0.recv() => self.obey(command).await,
                 Some(_) = self.drains.join_next() => {}
                 Some(_) = self.loading.join_next() => {}
             }
             while let Ok(event) = self.events.1.try_recv() {
-                self.handle(event);
+                self.handle(event).await;
             }
             self.pass().await;
         };
@@ -238,10 +239,10 @@ impl Reconciler {
                 };
             }
             let Progress::Settling { since, .. } = &tracked.progress else { continue };
-            // At start nobody has watched the files yet; their age says as much. Whoever asks for a load says that they
+            // At start, and of what an operator asks for, nobody has watched the files yet; their age says as much. Whoever asks for a load says that they
             // are complete; should they change all the same, they settle before the next try.
             let settled = since.elapsed() >= SETTLE_TIME
-                || (first_pass && fingerprint.older_than(SETTLE_TIME))
+                || ((first_pass || *needed) && fingerprint.older_than(SETTLE_TIME))
                 || (fresh && awaited);
             if settled {
                 let claim = Arc::new(());
@@ -310,9 +311,7 @@ impl Reconciler {
             }
             let result = match plan {
                 Err(error) => Err(error),
-                Ok(plan) => {
-                    on_loader_thread(quiet, move || load::load(plan, &loader.backends, loader.decode_sample)).await
-                }
+                Ok(plan) => on_loader_thread(quiet, move || load::load(plan, &loader.backends, loader.decode)).await,
             };
             let result = result.map(Box::new);
             let after = local::fingerprint(&files, &directory);
@@ -332,6 +331,8 @@ impl Reconciler {
         spec: ModelSpec,
     ) -> Plan {
         let Settings { profile, cores, .. } = self.settings;
+        let stable = self.models.get(name).and_then(|model| model.stable(self.rollouts.standing(name)));
+        let runtime = tokio::runtime::Handle::current();
         Plan {
             name: name.clone(),
             version: version.clone(),
@@ -349,6 +350,12 @@ impl Reconciler {
             configured_samples: spec.warmup.iter().map(|path| found.directory.join(path)).collect(),
             described_samples: (spec.warmup_requests, found.directory.join(local::SAMPLES)),
             sample_folders: vec![files.join(local::SAMPLES), found.directory.join(local::SAMPLES)],
+            golden: golden::Check {
+                settings: spec.golden,
+                folders: [files.clone(), found.directory.clone()],
+                stable: stable.map(|version| golden::Stable { version, runtime }),
+            },
+            metrics: self.loader.metrics.version(name.as_str(), version.as_str()),
             parameters: spec.parameters,
             predictions: spec.predictions.unwrap_or(true),
             notes: spec.notes,
@@ -356,7 +363,7 @@ impl Reconciler {
         }
     }
 
-    fn handle(&mut self, event: Event) {
+    async fn handle(&mut self, event: Event) {
         let Event::Loaded { name, version, fingerprint, after, result } = event;
         let tracked = self.models.get_mut(&name).and_then(|model| model.find(&version));
         let Some(tracked) = tracked.filter(|tracked| {
@@ -391,7 +398,9 @@ impl Reconciler {
             }
             Err(error) => {
                 tracing::error!(model = %name, %version, %error, "loading failed");
+                let entry = routes::kept_out(&name, &version, &error);
                 tracked.progress = Progress::Failed { fingerprint, error };
+                self.rollouts.log(entry).await;
             }
         }
     }
@@ -399,10 +408,7 @@ impl Reconciler {
     /// Drains what is no longer wanted, once everything that is wanted serves (at once, when nothing is wanted).
     fn retire_unwanted(&mut self, name: &ModelName, nothing_wanted: bool) {
         let Some(model) = self.models.get_mut(name) else { return };
-        let ready = model
-            .versions
-            .iter()
-            .all(|tracked| !matches!(tracked.progress, Progress::Settling { .. } | Progress::Loading { .. }));
+        let ready = model.versions.iter().all(|tracked| !tracked.progress.is_under_way());
         let successor = model.versions.iter().any(|tracked| matches!(tracked.progress, Progress::Done { .. }));
         let may_retire = nothing_wanted || (ready && successor);
         let mut retired = Vec::new();
@@ -441,12 +447,9 @@ impl Reconciler {
 
     fn is_complete(&self, scan: &Scan) -> bool {
         scan.keys().all(|name| {
-            self.models.get(name).is_none_or(|model| {
-                model
-                    .versions
-                    .iter()
-                    .all(|tracked| !matches!(tracked.progress, Progress::Settling { .. } | Progress::Loading { .. }))
-            })
+            self.models
+                .get(name)
+                .is_none_or(|model| model.versions.iter().all(|tracked| !tracked.progress.is_under_way()))
         })
     }
 

@@ -13,7 +13,7 @@ use crate::{
     backend::{Declaration, Device, InstanceGroup, Interface, Options},
     error::Error,
     id::{ModelName, Version},
-    model::{catalog::VersionPolicy, schedule::Schedule, warmup::described::DescribedRequest},
+    model::{catalog::VersionPolicy, golden, schedule::Schedule, warmup::described::DescribedRequest},
     rollout,
     source::local,
 };
@@ -63,6 +63,8 @@ pub struct ModelSpec {
     /// Described sample requests, which count like those of `warmup`: { name, batch_size, count = 1, inputs.NAME =
     /// { datatype, dims (without the batch), data = "zero", "random" or { file = "in the folder warmup" } } }.
     pub warmup_requests: Vec<DescribedRequest>,
+    /// What a version must pass before it takes any traffic.
+    pub golden: golden::Settings,
     /// How requests wait for their run.
     pub queue: Schedule,
     /// Files that name an output's classes, one a line: { OUTPUT = "labels.txt" }, relative to the model's folder. A
@@ -181,6 +183,7 @@ impl ModelSpec {
             .iter()
             .try_for_each(|request| request.validate(self.max_batch_size))
             .map_err(|error| format!("warmup_requests: {error}"))?;
+        self.golden.validate()?;
         self.queue.validate(self.max_batch_size)?;
         self.rollout.plan().map_err(|error| error.message)?;
         match &self.versions {
@@ -312,6 +315,9 @@ mod tests {
             ("max_batch_size = 4\n[queue]\npreferred_batch_sizes = [8]", "queue.preferred_batch_sizes"),
             ("[queue]\npriority_levels = 2", "queue.default_priority"),
             ("[queue.priority.1]\nmax = 3", "max"),
+            ("[golden]\nfile = \"1/golden.json\"", "golden.file '1/golden.json'"),
+            ("[golden]\nmin_accuracy = 90", "golden.min_accuracy"),
+            ("[golden]\nlatency = \"1s\"", "latency"),
         ] {
             let message = read(text).unwrap_err();
             assert!(message.contains(word) && message.contains("model.toml"), "{message}");

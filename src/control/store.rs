@@ -3,7 +3,7 @@
 //! A change is written here before it takes effect, so that whatever the server did, it knows after a kill. Each audit
 //! entry holds the hash of the one before: an entry that was changed or taken out later breaks the chain.
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Transaction, params};
@@ -19,6 +19,8 @@ use crate::{
 use super::standing::Standing;
 
 const FILE: &str = "state.sqlite";
+/// How long a change waits for somebody else who has the file.
+const PATIENCE: Duration = Duration::from_millis(250);
 /// Changes of the tables, in order; the file says how many it has seen.
 const MIGRATIONS: [&str; 1] = ["
     CREATE TABLE model (name TEXT PRIMARY KEY, standing TEXT NOT NULL) STRICT;
@@ -93,6 +95,7 @@ impl Store {
         let path = directory.join(FILE);
         let open = || -> rusqlite::Result<Connection> {
             let mut connection = Connection::open(&path)?;
+            connection.busy_timeout(PATIENCE)?;
             connection.pragma_update_and_check(None, "journal_mode", "wal", |_| Ok(()))?;
             // A change that was answered is on the disk.
             connection.pragma_update(None, "synchronous", "full")?;

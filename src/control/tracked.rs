@@ -89,6 +89,10 @@ impl Progress {
             Progress::Gone => None,
         }
     }
+
+    pub(super) fn is_under_way(&self) -> bool {
+        matches!(self, Progress::Settling { .. } | Progress::Loading { .. })
+    }
 }
 
 impl Tracked {
@@ -130,15 +134,20 @@ impl Tracked {
         &mut self.versions[index]
     }
 
+    /// What answers requests that name no version.
+    pub(super) fn stable(&self, standing: &Standing) -> Option<Arc<ModelVersion>> {
+        let default = self.deployment(standing, false).default?;
+        let tracked = self.versions.iter().find(|tracked| tracked.version == default)?;
+        tracked.serving.as_ref().map(|(version, _)| version.clone())
+    }
+
     /// Whether a version that is to get requests is still on its way.
     pub(super) fn waits_for(&self, standing: &Standing) -> bool {
-        let on_its_way = |tracked: &TrackedVersion| {
-            tracked.serving.is_none()
-                && matches!(tracked.progress, Progress::Settling { .. } | Progress::Loading { .. })
-        };
-        standing.route().is_some_and(|route| {
-            self.versions.iter().any(|tracked| route.names(&tracked.version) && on_its_way(tracked))
-        })
+        let on_its_way = |tracked: &TrackedVersion| tracked.serving.is_none() && tracked.progress.is_under_way();
+        let route = standing.route();
+        let stays = standing.stable.as_ref().filter(|_| self.settings.on_new_version != OnNewVersion::Swap);
+        let awaited = |version: &Version| route.as_ref().map_or(stays == Some(version), |route| route.names(version));
+        self.versions.iter().any(|tracked| awaited(&tracked.version) && on_its_way(tracked))
     }
 
     /// What requests see of the model. Versions that shall divide its requests as they did before a restart are shown
@@ -179,16 +188,20 @@ impl Tracked {
 
     /// The version that answers where nothing else was decided.
     fn usual(&self, standing: &Standing, serves: impl Fn(&Version) -> bool) -> Option<Version> {
-        let newest = |choice: &dyn Fn(&&TrackedVersion) -> bool| {
-            let mut versions = self.versions.iter().rev().filter(|tracked| serves(&tracked.version));
-            versions.find(choice).map(|tracked| tracked.version.clone())
-        };
         let swaps = self.settings.on_new_version == OnNewVersion::Swap && standing.running().is_none();
-        let selected = if swaps { newest(&|tracked| tracked.selected) } else { None };
-        selected
-            .or_else(|| standing.stable.clone().filter(&serves))
-            .or_else(|| newest(&|tracked| tracked.selected))
-            .or_else(|| newest(&|_| true))
+        let chosen = || self.chosen(standing).rfind(|version| serves(version)).cloned();
+        let swapped = if swaps { chosen() } else { None };
+        let newest = || self.versions.iter().map(|tracked| &tracked.version).rfind(|version| serves(version)).cloned();
+        swapped.or_else(|| standing.stable.clone().filter(&serves)).or_else(chosen).or_else(newest)
+    }
+
+    /// The versions that the version policy selects and that nobody passes over, in ascending order. What stands is asked
+    /// anew: it may have changed since the repository was looked at.
+    pub(super) fn chosen(&self, standing: &Standing) -> impl DoubleEndedIterator<Item = &Version> {
+        let is_selected =
+            |version: &Version| self.versions.iter().any(|tracked| tracked.version == *version && tracked.selected);
+        let fresh = self.found.iter().filter(|found| standing.passes_over(&found.version, found.stamp).is_none());
+        fresh.map(|found| &found.version).filter(move |version| is_selected(version))
     }
 }
 

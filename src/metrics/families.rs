@@ -15,6 +15,7 @@ pub(super) const PENDING: &str = "tidegate_pending_requests";
 pub(super) const DROPPED: &str = "tidegate_dropped_requests_total";
 pub(super) const STATE: &str = "tidegate_model_state";
 pub(super) const LOAD_DURATION: &str = "tidegate_model_load_duration_seconds";
+pub(super) const GOLDEN_CHECK: &str = "tidegate_golden_check";
 pub(super) const SHARED_MEMORY_REGIONS: &str = "tidegate_shared_memory_regions";
 pub(super) const SHARED_MEMORY_BYTES: &str = "tidegate_shared_memory_bytes";
 pub(super) const PREDICTIONS: &str = "tidegate_predictions_total";
@@ -119,7 +120,7 @@ impl Kind {
 }
 
 /// Every family of our own, in the order README lists them.
-pub const FAMILIES: [Family; 32] = [
+pub const FAMILIES: [Family; 33] = [
     Family {
         name: REQUESTS,
         of: Of::Version,
@@ -179,6 +180,13 @@ pub const FAMILIES: [Family; 32] = [
         kind: Kind::Gauge,
         labels: "",
         help: "Seconds the version took to load and warm",
+    },
+    Family {
+        name: GOLDEN_CHECK,
+        of: Of::Version,
+        kind: Kind::Gauge,
+        labels: "",
+        help: "1 when the version passed its latest golden check, 0 when it failed; only with a golden file",
     },
     Family {
         name: SHARED_MEMORY_REGIONS,

@@ -167,6 +167,11 @@ impl VersionMetrics {
         }
     }
 
+    /// Shows how the golden check went.
+    pub fn golden_check(&self, passed: bool) {
+        self.gauge(families::GOLDEN_CHECK, &[]).set(if passed { 1.0 } else { 0.0 });
+    }
+
     pub fn loaded(&self, took: Duration) {
         self.gauge(families::LOAD_DURATION, &[]).set(took.as_secs_f64());
     }

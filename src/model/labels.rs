@@ -2,12 +2,11 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{self, File},
-    io::Read,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
+use super::file;
 use crate::{backend::Signature, error::Error};
 
 /// Names of classes by output; a class's index is its line.
@@ -40,16 +39,7 @@ pub fn read(files: &BTreeMap<String, PathBuf>, signature: &Signature) -> Result<
 }
 
 fn read_text(path: &Path) -> Result<String, String> {
-    // Opening a pipe would wait for whoever writes into it.
-    if !fs::metadata(path).map_err(|error| error.to_string())?.is_file() {
-        return Err("not a file".to_owned());
-    }
-    let file = File::open(path).map_err(|error| error.to_string())?;
-    let mut bytes = Vec::new();
-    file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
-    if bytes.len() as u64 > MAX_BYTES {
-        return Err(format!("larger than {MAX_BYTES} bytes"));
-    }
+    let bytes = file::read(path, MAX_BYTES)?;
     // Every answer must be able to go out as JSON.
     String::from_utf8(bytes).map_err(|error| format!("not UTF-8 after byte {}", error.utf8_error().valid_up_to()))
 }

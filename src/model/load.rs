@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{
-    Batching,
+    Batching, golden,
     labels::{self, Labels},
     schedule::Schedule,
     service_time::ServiceTime,
@@ -18,14 +18,21 @@ use crate::{
     backend::{Backend, Backends, Device, InstanceGroup, Interface, Options, Session, Signature},
     error::Error,
     id::{ModelName, Version},
+    metrics::VersionMetrics,
     tensor::Tensor,
 };
 
 /// Turns a sample request in the protocol's JSON into tensors; given by the layer that knows JSON.
 pub type DecodeSample = fn(&[u8]) -> Result<Vec<Tensor>, Error>;
 
+/// What the layer that knows JSON reads for a load.
+#[derive(Clone, Copy)]
+pub struct Decode {
+    pub sample: DecodeSample,
+    pub cases: golden::DecodeCases,
+}
+
 /// What a version is to be made of.
-#[derive(Clone, Debug)]
 pub struct Plan {
     pub name: ModelName,
     pub version: Version,
@@ -54,12 +61,16 @@ pub struct Plan {
     pub described_samples: (Vec<DescribedRequest>, PathBuf),
     /// Folders that may hold sample requests.
     pub sample_folders: Vec<PathBuf>,
+    /// What it must pass before it takes any traffic.
+    pub golden: golden::Check,
     /// What the author wants clients to read in the configuration.
     pub parameters: BTreeMap<String, String>,
     /// Whether metrics show what it answers.
     pub predictions: bool,
     /// What operators should know of the model's configuration.
     pub notes: Vec<String>,
+    /// Where the outcome of the golden check shows.
+    pub metrics: Arc<VersionMetrics>,
 }
 
 /// A version ready to serve.
@@ -97,14 +108,16 @@ pub struct Facts {
     pub predictions: bool,
     /// How the graph runs, as far as its settings and the profile say.
     pub options: Options,
+    /// How it passed its golden check, if it has one.
+    pub golden: Option<golden::Outcome>,
     pub load_duration: Duration,
 }
 
-/// Loads, warms and measures; blocks for as long as that takes.
+/// Loads, warms, measures and checks; blocks for as long as that takes.
 ///
 /// # Errors
-/// What the backend or a configured sample request says.
-pub fn load(plan: Plan, backends: &Backends, decode: DecodeSample) -> Result<Loaded, Error> {
+/// What the backend, a configured sample request or the golden check says.
+pub fn load(plan: Plan, backends: &Backends, decode: Decode) -> Result<Loaded, Error> {
     let start = Instant::now();
     let (backend, file) = backends.open(&plan.files, plan.backend.as_deref(), plan.file_name.as_deref())?;
     let places = places(&plan, backend.as_ref())?;
@@ -121,13 +134,14 @@ pub fn load(plan: Plan, backends: &Backends, decode: DecodeSample) -> Result<Loa
         tracing::warn!(model = %plan.name, version = %plan.version, "{note}");
     }
     let labels = labels::read(&plan.labels, &signature).map_err(|error| error.of_model(plan.name.as_str()))?;
-    let samples = collect_samples(&plan, &signature, decode)?;
+    let samples = collect_samples(&plan, &signature, decode.sample)?;
     let rows_limit = plan.max_batch_size.unwrap_or(warmup::MAX_SWEEP_ROWS).min(warmup::MAX_SWEEP_ROWS);
     let wanted = Wanted { batching: plan.batching, limit: rows_limit, sizes: &plan.schedule.preferred_batch_sizes };
     let warmed = warmup::warm(first.as_mut(), &samples, &wanted, plan.name.as_str())?;
     for session in &mut sessions[1..] {
         warmup::rewarm(session.as_mut(), &warmed);
     }
+    let golden = check_golden(&plan, &mut sessions, &places, decode.cases)?;
     let facts = Facts {
         name: plan.name,
         version: plan.version,
@@ -145,6 +159,7 @@ pub fn load(plan: Plan, backends: &Backends, decode: DecodeSample) -> Result<Loa
         parameters: plan.parameters,
         predictions: plan.predictions,
         options: plan.options,
+        golden,
         load_duration: start.elapsed(),
     };
     Ok(Loaded { facts, sessions, service: warmed.service })
@@ -185,6 +200,40 @@ fn load_sessions(
         }
     }
     Ok(sessions)
+}
+
+/// Has the first instance on each device pass the golden check, and shows how that went.
+fn check_golden(
+    plan: &Plan,
+    sessions: &mut [Box<dyn Session>],
+    places: &[(Device, usize)],
+    decode: golden::DecodeCases,
+) -> Result<Option<golden::Outcome>, Error> {
+    let mut rest = sessions;
+    let first_of_each = places.iter().filter_map(|&(device, count)| {
+        let (here, others) = std::mem::take(&mut rest).split_at_mut_checked(count)?;
+        rest = others;
+        Some((device, here.first_mut()?))
+    });
+    let result = plan.golden.run(plan.name.as_str(), first_of_each, decode);
+    match &result {
+        Ok(None) => {}
+        Ok(Some(outcome)) => {
+            plan.metrics.golden_check(true);
+            tracing::info!(
+                model = %plan.name,
+                version = %plan.version,
+                cases = outcome.cases,
+                labels = outcome.labels,
+                accuracy = outcome.accuracy,
+                max_difference = outcome.max_difference,
+                slowest_seconds = outcome.latency.as_secs_f64(),
+                "golden check passed"
+            );
+        }
+        Err(_) => plan.metrics.golden_check(false),
+    }
+    result
 }
 
 /// Configured samples first, then those in the folders. Only a configured one can fail the load.

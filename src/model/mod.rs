@@ -17,6 +17,8 @@ pub mod batcher;
 pub mod catalog;
 mod crew;
 mod executor;
+mod file;
+pub mod golden;
 pub mod labels;
 pub mod load;
 pub mod relay;

@@ -361,7 +361,7 @@ fn close(left: f64, right: f64) -> bool {
 }
 
 /// The elements of a float tensor.
-fn floats(tensor: &Tensor) -> Option<Vec<f64>> {
+pub(super) fn floats(tensor: &Tensor) -> Option<Vec<f64>> {
     let Data::Plain(bytes) = &tensor.data else { return None };
     let read = |size: usize, read: fn(&[u8]) -> f64| Some(bytes.chunks_exact(size).map(read).collect());
     match tensor.dtype {

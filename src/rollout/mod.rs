@@ -34,7 +34,7 @@ pub enum Phase {
     Shadow,
     /// It gets a share of the requests: the step's, by index.
     Canary,
-    /// An operator has to say how it goes on; until then, who gets what stays as it is.
+    /// An operator has to say how it goes on; until then, who gets what stays as it is, and the judge looks on.
     Paused,
     /// It passed every step, and is to be the stable version.
     Promoting,
@@ -173,7 +173,7 @@ impl Rollout {
 
     /// Who gets what now.
     pub fn route(&self) -> Route {
-        let phase = self.paused_in.unwrap_or(self.phase);
+        let phase = self.phase_or_paused_in();
         let stable = match phase {
             Phase::Promoting | Phase::Watching | Phase::Done => &self.candidate,
             _ => &self.stable,
@@ -193,9 +193,14 @@ impl Rollout {
         route
     }
 
+    /// Where it is, or where it will go on when it is resumed.
+    pub fn phase_or_paused_in(&self) -> Phase {
+        self.paused_in.unwrap_or(self.phase)
+    }
+
     /// The candidate's share of the answers.
     pub fn weight(&self) -> Weight {
-        match self.paused_in.unwrap_or(self.phase) {
+        match self.phase_or_paused_in() {
             Phase::Canary => self.plan.steps.get(self.step).map_or(Weight::NONE, |step| step.weight),
             Phase::Promoting | Phase::Watching | Phase::Done => Weight::FULL,
             _ => Weight::NONE,
@@ -248,7 +253,7 @@ impl Rollout {
 
     fn weigh(&mut self, judgement: Judgement, now: Moment) {
         let waited = elapsed(self.since, now);
-        if !matches!(self.phase, Phase::Shadow | Phase::Canary | Phase::Watching) {
+        if !matches!(self.phase, Phase::Shadow | Phase::Canary | Phase::Watching | Phase::Paused) {
             return;
         }
         self.judgement = Some(judgement.clone());
@@ -256,6 +261,10 @@ impl Rollout {
             let worse = judgement.verdicts.iter().filter(|verdict| verdict.finding == Finding::Worse);
             let reason = worse.map(|verdict| verdict.reason.as_str()).collect::<Vec<_>>().join("; ");
             return self.fail(now, reason, Some(judgement));
+        }
+        if self.phase == Phase::Paused {
+            // Only an operator lets it go on.
+            return;
         }
         let Some(step) = self.current() else {
             if waited >= self.plan.watch {
@@ -562,8 +571,12 @@ mod tests {
                 if before.is_over() {
                     prop_assert!(rollout == before || rollout.phase == Phase::RolledBack);
                 }
-                if judged_or_ready && matches!(before.phase, Phase::Paused | Phase::Aborted | Phase::RolledBack) {
+                if judged_or_ready && matches!(before.phase, Phase::Aborted | Phase::RolledBack) {
                     prop_assert_eq!(&rollout, &before);
+                }
+                if judged_or_ready && before.phase == Phase::Paused {
+                    // It is guarded, and does not go on by itself.
+                    prop_assert!(matches!(rollout.phase, Phase::Paused | Phase::Aborted));
                 }
             }
         }

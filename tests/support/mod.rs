@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tidegate::{
     api::pb::{self, grpc_inference_service_client::GrpcInferenceServiceClient},
-    backend::{Backend, Backends, Options, Session, Signature, TensorSpec},
+    backend::{Backend, Backends, Options, Session, Signature, TensorSpec, onnx::OnnxRuntime},
     config::Config,
     error::{Code, Error},
     logging::Logging,
@@ -197,7 +197,11 @@ pub fn config(repository: &Repository) -> Config {
 }
 
 pub fn try_start(config: &Config) -> anyhow::Result<Server> {
-    Server::start(config, Backends::new([Arc::new(ScriptBackend) as Arc<dyn Backend>]), "none", Logging::default())
+    try_start_with(config, Arc::new(ScriptBackend))
+}
+
+fn try_start_with(config: &Config, backend: Arc<dyn Backend>) -> anyhow::Result<Server> {
+    Server::start(config, Backends::new([backend]), "none", Logging::default())
 }
 
 /// Starts a server and waits until it is ready.
@@ -208,7 +212,20 @@ pub async fn start(config: &Config) -> Running {
 }
 
 pub fn start_unready(config: &Config) -> Running {
-    let server = try_start(config).unwrap();
+    connect(try_start(config).unwrap())
+}
+
+/// Starts a server whose models are ONNX files, and waits until it is ready.
+pub async fn start_onnx(config: &Config) -> Running {
+    let path = std::env::var_os("ORT_DYLIB_PATH").filter(|path| !path.is_empty()).map(PathBuf::from);
+    let path = path.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join(".onnxruntime"));
+    let backend = OnnxRuntime::open(Some(&path), None).unwrap();
+    let running = connect(try_start_with(config, Arc::new(backend)).unwrap());
+    eventually("the server is ready", async || running.get("/v2/health/ready").await.0 == 200).await;
+    running
+}
+
+fn connect(server: Server) -> Running {
     Running {
         stopper: server.stopper(),
         rest: format!("http://{}", server.rest),

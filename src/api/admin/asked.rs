@@ -142,6 +142,10 @@ pub fn asked(headers: &HeaderMap, fields: &mut Fields<'_>) -> Result<Asked, Erro
         if length > most {
             return Err(Error::invalid(format!("field '{name}' takes {most} characters at most, got {length}")));
         }
+        // It is shown in terminals.
+        if text.chars().any(char::is_control) {
+            return Err(Error::invalid(format!("field '{name}' must be one line without control characters")));
+        }
     }
     Ok(Asked { author, reason, epoch: epoch(headers)? })
 }
@@ -231,6 +235,8 @@ mod tests {
         assert_eq!(who(&headers, r#"{ "author": "grace" }"#).unwrap(), "grace: ");
         let long = format!(r#"{{ "reason": "{}" }}"#, "x".repeat(1025));
         assert_eq!(message(who(&headers, &long)), "field 'reason' takes 1024 characters at most, got 1025");
+        let escape = message(who(&headers, r#"{ "author": "\u001b[2J" }"#));
+        assert_eq!(escape, "field 'author' must be one line without control characters");
         assert!(message(who(&headers, r#"{ "author": 5 }"#)).starts_with("field 'author' in line 1: invalid type"));
     }
 

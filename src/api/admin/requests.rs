@@ -47,10 +47,10 @@ pub struct RouteRequest {
 /// Who asks, and why; both are kept in the audit log.
 #[derive(Debug, Default, Serialize, JsonSchema)]
 pub struct Why {
-    /// 128 characters at most. Without it, what the header `x-tidegate-author` says, else "operator".
+    /// One line of 128 characters at most. Without it, what the header `x-tidegate-author` says, else "operator".
     #[serde(skip_serializing_if = "Option::is_none")]
     pub author: Option<String>,
-    /// 1024 characters at most.
+    /// One line of 1024 characters at most.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }

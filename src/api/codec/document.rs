@@ -33,12 +33,16 @@ impl Document {
     /// # Errors
     /// `InvalidArgument` when the body is no JSON.
     pub fn parse(body: &Bytes) -> Result<Self, Error> {
+        Self::parse_named(body, "the request")
+    }
+
+    /// As `parse`, for a text that is called `subject`.
+    pub(super) fn parse_named(body: &Bytes, subject: &str) -> Result<Self, Error> {
         let check = |json: &Bytes| match serde_json::from_slice::<&RawValue>(json) {
             Ok(value) => Ok(json.slice_ref(value.get().as_bytes())),
-            Err(error) => Err(Error::invalid(format!(
-                "the request is not the JSON it should be: {}",
-                abridge(&error.to_string())
-            ))),
+            Err(error) => {
+                Err(Error::invalid(format!("{subject} is not the JSON it should be: {}", abridge(&error.to_string()))))
+            }
         };
         // Literals are looked for only when there may be some: most senders have none.
         let source = check(body).or_else(|error| check(&mask(body).ok_or(error)?))?;

@@ -13,6 +13,7 @@ use smallvec::SmallVec;
 use super::{
     MAX_RANK, RESERVED_STRINGS,
     literals::{string_end, unmask},
+    values::Spelling,
 };
 use crate::{
     error::Error,
@@ -22,8 +23,16 @@ use crate::{
 
 /// Reads the elements of a `data` array, flat or nested, of which `expected` should be there.
 ///
-/// `source` must hold `text`; strings without escapes become slices of it.
-pub(super) fn read(label: &str, dtype: DType, expected: usize, text: &str, source: &Bytes) -> Result<Data, Error> {
+/// `source` must hold `text`; strings without escapes become slices of it. The protocol has no numbers for floats of 16
+/// bits, other spellings have.
+pub(super) fn read(
+    label: &str,
+    dtype: DType,
+    spelling: Spelling,
+    expected: usize,
+    text: &str,
+    source: &Bytes,
+) -> Result<Data, Error> {
     let data = match dtype {
         DType::Bool => plain::<bool>(label, text, expected),
         DType::Uint8 => plain::<u8>(label, text, expected),
@@ -37,6 +46,8 @@ pub(super) fn read(label: &str, dtype: DType, expected: usize, text: &str, sourc
         DType::Fp32 => plain::<f32>(label, text, expected),
         DType::Fp64 => plain::<f64>(label, text, expected),
         DType::Bytes => return strings(label, text, expected, source),
+        DType::Fp16 if spelling != Spelling::Protocol => plain::<f16>(label, text, expected),
+        DType::Bf16 if spelling != Spelling::Protocol => plain::<bf16>(label, text, expected),
         DType::Fp16 | DType::Bf16 => {
             return Err(Error::invalid(format!("{label}: {dtype} cannot be sent as JSON; send it as binary data")));
         }

@@ -20,12 +20,19 @@ use crate::{
 /// More tensors than any graph has; `{}` takes thirty times its length in memory before it is found to be no tensor.
 const MAX_TENSORS: usize = 4096;
 
-const INPUT_MEMBERS: [&str; 5] = ["name", "datatype", "shape", "parameters", "data"];
+pub(super) const INPUT_MEMBERS: [&str; 5] = ["name", "datatype", "shape", "parameters", "data"];
 const OUTPUT_MEMBERS: [&str; 2] = ["name", "parameters"];
 
 /// Where in the request something stands, `inputs[0]` for instance.
 #[derive(Clone, Copy)]
 pub(super) struct Place(pub(super) &'static str, pub(super) usize);
+
+impl Place {
+    /// What stands there: "input" or "output".
+    pub(super) fn kind(self) -> &'static str {
+        self.0.trim_end_matches('s')
+    }
+}
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -90,7 +97,7 @@ impl<'de> Visitor<'de> for EnvelopeVisitor {
 }
 
 /// Reads an array of objects; null counts as an empty one.
-struct Objects<const N: usize>(&'static str, &'static [&'static str; N]);
+pub(super) struct Objects<const N: usize>(pub(super) &'static str, pub(super) &'static [&'static str; N]);
 
 impl<'de, const N: usize> DeserializeSeed<'de> for Objects<N> {
     type Value = Vec<Members<'de, N>>;

@@ -91,7 +91,8 @@ pub(super) fn decode_carefully(body: &Bytes, header_length: Option<usize>) -> Re
         .iter()
         .enumerate()
         .filter_map(|(index, members)| {
-            input(Place("inputs", index), members, &mut tail, &json, &mut placed).transpose()
+            let place = Place("inputs", index);
+            tensor(place, members, Spelling::Protocol, &mut tail, &json, &mut placed).transpose()
         })
         .collect::<Result<_, _>>()?;
     if !tail.rest.is_empty() {
@@ -179,13 +180,18 @@ fn put_text(json: &mut Vec<u8>, text: &str) -> Result<(), Error> {
 }
 
 /// The binary tensors that no input has taken yet.
-struct Tail {
+pub(super) struct Tail {
     rest: Bytes,
     /// Whether the request said where its JSON ends.
     is_announced: bool,
 }
 
 impl Tail {
+    /// Of a text that has none.
+    pub(super) fn none() -> Self {
+        Self { rest: Bytes::new(), is_announced: true }
+    }
+
     fn take(&mut self, label: &str, size: u64) -> Result<Bytes, Error> {
         match usize::try_from(size) {
             Ok(size) if size <= self.rest.len() => Ok(self.rest.split_to(size)),
@@ -203,10 +209,11 @@ impl Tail {
     }
 }
 
-/// An input; `None` for one that lies in shared memory, which goes to `placed`.
-fn input(
+/// An input, or an output that is told like one; `None` when it lies in shared memory, and goes to `placed`.
+pub(super) fn tensor(
     place: Place,
     members: &Members<'_, 5>,
+    spelling: Spelling,
     tail: &mut Tail,
     source: &Bytes,
     placed: &mut Vec<PlacedInput>,
@@ -218,7 +225,7 @@ fn input(
     let shape: Vec<i64> = serde_json::from_str(shape.get()).map_err(|_| {
         Error::invalid(format!("{place}.shape must be an array of integers, got {}", shorten(shape.get())))
     })?;
-    let label = format!("input '{}'", shorten(&name));
+    let label = format!("{} '{}'", place.kind(), shorten(&name));
     let (dtype, shape) = declared(&label, &datatype, &shape)?;
 
     let parameters = parameters(parameter_text, format_args!("{place}.parameters"))?;
@@ -245,7 +252,7 @@ fn input(
         (None, Some(data)) => {
             // What overflows here is refused by `Tensor::new`, or sooner for not being all there.
             let expected = tensor::elements(&shape).unwrap_or(usize::MAX);
-            elements::read(&label, dtype, expected, data.get(), source)?
+            elements::read(&label, dtype, spelling, expected, data.get(), source)?
         }
     };
     Tensor::new(name.into(), dtype, shape, data).map(Some)

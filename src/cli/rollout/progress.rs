@@ -112,7 +112,8 @@ fn advice(status: &RolloutStatus) -> Option<String> {
     let model = &status.model;
     match status.phase {
         Phase::Paused => Some(format!(
-            "on to the next step with `tidegate rollout advance {model}`, back to this one with resume; give up with abort"
+            "on to the next step with `tidegate rollout advance {model}`, back to this one with resume, or give up \
+             with abort"
         )),
         Phase::Watching => Some(format!("take it back with `tidegate rollout rollback {model}`")),
         _ => None,
@@ -131,7 +132,8 @@ pub fn fold(line: &str, width: usize) -> Vec<String> {
     let mut rest = line.to_owned();
     while let Some((end, _)) = rest.char_indices().nth(width) {
         let indent = rest.len() - rest.trim_start().len();
-        let cut = rest[..end].rfind(' ').filter(|cut| *cut > indent).unwrap_or(end);
+        let space = if rest[end..].starts_with(' ') { Some(end) } else { rest[..end].rfind(' ') };
+        let cut = space.filter(|cut| *cut > indent).unwrap_or(end);
         let tail = format!("{INDENT}{}", rest[cut..].trim_start());
         pieces.push(rest[..cut].to_owned());
         rest = tail;

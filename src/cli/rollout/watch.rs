@@ -94,7 +94,8 @@ impl Screen {
             Self::Terminal { drawn } => {
                 let frame = frame(status);
                 let mut out = std::io::stdout().lock();
-                // Up over the last frame, and all below wiped; lines are cut at the terminal's edge, lest they take two.
+                // Up over the last frame, and all below wiped; lines are cut at the terminal's edge, lest they take
+                // two.
                 let up = if *drawn > 0 { format!("\x1b[{drawn}A") } else { String::new() };
                 write!(out, "{up}\r\x1b[J\x1b[?7l{}\x1b[?7h", frame.concat())?;
                 out.flush()?;

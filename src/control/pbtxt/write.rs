@@ -9,6 +9,7 @@ use crate::{
     control::spec::ModelSpec,
     model::{
         catalog::VersionPolicy,
+        golden,
         schedule::{Level, Schedule, TimeoutAction},
         warmup::described::{DescribedRequest, Filling},
     },
@@ -43,6 +44,7 @@ pub(super) fn fields(spec: &ModelSpec) -> (Value, Vec<&'static str>) {
         ("max_batch_size", spec.max_batch_size.is_some() && !batched),
         ("labels", spec.labels.keys().any(|name| !spec.outputs.iter().any(|output| output.name == *name))),
         ("warmup", !spec.warmup.is_empty()),
+        ("golden", spec.golden != golden::Settings::default()),
         ("options.share_prepacked_weights", spec.options.share_prepacked_weights.is_some()),
         ("options.optimized_model", spec.options.optimized_model.is_some()),
         ("options.cuda", spec.options.cuda.keys().any(|key| cuda_number(key, "").is_none())),

@@ -63,7 +63,7 @@ impl Reconciler {
             return Err(Error::new(Code::Conflict, message));
         }
         if standing.split.is_some() {
-            let message = "its requests are divided by hand; clear that first (rollout overrides clear)";
+            let message = "its requests are divided by hand; clear that first (tidegate rollout overrides clear MODEL)";
             return Err(Error::new(Code::Conflict, message));
         }
         if !model.found.iter().any(|found| found.version == *to) {
@@ -122,13 +122,16 @@ impl Reconciler {
         let (phase, stable, candidate) = (rollout.phase, rollout.stable.clone(), rollout.candidate.clone());
         let replaced = replacement(model, standing, rollout);
         let stable = model.find(&stable).and_then(|tracked| tracked.serving.clone()).map(|(version, _)| version);
-        let tracked = model.find(&candidate)?;
-        let lost = match (&tracked.progress, &tracked.serving) {
-            (Progress::Failed { error, .. }, None) => Some(format!("version '{candidate}' failed: {error}")),
-            (Progress::Gone, None) => Some(format!("version '{candidate}' is gone from the repository")),
-            _ => None,
-        };
-        if let Some(reason) = lost.or(replaced) {
+        let gone = || Some((Event::Failed(format!("version '{candidate}' is gone from the repository")), REPOSITORY));
+        let Some(tracked) = model.find(&candidate) else { return gone() };
+        match (&tracked.progress, &tracked.serving) {
+            (Progress::Failed { error, .. }, None) => {
+                return Some((Event::Failed(format!("version '{candidate}' failed: {error}")), REPOSITORY));
+            }
+            (Progress::Gone, None) if tracked.missing_since.is_some() => return gone(),
+            _ => {}
+        }
+        if let Some(reason) = replaced {
             return Some((Event::Failed(reason), REPOSITORY));
         }
         let serving = tracked.serving.as_ref().map(|(version, _)| version.clone())?;
@@ -164,8 +167,13 @@ impl Reconciler {
             model = %name, from = ?transition.from, to = ?transition.to, reason = transition.reason, "rollout"
         );
         if matches!(transition.to, Phase::Aborted | Phase::RolledBack) {
-            self.rollouts.change_at_once(name, standing, entry).await;
-        } else if let Err(error) = self.rollouts.change(name, standing, entry).await {
+            // Clients are not to wait for the disk.
+            self.rollouts.change_at_once(name, standing, entry);
+            self.publish();
+            self.rollouts.catch_up().await;
+            return true;
+        }
+        if let Err(error) = self.rollouts.change(name, standing, entry).await {
             tracing::error!(model = %name, %error, "the rollout waits");
             return false;
         }
@@ -195,6 +203,10 @@ impl Reconciler {
                 json!({ "rollout": standing.rollout.as_ref().map(|rollout| &rollout.id), "settings": settings });
             (standing, entry(&asked("a new version"), "start", now, details))
         } else {
+            // Of versions that come together, the newest is the first.
+            if model.versions.iter().any(|tracked| tracked.selected && tracked.progress.is_under_way()) {
+                return;
+            }
             standing.stable = Some(stable.clone());
             (standing, entry(&asked("the first version that serves"), "serve", now, json!({ "version": stable })))
         };
@@ -209,13 +221,8 @@ impl Reconciler {
 /// The newest version that the policy selects and nobody passes over, when it is newer than the stable one.
 fn news(model: &Tracked, standing: &Standing, stable: &Version) -> Option<Version> {
     let place = |version: &Version| model.found.iter().position(|found| found.version == *version);
-    let is_selected =
-        |version: &Version| model.versions.iter().any(|tracked| tracked.version == *version && tracked.selected);
-    let newest = model
-        .found
-        .iter()
-        .rfind(|found| is_selected(&found.version) && standing.passes_over(&found.version, found.stamp).is_none())?;
-    (place(&newest.version) > place(stable)).then(|| newest.version.clone())
+    let newest = model.chosen(standing).next_back()?;
+    (place(newest) > place(stable)).then(|| newest.clone())
 }
 
 /// Why a newer version takes a candidate's place, when it does.
@@ -283,6 +290,10 @@ fn conclude(model: &Tracked, standing: &mut Standing, transition: &Transition, n
 }
 
 fn tell(model: &Tracked, mut standing: Standing, asked: &Asked, command: Command) -> Result<(Standing, Entry), Error> {
+    if standing.split.is_some() {
+        let message = "its requests are divided by hand; clear that first (tidegate rollout overrides clear MODEL)";
+        return Err(Error::new(Code::Conflict, message));
+    }
     let rollout = standing
         .rollout
         .as_mut()
@@ -368,6 +379,18 @@ fn entry(asked: &Asked, action: &str, at: Moment, details: serde_json::Value) ->
         action: action.to_owned(),
         reason: asked.reason.clone(),
         details: details.to_string(),
+    }
+}
+
+/// What is written down of a version that did not load, or did not pass its golden check.
+pub(super) fn kept_out(name: &ModelName, version: &Version, error: &Error) -> Entry {
+    Entry {
+        at: promote::now(),
+        model: name.to_string(),
+        author: REPOSITORY.to_owned(),
+        action: "kept_out".to_owned(),
+        reason: error.message.clone(),
+        details: json!({ "version": version, "code": error.code.as_str() }).to_string(),
     }
 }
 
