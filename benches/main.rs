@@ -115,6 +115,9 @@ enum Command {
     /// Serve a model that costs nothing, or so much, until standard input ends; for the benchmark itself.
     #[command(hide = true)]
     Stub(Stub),
+    /// Count so many answers as a server does; for the benchmark itself.
+    #[command(hide = true)]
+    Tally { answers: usize },
     /// Print the seconds it takes to load a model's session; for the benchmark itself.
     #[command(hide = true)]
     Load { files: PathBuf },
@@ -140,6 +143,7 @@ fn main() -> Result<()> {
             process::end_children_on_signals()?;
             counters::run(&baseline, update)
         }
+        Command::Tally { answers } => counters::tally::count(answers),
         Command::Load { files } => Ok(writeln!(std::io::stdout(), "{}", inprocess::load_time(&files)?)?),
         Command::Peer { rest, grpc, model, out, keep, quick } => {
             let cores = machine::Cores::choose()?;

@@ -3,200 +3,170 @@
 //! Everything a judge or an operator wants to know of a version comes from the differences between two looks at it, so
 //! that counting needs to know nothing of rollouts.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use bytes::Bytes;
 use parking_lot::Mutex;
 
 use crate::{
-    backend::{Signature, TensorSpec},
-    metrics::Way,
-    rollout::judge::{Answers, Kind, Window},
-    stats::histogram::Histogram,
-    tensor::{DType, Data, Tensor},
+    backend::Signature,
+    metrics::{Buckets, Page, Predictions, SCORE_BUCKETS, VALUE_BUCKETS, Way},
+    rollout::judge::Window,
+    tensor::Tensor,
 };
 
+mod answers;
 pub mod compare;
 pub mod copies;
+mod shown;
 
-/// Labels of an output that are told apart; the first so many that come.
-const MAX_LABELS: usize = 20;
-/// Scores of a row that are looked through for the best one: those of more classes are not looked at.
-const MAX_CLASSES: i64 = 4096;
-/// Rows of an answer that are looked at.
-const MAX_ROWS: usize = 64;
+use answers::{Counted, Look, Seen};
+use shown::Shown;
 
 /// What a version did since it was loaded, by the way in which requests came to it.
 pub struct Tally {
-    looks: Vec<Option<Look>>,
+    /// The outputs that are looked at: name, place in the signature, and how.
+    looks: Vec<(Arc<str>, usize, Look)>,
     /// Made when the first such request comes.
-    windows: [Mutex<Option<Box<Window>>>; Way::ALL.len()],
-    /// What is known of the outputs before there are answers.
-    empty: Vec<Answers>,
+    done: [Mutex<Option<Box<Done>>>; Way::ALL.len()],
+    /// What the last scrape said of each output's labels. Locked before what was done is looked at, so that nothing old
+    /// is told after what is new.
+    shown: Mutex<[Vec<Shown>; Way::ALL.len()]>,
     copies: copies::Copies,
 }
 
-/// How an output's answers are read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Look {
-    /// Each element is a label.
-    Labels,
-    /// The label is the index of the largest element of a row.
-    Scores,
-    /// Each element is a value.
-    Values,
+/// What came in one way.
+#[derive(Clone)]
+struct Done {
+    /// All but the answers.
+    window: Window,
+    /// Those that are looked at.
+    outputs: Vec<Counted>,
 }
 
 impl Tally {
     pub fn new(signature: &Signature) -> Self {
-        let looks: Vec<Option<Look>> = signature.outputs.iter().map(look).collect();
-        let seen = looks.iter().zip(&signature.outputs).filter_map(|(look, spec)| Some(((*look)?, spec)));
-        let answers = seen.map(|(look, spec)| Answers {
-            output: spec.name.clone(),
-            kind: match look {
-                Look::Labels | Look::Scores => Kind::Labels { counts: Vec::new(), other: 0 },
-                Look::Values => Kind::Values(Histogram::default()),
-            },
-        });
-        Self { windows: Default::default(), empty: answers.collect(), looks, copies: copies::Copies::default() }
+        let outputs = signature.outputs.iter().enumerate();
+        let looks = outputs.filter_map(|(place, spec)| Some((spec.name.clone(), place, Look::at(spec)?)));
+        Self { looks: looks.collect(), done: Default::default(), shown: Mutex::default(), copies: Default::default() }
     }
 
     /// Counts a request that was answered with an error.
     pub fn failed(&self, way: Way) {
-        self.with(way, |window| {
-            window.requests += 1;
-            window.errors += 1;
+        self.with(way, |done| {
+            done.window.requests += 1;
+            done.window.errors += 1;
         });
     }
 
     /// Counts a request whose client left after a time: it would have taken longer than that.
     pub fn given_up(&self, way: Way, after: Duration) {
-        self.with(way, |window| window.latency.add(after.as_secs_f64()));
+        self.with(way, |done| done.window.latency.add(after.as_secs_f64()));
     }
 
     /// Counts a good answer: all of the version's outputs, in the order of its signature.
     pub fn answered(&self, way: Way, took: Duration, outputs: &[Tensor]) {
-        self.with(way, |window| {
-            let Window { requests, latency, looked_at, no_numbers, answers, .. } = window;
-            *requests += 1;
-            latency.add(took.as_secs_f64());
-            if answers.is_empty() {
+        self.with(way, |Done { window, outputs: counted }| {
+            window.requests += 1;
+            window.latency.add(took.as_secs_f64());
+            if counted.is_empty() {
                 return;
             }
-            *looked_at += 1;
-            let seen = self.looks.iter().zip(outputs).filter_map(|(look, output)| Some(((*look)?, output)));
+            window.looked_at += 1;
             let mut odd = false;
-            for ((look, output), answers) in seen.zip(answers) {
-                odd |= !count(look, output, &mut answers.kind);
+            for counted in counted {
+                odd |= outputs.get(counted.place).is_some_and(|output| !counted.add(output));
             }
-            *no_numbers += u64::from(odd);
+            window.no_numbers += u64::from(odd);
         });
     }
 
     /// Everything since the version was loaded.
     pub fn window(&self, way: Way) -> Window {
-        let window = self.windows[way as usize].lock();
-        window.as_deref().cloned().unwrap_or_else(|| self.nothing())
+        let Done { mut window, outputs } = self.done(way).unwrap_or_else(|| self.nothing());
+        window.answers = outputs.iter().map(Counted::answers).collect();
+        window
     }
 
-    fn with(&self, way: Way, work: impl FnOnce(&mut Window)) {
-        let mut window = self.windows[way as usize].lock();
-        work(window.get_or_insert_with(|| Box::new(self.nothing())));
+    /// Shows what the version answered. `labels` are the names of classes, by output.
+    pub fn show(&self, model: &str, version: &str, labels: &BTreeMap<Arc<str>, Arc<[Box<str>]>>, page: &mut Page) {
+        let mut shown = self.shown.lock();
+        for (way, shown) in Way::ALL.into_iter().zip(shown.iter_mut()) {
+            let Some(done) = self.done(way) else { continue };
+            shown.resize_with(done.outputs.len(), Shown::default);
+            for (counted, shown) in done.outputs.iter().zip(shown) {
+                let names = labels.get(&counted.output).map_or(&[][..], |names| names);
+                show(counted, shown, names, [model, version], way, page);
+            }
+        }
     }
 
-    fn nothing(&self) -> Window {
-        Window { answers: self.empty.clone(), ..Window::default() }
+    /// A copy: requests wait while one looks.
+    fn done(&self, way: Way) -> Option<Done> {
+        self.done[way as usize].lock().as_deref().cloned()
+    }
+
+    fn with(&self, way: Way, work: impl FnOnce(&mut Done)) {
+        let mut done = self.done[way as usize].lock();
+        work(done.get_or_insert_with(|| Box::new(self.nothing())));
+    }
+
+    fn nothing(&self) -> Done {
+        let outputs = self.looks.iter().map(|(name, place, look)| Counted::new(name.clone(), *place, *look));
+        Done { window: Window::default(), outputs: outputs.collect() }
     }
 }
 
-/// How an output is looked at, if it is.
-fn look(spec: &TensorSpec) -> Option<Look> {
-    let width: i64 = match spec.shape.as_slice() {
-        [_] => 1,
-        [_, width] => *width,
-        _ => return None,
+/// Shows what one output answered in one way.
+fn show(
+    counted: &Counted,
+    shown: &mut Shown,
+    names: &[Box<str>],
+    [model, version]: [&str; 2],
+    way: Way,
+    page: &mut Page,
+) {
+    let mut found = Predictions {
+        model,
+        version,
+        way,
+        output: &counted.output,
+        labels: None,
+        scores: None,
+        values: None,
+        moments: None,
+        nonfinite: (!matches!(counted.seen, Seen::Labels(_))).then_some(counted.nonfinite),
     };
-    match spec.dtype {
-        DType::Fp32 | DType::Fp64 if width == 1 => Some(Look::Values),
-        DType::Fp32 | DType::Fp64 if (2..=MAX_CLASSES).contains(&width) => Some(Look::Scores),
-        DType::Bytes | DType::Bool | DType::Int64 | DType::Int32 | DType::Uint8 if width == 1 => Some(Look::Labels),
-        _ => None,
-    }
-}
-
-/// Counts an output's rows; whether all of them are numbers.
-fn count(look: Look, output: &Tensor, kind: &mut Kind) -> bool {
-    match (look, kind) {
-        (Look::Values, Kind::Values(histogram)) => {
-            let mut fine = true;
-            for value in floats(output).take(MAX_ROWS) {
-                if value.is_finite() { histogram.add(value) } else { fine = false }
-            }
-            fine
+    let mut up_to = Vec::new();
+    match &counted.seen {
+        Seen::Labels(labels) => found.labels = Some(shown.tell(&labels.counts(), labels.other(), names)),
+        Seen::Scores(labels, scores) => {
+            found.labels = Some(shown.tell(&labels.counts(), labels.other(), names));
+            let mut count = 0;
+            up_to.extend(scores.counts.iter().map(|here| {
+                count += here;
+                count
+            }));
+            found.scores = Some(Buckets { bounds: &SCORE_BUCKETS, up_to: &up_to, sum: scores.sum, count });
         }
-        (Look::Scores, Kind::Labels { counts, other }) => {
-            let width = output.shape.get(1).copied().unwrap_or(1).max(1);
-            let mut fine = true;
-            let mut values = floats(output);
-            for _ in 0..output.rows().min(MAX_ROWS) {
-                let mut best = (0, f64::NEG_INFINITY);
-                for (index, value) in values.by_ref().take(width).enumerate() {
-                    fine &= value.is_finite();
-                    best = if value > best.1 { (index, value) } else { best };
-                }
-                let mut text = itoa::Buffer::new();
-                one_more(text.format(best.0).as_bytes(), counts, other);
-            }
-            fine
+        Seen::Values(values) => {
+            up_to.extend(VALUE_BUCKETS.iter().map(|&bound| values.histogram.up_to(bound)));
+            let count = values.histogram.total();
+            found.values = Some(Buckets { bounds: &VALUE_BUCKETS, up_to: &up_to, sum: values.sum, count });
+            found.moments = values.moments.read();
         }
-        (Look::Labels, Kind::Labels { counts, other }) => {
-            match &output.data {
-                Data::Strings(labels) => labels.iter().take(MAX_ROWS).for_each(|label| one_more(label, counts, other)),
-                Data::Plain(bytes) => {
-                    let mut text = itoa::Buffer::new();
-                    for label in integers(output.dtype, bytes).take(MAX_ROWS) {
-                        one_more(text.format(label).as_bytes(), counts, other);
-                    }
-                }
-            }
-            true
-        }
-        _ => true,
     }
-}
-
-fn one_more(label: &[u8], counts: &mut Vec<(Arc<str>, u64)>, other: &mut u64) {
-    if let Some((_, count)) = counts.iter_mut().find(|(known, _)| known.as_bytes() == label) {
-        *count += 1;
-    } else if counts.len() < MAX_LABELS {
-        counts.push((String::from_utf8_lossy(label).into(), 1));
-    } else {
-        *other += 1;
-    }
-}
-
-fn floats(tensor: &Tensor) -> impl Iterator<Item = f64> + '_ {
-    let bytes: &[u8] = if let Data::Plain(bytes) = &tensor.data { bytes } else { &[] };
-    let wide = tensor.dtype == DType::Fp64;
-    bytes.chunks_exact(if wide { 8 } else { 4 }).map(move |bytes| match *bytes {
-        [a, b, c, d] => f32::from_le_bytes([a, b, c, d]).into(),
-        [a, b, c, d, e, f, g, h] => f64::from_le_bytes([a, b, c, d, e, f, g, h]),
-        _ => f64::NAN,
-    })
-}
-
-fn integers(dtype: DType, bytes: &Bytes) -> impl Iterator<Item = i64> + '_ {
-    bytes.chunks_exact(dtype.size().unwrap_or(1)).map(|bytes| match *bytes {
-        [a] => a.into(),
-        [a, b, c, d] => i32::from_le_bytes([a, b, c, d]).into(),
-        [a, b, c, d, e, f, g, h] => i64::from_le_bytes([a, b, c, d, e, f, g, h]),
-        _ => 0,
-    })
+    page.predictions(&found);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        backend::TensorSpec,
+        metrics::Metrics,
+        rollout::judge::Kind,
+        tensor::{DType, Data},
+    };
 
     fn tally(outputs: &[(&str, DType, &[i64])]) -> Tally {
         let spec = |&(name, dtype, shape): &(&str, DType, &[i64])| TensorSpec {
@@ -230,20 +200,7 @@ mod tests {
         let window = tally.window(Way::Stable);
         assert_eq!((window.requests, window.errors, window.looked_at, window.no_numbers), (3, 1, 2, 1));
         assert_eq!(window.latency.total(), 2);
-        assert_eq!(labels(&window), [("1".to_owned(), 1), ("0".to_owned(), 1), ("2".to_owned(), 1)]);
-    }
-
-    #[test]
-    fn so_many_labels_are_told_apart() {
-        let tally = tally(&[("label", DType::Int64, &[-1])]);
-        for label in 0..30_i64 {
-            let bytes = label.to_le_bytes().to_vec();
-            let output = Tensor::new("label".into(), DType::Int64, [1].as_slice().into(), Data::Plain(bytes.into()));
-            tally.answered(Way::Stable, Duration::ZERO, &[output.unwrap()]);
-        }
-        let window = tally.window(Way::Stable);
-        assert_eq!(labels(&window).len(), MAX_LABELS);
-        assert!(matches!(window.answers[0].kind, Kind::Labels { other: 10, .. }));
+        assert_eq!(labels(&window), [("0".to_owned(), 1), ("1".to_owned(), 1), ("2".to_owned(), 1)]);
     }
 
     #[test]
@@ -256,5 +213,68 @@ mod tests {
         assert_eq!((window.answers.len(), window.no_numbers), (1, 1));
         let Kind::Values(histogram) = &window.answers[0].kind else { panic!("labels") };
         assert_eq!(histogram.total(), 1);
+    }
+
+    fn integers(name: &str, values: &[i64]) -> Tensor {
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        Tensor::new(name.into(), DType::Int64, [values.len()].as_slice().into(), Data::Plain(bytes.into())).unwrap()
+    }
+
+    fn shown(tally: &Tally) -> String {
+        let mut page = Page::default();
+        let names = BTreeMap::from([(Arc::from("label"), Arc::from(["cat", "dog"].map(Box::from)))]);
+        tally.show("m", "1", &names, &mut page);
+        Metrics::new("", "").render(page)
+    }
+
+    #[test]
+    fn classes_and_their_scores_are_shown_by_way() {
+        let tally = tally(&[("label", DType::Int64, &[-1]), ("scores", DType::Fp32, &[-1, 2])]);
+        assert!(!shown(&tally).contains("tidegate_prediction"), "nothing was answered");
+        let answer = |scores: &[f32]| [integers("label", &[1, 7]), floats("scores", &[scores.len() / 2, 2], scores)];
+        tally.answered(Way::Canary, Duration::ZERO, &answer(&[0.25, 0.75, 0.5, 0.5]));
+        tally.answered(Way::Canary, Duration::ZERO, &answer(&[f32::NAN, 1.0, f32::NAN, f32::INFINITY]));
+        tally.answered(Way::Stable, Duration::ZERO, &answer(&[f32::NAN, f32::NAN]));
+        let text = shown(&tally);
+        for line in [
+            r#"tidegate_predictions_total{model="m",version="1",variant="canary",output="label",label="dog"} 2"#,
+            r#"tidegate_predictions_total{model="m",version="1",variant="canary",output="label",label="7"} 2"#,
+            r#"tidegate_predictions_total{model="m",version="1",variant="canary",output="label",label="other"} 0"#,
+            r#"tidegate_predictions_total{model="m",version="1",variant="canary",output="scores",label="0"} 1"#,
+            r#"tidegate_predictions_total{model="m",version="1",variant="canary",output="scores",label="1"} 3"#,
+            r#"tidegate_prediction_score_bucket{model="m",version="1",variant="canary",output="scores",le="0.5"} 1"#,
+            r#"tidegate_prediction_score_bucket{model="m",version="1",variant="canary",output="scores",le="1"} 3"#,
+            r#"tidegate_prediction_score_sum{model="m",version="1",variant="canary",output="scores"} 2.25"#,
+            r#"tidegate_prediction_score_count{model="m",version="1",variant="canary",output="scores"} 3"#,
+            r#"tidegate_prediction_nonfinite_total{model="m",version="1",variant="canary",output="scores"} 3"#,
+            r#"tidegate_prediction_nonfinite_total{model="m",version="1",variant="stable",output="scores"} 2"#,
+            r#"tidegate_predictions_total{model="m",version="1",variant="stable",output="scores",label="other"} 0"#,
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
+        }
+        assert!(!text.contains(r#"variant="stable",output="scores",label="0""#), "a row of NaN has no winner");
+    }
+
+    #[test]
+    fn values_are_shown_with_mean_and_spread() {
+        let tally = tally(&[("y", DType::Fp32, &[-1, 1])]);
+        tally.answered(Way::Stable, Duration::ZERO, &[floats("y", &[4, 1], &[-1.0, 3.0, f32::NAN, 4.0])]);
+        let text = shown(&tally);
+        let series = r#"{model="m",version="1",variant="stable",output="y""#;
+        for (name, rest, value) in [
+            ("value_bucket", r#",le="-1""#, 1.0),
+            ("value_bucket", r#",le="0""#, 1.0),
+            ("value_bucket", r#",le="4""#, 3.0),
+            ("value_bucket", r#",le="+Inf""#, 3.0),
+            ("value_sum", "", 6.0),
+            ("mean", "", 2.0),
+            ("stddev", "", (14.0_f64 / 3.0).sqrt()),
+            ("nonfinite_total", "", 1.0),
+        ] {
+            let start = format!("tidegate_prediction_{name}{series}{rest}}} ");
+            let line = text.lines().find_map(|line| line.strip_prefix(&start));
+            let found: f64 = line.unwrap_or_else(|| panic!("no {start} in\n{text}")).parse().unwrap();
+            assert!((found - value).abs() < 1e-9, "{start}{found}");
+        }
     }
 }

@@ -24,7 +24,7 @@ async fn requests_share_runs_and_get_their_own_rows() {
     let executions = running.metric(r#"tidegate_executions_total{model="m",version="1"}"#).await;
     assert!(executions < 20.0, "{executions} runs for 40 requests");
     assert_eq!(running.metric(r#"tidegate_inferences_total{model="m",version="1"}"#).await, 100.0);
-    let ok = r#"tidegate_requests_total{model="m",version="1",protocol="rest",code="ok"}"#;
+    let ok = r#"tidegate_requests_total{model="m",version="1",protocol="rest",code="ok",variant="stable"}"#;
     assert_eq!(running.metric(ok).await, 40.0);
     assert_eq!(running.metric(r#"tidegate_queue_duration_seconds_count{model="m",version="1"}"#).await, 40.0);
     assert_eq!(running.metric(r#"tidegate_pending_requests{model="m",version="1"}"#).await, 0.0);
@@ -76,7 +76,9 @@ async fn deadlines_are_kept_over_both_protocols() {
     assert_eq!(grpc.model_infer(message).await.unwrap_err().code(), tonic::Code::DeadlineExceeded);
 
     let failed = |protocol: &str| {
-        format!(r#"tidegate_requests_total{{model="m",version="1",protocol="{protocol}",code="deadline_exceeded"}}"#)
+        format!(
+            r#"tidegate_requests_total{{model="m",version="1",protocol="{protocol}",code="deadline_exceeded",variant="stable"}}"#
+        )
     };
     assert_eq!(running.metric(&failed("rest")).await, 1.0);
     assert_eq!(running.metric(&failed("grpc")).await, 2.0);
@@ -105,7 +107,8 @@ async fn requests_whose_client_has_gone_cost_no_run() {
     assert_eq!(patient.await.unwrap(), 200);
     let dropped = r#"tidegate_dropped_requests_total{model="m",version="1",reason="cancelled"}"#;
     eventually("the dropped requests are counted", async || running.metric(dropped).await == 5.0).await;
-    let cancelled = r#"tidegate_requests_total{model="m",version="1",protocol="rest",code="cancelled"}"#;
+    let cancelled =
+        r#"tidegate_requests_total{model="m",version="1",protocol="rest",code="cancelled",variant="stable"}"#;
     assert_eq!(running.metric(cancelled).await, 5.0);
     assert_eq!(running.metric(r#"tidegate_executions_total{model="m",version="1"}"#).await, 1.0);
 }
@@ -126,7 +129,8 @@ async fn readiness_waits_for_the_first_pass_only() {
     assert_eq!(running.infer("m", &[1.0]).await.status, 200);
     let reply = running.infer("broken", &[1.0]).await;
     assert_eq!(reply.status, 503);
-    let unready = r#"tidegate_requests_total{model="broken",version="1",protocol="rest",code="not_ready"}"#;
+    let unready =
+        r#"tidegate_requests_total{model="broken",version="1",protocol="rest",code="not_ready",variant="stable"}"#;
     assert_eq!(running.metric(unready).await, 1.0);
     assert!(reply.error().contains("'broken'") && reply.error().contains("the script says so"), "{}", reply.error());
 

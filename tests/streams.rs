@@ -70,7 +70,9 @@ impl Call {
 }
 
 async fn requests(running: &Running, model: &str, code: &str) -> f64 {
-    let series = format!(r#"tidegate_requests_total{{model="{model}",version="1",protocol="grpc",code="{code}"}}"#);
+    let series = format!(
+        r#"tidegate_requests_total{{model="{model}",version="1",protocol="grpc",code="{code}",variant="stable"}}"#
+    );
     running.metric(&series).await
 }
 
@@ -215,7 +217,7 @@ async fn one_request_may_be_as_large_as_any_message() {
         assert_eq!(call.answer().await.error_message, "");
     }
     assert_eq!(call.next().await.unwrap_err().code(), Code::ResourceExhausted);
-    let lost = r#"tidegate_requests_total{model="",version="",protocol="grpc",code="too_large"}"#;
+    let lost = r#"tidegate_requests_total{model="",version="",protocol="grpc",code="too_large",variant="stable"}"#;
     assert_eq!(running.metric(lost).await, 1.0);
     running.stop().await;
 }
@@ -306,7 +308,8 @@ async fn a_request_may_not_rest_in_its_middle() {
     let end = answers.frame().await.unwrap().unwrap().into_trailers().unwrap();
     assert_eq!(end["grpc-status"], "4");
     assert!(end["grpc-message"].to_str().unwrap().contains("limits.body_timeout"), "{end:?}");
-    let half = r#"tidegate_requests_total{model="",version="",protocol="grpc",code="deadline_exceeded"}"#;
+    let half =
+        r#"tidegate_requests_total{model="",version="",protocol="grpc",code="deadline_exceeded",variant="stable"}"#;
     assert_eq!(running.metric(half).await, 1.0);
     drop(sender);
     running.stop().await;

@@ -9,6 +9,7 @@ mod documentation;
 mod fairness;
 mod golden;
 mod lifecycle;
+mod monitoring;
 mod overload;
 mod rollout;
 mod rollout_api;

@@ -45,6 +45,11 @@ impl Counter {
     pub fn copies(what: &str, protocol: Protocol, value: f64) -> Self {
         Self { name: named(what, protocol), value, slack: Some(0.02) }
     }
+
+    /// Instructions that it takes to count one answer of iris.
+    pub fn tally(value: f64) -> Self {
+        Self { name: "tally_instructions".to_owned(), value, slack: Some(20.0) }
+    }
 }
 
 fn named(what: &str, protocol: Protocol) -> String {

@@ -20,6 +20,7 @@ use crate::{
 
 mod baseline;
 mod subject;
+pub mod tally;
 
 use baseline::{Baseline, Counter};
 use subject::Subject;
@@ -80,5 +81,7 @@ fn count() -> Result<Vec<Counter>> {
         let copies = Subject::server(stub).copies(&stub.row()?, IMAGE * size_of::<f32>())?;
         counters.extend(copies.into_iter().map(|(protocol, copies)| Counter::copies(name, protocol, copies)));
     }
+    say(format_args!("counting instructions of counting"));
+    counters.push(Counter::tally(tally::instructions()?));
     Ok(counters)
 }

@@ -42,6 +42,7 @@ pub mod pb;
 mod reflection;
 mod repository;
 pub mod rest;
+mod scrape;
 mod seldom;
 pub mod shapes;
 pub mod shared_memory;

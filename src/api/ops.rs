@@ -20,7 +20,7 @@ use super::{
         self,
         openapi::{self, Operation},
     },
-    rest, status,
+    rest, scrape, status,
 };
 use crate::error::Code;
 
@@ -77,7 +77,8 @@ async fn document() -> Json<Value> {
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
-    ([(header::CONTENT_TYPE, EXPOSITION)], app.metrics.render()).into_response()
+    ([(header::CONTENT_TYPE, EXPOSITION)], app.metrics.render(scrape::page(&app.engine.catalog().load())))
+        .into_response()
 }
 
 async fn ready(State(app): State<Arc<App>>) -> Response {

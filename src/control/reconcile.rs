@@ -358,6 +358,7 @@ impl Reconciler {
             },
             metrics: self.loader.metrics.version(name.as_str(), version.as_str()),
             parameters: spec.parameters,
+            predictions: spec.predictions.unwrap_or(true),
             notes: spec.notes,
             files,
         }

@@ -74,6 +74,10 @@ pub struct ModelSpec {
     pub parameters: BTreeMap<String, String>,
     /// How the graph runs.
     pub options: Options,
+    /// Whether metrics show what the model answers: how often each label came (at most 20 for an output, and the rest
+    /// together), what winning classes scored, the values of outputs of one number. Labels are shown by their text. What
+    /// judges a rollout looks at answers in any case. Default: true.
+    pub predictions: Option<bool>,
     /// What becomes of new versions, and how they take over.
     pub rollout: rollout::plan::Settings,
     /// What operators should know of the file, such as fields that have no effect here.

@@ -65,6 +65,8 @@ pub struct Plan {
     pub golden: golden::Check,
     /// What the author wants clients to read in the configuration.
     pub parameters: BTreeMap<String, String>,
+    /// Whether metrics show what it answers.
+    pub predictions: bool,
     /// What operators should know of the model's configuration.
     pub notes: Vec<String>,
     /// Where the outcome of the golden check shows.
@@ -102,6 +104,8 @@ pub struct Facts {
     pub label_files: BTreeMap<String, PathBuf>,
     /// What its author wants clients to read in the configuration.
     pub parameters: BTreeMap<String, String>,
+    /// Whether metrics show what it answers.
+    pub predictions: bool,
     /// How the graph runs, as far as its settings and the profile say.
     pub options: Options,
     /// How it passed its golden check, if it has one.
@@ -153,6 +157,7 @@ pub fn load(plan: Plan, backends: &Backends, decode: Decode) -> Result<Loaded, E
         labels,
         label_files: plan.labels,
         parameters: plan.parameters,
+        predictions: plan.predictions,
         options: plan.options,
         golden,
         load_duration: start.elapsed(),

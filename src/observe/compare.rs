@@ -5,8 +5,10 @@
 
 use half::{bf16, f16};
 
-use super::MAX_CLASSES;
-use crate::tensor::{DType, Data, Tensor};
+use crate::{
+    stats::labels::MAX_CLASSES,
+    tensor::{DType, Data, Tensor},
+};
 
 /// How an output of a copy differs from the live one.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -61,7 +63,7 @@ pub fn compare(live: &Tensor, copy: &Tensor) -> Result<Difference, String> {
 /// The number of scores among which the largest one is the label, if it is.
 fn row(tensor: &Tensor) -> Option<usize> {
     match tensor.shape[..] {
-        [_, width] if (2..=MAX_CLASSES).contains(&(width as i64)) => Some(width),
+        [_, width] if (2..=MAX_CLASSES).contains(&width) => Some(width),
         _ => None,
     }
 }

@@ -47,6 +47,21 @@ pub enum Phase {
     RolledBack,
 }
 
+impl Phase {
+    /// In the order of a rollout's way.
+    pub const ALL: [Self; 9] = [
+        Self::Pending,
+        Self::Shadow,
+        Self::Canary,
+        Self::Paused,
+        Self::Promoting,
+        Self::Watching,
+        Self::Done,
+        Self::Aborted,
+        Self::RolledBack,
+    ];
+}
+
 /// What an operator may say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

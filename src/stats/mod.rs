@@ -2,4 +2,6 @@
 
 pub mod divergence;
 pub mod histogram;
+pub mod labels;
+pub mod moments;
 pub mod sequential;

@@ -12,6 +12,7 @@ use bytes::Bytes;
 use super::*;
 use crate::{
     api::codec::{InferCall, PlacedInput, Placement, decode_json},
+    metrics::Page,
     tensor::{DType, Data, Tensor},
 };
 
@@ -240,7 +241,7 @@ fn regions_are_few_and_small_enough() {
     let error = register("d", 1).unwrap_err();
     assert_eq!(error.code, Code::TooLarge);
     assert!(error.message.contains("shared_memory.max_regions"), "{error}");
-    let text = regions.metrics.render();
+    let text = regions.metrics.render(Page::default());
     assert!(text.contains("tidegate_shared_memory_regions 2\n"), "{text}");
     assert!(text.contains("tidegate_shared_memory_bytes 40\n"), "{text}");
     regions.unregister("not there");

@@ -1,0 +1,79 @@
+//! What `/metrics` shows of the catalog: how rollouts stand, what versions answered, and whether copies agree.
+//!
+//! Read when somebody scrapes, so that nothing is left of models that went.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use crate::{
+    metrics::{CopiesCompared, OutputCompared, Page, RolloutStanding},
+    model::{
+        ModelVersion,
+        catalog::{Catalog, Deployment},
+    },
+    observe::copies::{Comparison, OutputComparison},
+    rollout::{self, Phase, Rollout, judge::Finding},
+};
+
+/// Everything there is to show of the catalog now.
+pub(super) fn page(catalog: &Catalog) -> Page {
+    let mut page = Page::default();
+    for (name, deployment) in &catalog.deployments {
+        let Deployment { rollout, entries, .. } = deployment;
+        if let Some(rollout) = rollout {
+            show_rollout(name.as_str(), rollout, &mut page);
+        }
+        for version in entries.iter().filter_map(|entry| entry.serving.as_ref()) {
+            if version.predictions {
+                version.tally.show(name.as_str(), version.version.as_str(), &version.labels, &mut page);
+            }
+            show_copies(version, &mut page);
+        }
+    }
+    page
+}
+
+fn show_rollout(model: &str, rollout: &Rollout, page: &mut Page) {
+    let phases = Phase::ALL.map(rollout::name_of);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let judged = rollout.judgement.iter().flat_map(|judgement| &judgement.verdicts);
+    let verdict = |finding| match finding {
+        Finding::Good => 1,
+        Finding::Inconclusive => 0,
+        Finding::Worse => -1,
+    };
+    page.rollout(&RolloutStanding {
+        model,
+        rollout: &rollout.id,
+        phase: &rollout::name_of(rollout.phase),
+        phases: &phases.each_ref().map(String::as_str),
+        weight: rollout.weight().percent() / 100.0,
+        step: rollout.step,
+        // A clock that was set back counts as one that stands still.
+        age: now.saturating_sub(Duration::from_millis(rollout.since)),
+        verdicts: judged.map(|found| (found.metric.as_str(), verdict(found.finding))).collect(),
+    });
+}
+
+fn show_copies(version: &ModelVersion, page: &mut Page) {
+    let found = version.tally.comparison();
+    if found == Comparison::default() {
+        return;
+    }
+    let numbers = |output: &OutputComparison, number| (output.measured > 0).then_some(number);
+    let outputs = found.outputs.iter().map(|output| OutputCompared {
+        output: &output.output,
+        compared: output.compared,
+        disagreed: output.disagreed,
+        max_difference: numbers(output, output.max_abs),
+        mean_difference: numbers(output, output.mean_abs),
+        cosine: output.mean_cosine,
+    });
+    let missing = [("full", found.missing.full), ("busy", found.missing.busy), ("late", found.missing.late)];
+    page.copies(&CopiesCompared {
+        model: version.name.as_str(),
+        version: version.version.as_str(),
+        failed: found.agreement.failed,
+        missing: &missing,
+        outputs: outputs.collect(),
+    });
+}
