@@ -33,13 +33,14 @@ fn uploads(repository: &Repository) -> usize {
     folder.map_or(0, |folder| std::fs::read_dir(folder).unwrap().count())
 }
 
-/// Every file below `folder` but the server's lock and its record of where uploads are.
+/// Every file below `folder` but the server's own: its lock, its record of where uploads are, its state.
 fn listing(folder: &Path) -> Vec<String> {
+    let own = |name: &str| name == "lock" || name == "uploads" || name.starts_with("state.sqlite");
     let mut paths = Vec::new();
     for entry in std::fs::read_dir(folder).unwrap().map(Result::unwrap) {
         if entry.path().is_dir() {
             paths.extend(listing(&entry.path()));
-        } else if entry.file_name() != "lock" && entry.file_name() != "uploads" {
+        } else if !own(&entry.file_name().to_string_lossy()) {
             paths.push(entry.path().display().to_string());
         }
     }
