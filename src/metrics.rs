@@ -26,7 +26,7 @@ mod statistics;
 mod version;
 
 pub use families::{BATCH_BUCKETS, DURATION_BUCKETS, FAMILIES, Family, Kind, Of, SCORE_BUCKETS, VALUE_BUCKETS};
-use families::{BUILD_INFO, SHARED_MEMORY_BYTES, SHARED_MEMORY_REGIONS};
+use families::{BUILD_INFO, SHARED_MEMORY_BYTES, SHARED_MEMORY_REGIONS, STATE_STORED};
 pub use page::{Buckets, Page};
 pub use predictions::{OTHER, Predictions, SHOWN_LABELS};
 pub use rollouts::{CopiesCompared, OutputCompared, RolloutStanding};
@@ -142,6 +142,11 @@ impl Metrics {
             gauge!(SHARED_MEMORY_REGIONS).set(regions as f64);
             gauge!(SHARED_MEMORY_BYTES).set(bytes as f64);
         });
+    }
+
+    /// Whether the server's state could be read or stored.
+    pub fn state_stored(&self, stored: bool) {
+        ::metrics::with_local_recorder(&self.server.recorder, || gauge!(STATE_STORED).set(f64::from(stored)));
     }
 
     /// The exposition text of everything there is, and of `page`.

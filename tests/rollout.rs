@@ -193,6 +193,7 @@ async fn without_a_place_for_the_state_the_server_serves_on() {
     let reply = ask(&running, "PUT", "route", &change).await;
     assert_eq!(reply.status, 503);
     assert!(reply.error().contains("state.sqlite"), "{}", reply.body);
+    assert_eq!(running.metric("tidegate_state_stored").await, 0.0);
     assert_eq!(rollout(&running).await["phase"], Value::Null);
 }
 
@@ -215,11 +216,13 @@ async fn what_protects_clients_waits_for_no_disk() {
     let reply = ask(&running, "PUT", "route", &json!({ "stable": "1" })).await;
     assert_eq!(reply.status, 503, "{}", reply.body);
     assert_eq!(running.infer("m", &[2.0]).await.values(), [2.0]);
+    assert_eq!(running.metric("tidegate_state_stored").await, 0.0);
     holder.execute_batch("ROLLBACK").unwrap();
     eventually("the abort is written down", async || {
         let log = running.ops("/admin/v1/audit?model=m").await.1;
         log["entries"].as_array().is_some_and(|entries| entries.iter().any(|entry| entry["action"] == "aborted"))
     })
     .await;
+    assert_eq!(running.metric("tidegate_state_stored").await, 1.0);
     load.end().await;
 }

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     error::Error,
     id::ModelName,
-    metrics::Way,
+    metrics::{Metrics, Way},
     model::ModelVersion,
     rollout::{
         Moment, Phase, Rollout,
@@ -44,6 +44,7 @@ pub(super) fn now() -> Moment {
 /// What is remembered of every model.
 pub(super) struct Rollouts {
     state: SharedStore,
+    metrics: Arc<Metrics>,
     models: BTreeMap<ModelName, Managed>,
     /// For models of which nothing is remembered.
     nothing: Standing,
@@ -75,13 +76,15 @@ struct Mark {
 }
 
 impl Rollouts {
-    pub(super) fn new(state: SharedStore) -> Self {
-        Self { state, models: BTreeMap::new(), nothing: Standing::default() }
+    pub(super) fn new(state: SharedStore, metrics: Arc<Metrics>) -> Self {
+        Self { state, metrics, models: BTreeMap::new(), nothing: Standing::default() }
     }
 
     /// Reads what is remembered. Without it the server serves what the repository says.
     pub(super) async fn open(&mut self) {
-        match self.state.with(|store| store.standings()).await {
+        let standings = self.state.with(|store| store.standings()).await;
+        self.metrics.state_stored(standings.is_ok());
+        match standings {
             Ok(standings) => {
                 let managed = |standing| Managed { standing, ..Managed::default() };
                 self.models = standings.into_iter().map(|(name, standing)| (name, managed(standing))).collect();
@@ -121,7 +124,9 @@ impl Rollouts {
 
     async fn save(&self, name: &ModelName, standing: &Standing, entry: Entry) -> Result<(), Error> {
         let (name, standing) = (name.clone(), standing.clone());
-        self.state.with(move |store| store.save(&name, &standing, &entry)).await
+        let saved = self.state.with(move |store| store.save(&name, &standing, &entry)).await;
+        self.metrics.state_stored(saved.is_ok());
+        saved
     }
 
     /// Stores what took effect before it was stored.

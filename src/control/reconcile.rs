@@ -89,6 +89,7 @@ enum Event {
 impl Reconciler {
     pub fn new(settings: Settings, loader: Loader, writer: CatalogWriter, orders: Orders, state: SharedStore) -> Self {
         let loads = Arc::new(Semaphore::new(settings.load_concurrency.max(1)));
+        let rollouts = Rollouts::new(state, loader.metrics.clone());
         Self {
             settings,
             loader,
@@ -103,7 +104,7 @@ impl Reconciler {
             complete: false,
             orders,
             ordered: orders::Ordered::default(),
-            rollouts: Rollouts::new(state),
+            rollouts,
         }
     }
 

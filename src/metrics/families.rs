@@ -18,6 +18,7 @@ pub(super) const LOAD_DURATION: &str = "tidegate_model_load_duration_seconds";
 pub(super) const GOLDEN_CHECK: &str = "tidegate_golden_check";
 pub(super) const SHARED_MEMORY_REGIONS: &str = "tidegate_shared_memory_regions";
 pub(super) const SHARED_MEMORY_BYTES: &str = "tidegate_shared_memory_bytes";
+pub(super) const STATE_STORED: &str = "tidegate_state_stored";
 pub(super) const PREDICTIONS: &str = "tidegate_predictions_total";
 pub(super) const PREDICTION_SCORE: &str = "tidegate_prediction_score";
 pub(super) const PREDICTION_VALUE: &str = "tidegate_prediction_value";
@@ -120,7 +121,7 @@ impl Kind {
 }
 
 /// Every family of our own, in the order README lists them.
-pub const FAMILIES: [Family; 33] = [
+pub const FAMILIES: [Family; 34] = [
     Family {
         name: REQUESTS,
         of: Of::Version,
@@ -201,6 +202,13 @@ pub const FAMILIES: [Family; 33] = [
         kind: Kind::Gauge,
         labels: "",
         help: "Bytes of the registered regions; only with shared_memory.enabled",
+    },
+    Family {
+        name: STATE_STORED,
+        of: Of::Server,
+        kind: Kind::Gauge,
+        labels: "",
+        help: "1 when the server's state could be read or stored when that was tried last, else 0: changes are then refused",
     },
     Family {
         name: PREDICTIONS,
