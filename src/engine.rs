@@ -58,6 +58,8 @@ pub struct Target {
     pub sticky: Option<bool>,
     /// Who gets a copy.
     pub shadow: Option<Arc<ModelVersion>>,
+    /// Who would have answered, where another version was drawn.
+    stable: Option<Arc<ModelVersion>>,
     /// Where to draw from once the body is read.
     undrawn: Option<Undrawn>,
 }
@@ -112,6 +114,7 @@ impl Engine {
             rollout: route.map(|route| route.id.clone()),
             sticky: None,
             shadow: None,
+            stable: None,
             undrawn: None,
         };
         if pinned.is_some() {
@@ -121,7 +124,7 @@ impl Engine {
             target.force(deployment, variant)?;
         } else if let Some(route) = route.filter(|route| !route.is_plain()) {
             match &route.sticky {
-                Some(Sticky::Header(name)) if let Some(key) = (wish.header)(name) => {
+                Some(Sticky::Header(name)) if let Some(key) = (wish.header)(name).filter(|key| !key.is_empty()) => {
                     target.take(deployment, route.choose(key), true);
                 }
                 None | Some(Sticky::Header(_)) if !wish.request_id.is_empty() => {
@@ -161,23 +164,38 @@ impl Engine {
         let answer = self.run(underway.target, request).await;
         underway.over = true;
         let Underway { target, started, .. } = &underway;
-        let (outputs, chosen) = answer.inspect_err(|_| target.version.tally.failed(target.way))?;
-        target.version.tally.answered(target.way, started.elapsed(), &outputs);
-        Ok(select(outputs, &chosen))
+        let tally = &target.version.tally;
+        match answer {
+            Ok((outputs, chosen)) => {
+                tally.answered(target.way, started.elapsed(), &outputs);
+                Ok(select(outputs, &chosen))
+            }
+            Err(Failed { error, blames_client }) => {
+                if !blames_client {
+                    tally.failed(target.way);
+                }
+                Err(error)
+            }
+        }
     }
 
     /// All outputs of the version that ran, and the positions of those that are wanted.
-    async fn run(&self, target: &mut Target, request: Request<'_>) -> Result<(Vec<Tensor>, Vec<usize>), Error> {
+    async fn run(&self, target: &mut Target, request: Request<'_>) -> Result<(Vec<Tensor>, Vec<usize>), Failed> {
         if request.urgency.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-            return Err(Error::new(Code::DeadlineExceeded, "the deadline had passed when the request arrived"));
+            let error = Error::new(Code::DeadlineExceeded, "the deadline had passed when the request arrived");
+            return Err(Failed { error, blames_client: true });
         }
         let mut inputs = request.inputs;
         // One more look at the catalog makes version changes lossless: a version stops taking requests only after
         // its successor was published.
         for _ in 0..2 {
             let version = &target.version;
-            let chosen = choose(version, request.outputs)?;
-            let arranged = version.signature.arrange(version.name.as_str(), inputs)?;
+            // What another version would have taken is no fault of its client.
+            let spare = target.stable.as_ref().map(|stable| (stable, inputs.clone()));
+            let (chosen, arranged) = fit(version, request.outputs, inputs).map_err(|error| {
+                let fits_stable = spare.is_some_and(|(stable, inputs)| fit(stable, request.outputs, inputs).is_ok());
+                Failed { error, blames_client: !fits_stable }
+            })?;
             // A version has nothing to compare with itself.
             let candidate = target.shadow.as_ref().filter(|candidate| !Arc::ptr_eq(candidate, version));
             let original = candidate.map(|candidate| Original::of(candidate, &arranged, request.protocol));
@@ -188,13 +206,32 @@ impl Engine {
                     }
                     return Ok((outputs, chosen));
                 }
-                Err(Refused::Error(error)) => return Err(error),
+                Err(Refused::Error(error)) => return Err(error.into()),
                 Err(Refused::Draining(back)) => inputs = back,
             }
             target.succeed(&self.catalog.load())?;
         }
-        Err(Error::new(Code::NotReady, format!("model '{}' is being unloaded", target.version.name)))
+        Err(Error::new(Code::NotReady, format!("model '{}' is being unloaded", target.version.name)).into())
     }
+}
+
+/// A request that came to nothing.
+struct Failed {
+    error: Error,
+    /// Whether its version would have answered a better one.
+    blames_client: bool,
+}
+
+impl From<Error> for Failed {
+    fn from(error: Error) -> Self {
+        Self { error, blames_client: false }
+    }
+}
+
+/// The positions of the outputs that are wanted, and the inputs in the order of the signature.
+fn fit(version: &ModelVersion, outputs: &[Arc<str>], inputs: Vec<Tensor>) -> Result<(Vec<usize>, Vec<Tensor>), Error> {
+    let chosen = choose(version, outputs)?;
+    Ok((chosen, version.signature.arrange(version.name.as_str(), inputs)?))
 }
 
 /// A version that a request names.
@@ -232,7 +269,9 @@ impl Target {
         let serving = |version: &crate::id::Version| deployment.entry(version.as_str())?.serving.clone();
         // A catalog is published only with routes whose versions serve; without it the stable version stays.
         if let Some(version) = serving(choice.version) {
-            (self.version, self.variant, self.way) = (version, choice.variant.clone(), choice.variant.way());
+            let before = std::mem::replace(&mut self.version, version);
+            (self.variant, self.way) = (choice.variant.clone(), choice.variant.way());
+            self.stable = (self.way != Way::Stable).then_some(before);
         }
         self.shadow = choice.shadow.and_then(serving);
         self.sticky = Some(sticky);
@@ -241,10 +280,15 @@ impl Target {
     /// To whatever stands in for a version that takes no more requests: if it was asked for by name, the same name.
     fn succeed(&mut self, catalog: &Catalog) -> Result<(), Error> {
         let version = &self.version;
-        let pinned = (self.way == Way::Pinned).then_some(version.version.as_str());
-        let successor = catalog.find(version.name.as_str(), pinned)?.clone();
-        if pinned.is_none() {
-            (self.variant, self.way, self.shadow) = (Variant::Stable, Way::Stable, None);
+        let deployment = catalog.deployment(version.name.as_str())?;
+        let arms = deployment.route.iter().flat_map(|route| &route.arms);
+        // Loaded anew, it still has its share.
+        let same = self.way == Way::Pinned || arms.into_iter().any(|arm| arm.version == version.version);
+        let named = same.then_some(version.version.as_str());
+        let successor = deployment.find(version.name.as_str(), named)?.clone();
+        if !same {
+            (self.variant, self.way) = (Variant::Stable, Way::Stable);
+            (self.shadow, self.stable) = (None, None);
         }
         self.version = successor;
         Ok(())

@@ -8,7 +8,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -96,6 +99,8 @@ pub struct Metrics {
     process: metrics_process::Collector,
     versions: Mutex<HashMap<(String, String), Weak<VersionMetrics>>>,
     unknown: Arc<VersionMetrics>,
+    /// Whether the server's state could be stored.
+    is_stored: AtomicBool,
 }
 
 /// One recorder and the handle that renders it.
@@ -115,7 +120,7 @@ impl Metrics {
             gauge!(BUILD_INFO, "version" => release.to_owned(), "onnxruntime" => onnxruntime.to_owned()).set(1.0);
         });
         let unknown = Arc::new(VersionMetrics::new("", ""));
-        Arc::new(Self { server, process, versions: Mutex::default(), unknown })
+        Arc::new(Self { server, process, versions: Mutex::default(), unknown, is_stored: AtomicBool::new(true) })
     }
 
     /// The counters of a version; the same ones while anybody still holds them.
@@ -144,9 +149,10 @@ impl Metrics {
         });
     }
 
-    /// Whether the server's state could be read or stored.
-    pub fn state_stored(&self, stored: bool) {
+    /// Whether the server's state could be read or stored; returns what was so before.
+    pub fn state_stored(&self, stored: bool) -> bool {
         ::metrics::with_local_recorder(&self.server.recorder, || gauge!(STATE_STORED).set(f64::from(stored)));
+        self.is_stored.swap(stored, Ordering::Relaxed)
     }
 
     /// The exposition text of everything there is, and of `page`.

@@ -5,7 +5,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -13,7 +13,7 @@ use http_body_util::Full;
 use serde_json::{Value, json};
 use tidegate::config::Config;
 
-use crate::support::{Reply, Repository, Running, config, eventually, infer_message, start};
+use crate::support::{Reply, Repository, Running, config, eventually, infer_message, start, start_unready};
 
 /// A plan whose steps take moments.
 const PLAN: &str = r#"
@@ -183,6 +183,76 @@ async fn a_version_that_cannot_be_loaded_is_given_up() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_version_that_wants_other_inputs_is_given_up() {
+    is_given_up(PLAN, "scale = 1.0\ninput = \"other\"", "requests failed").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_clients_are_to_blame_for_says_nothing_of_a_version() {
+    let place = Place::new(&PLAN.replace("steps", "sticky = \"header:x-user\"\nsteps"), "scale = 1.0");
+    let running = Arc::new(start(&place.config).await);
+    place.repository.put("m", "2", "scale = 1.0");
+    reaches(&running, "canary").await;
+    let ask = async |name: &str, user: usize| {
+        let body = json!({ "inputs": [{ "name": name, "datatype": "FP32", "shape": [1], "data": [1] }] });
+        running.post("/v2/models/m/infer", body, &[("x-user", &format!("user-{user}"))]).await
+    };
+    let mut refused = 0;
+    for user in 0..400 {
+        let reply = ask("nonsense", user).await;
+        assert_eq!(reply.status, 400);
+        refused += usize::from(reply.headers["x-tidegate-version"] == "2");
+    }
+    assert!(refused > 20, "{refused}");
+    for user in 0..300 {
+        assert_eq!(ask("x", user).await.status, 200);
+    }
+    assert_ne!(rollout(&running).await["phase"], "aborted");
+}
+
+/// What answers first after a start is what answered before it.
+async fn answers_from_the_first_on(place: &Place, expected: &str) {
+    let running = start_unready(&place.config);
+    eventually("it answers", async || running.infer("m", &[1.0]).await.status == 200).await;
+    let until = Instant::now() + Duration::from_secs(2);
+    while Instant::now() < until {
+        assert_eq!(running.infer("m", &[1.0]).await.body["model_version"], expected);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    eventually("it is ready", async || running.get("/v2/health/ready").await.0 == 200).await;
+    assert_eq!(running.infer("m", &[1.0]).await.body["model_version"], expected);
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_version_that_is_held_does_not_slip_in_at_a_restart() {
+    let mut place = Place::new("[rollout]\non_new_version = \"hold\"", "scale = 1.0\nload_ms = 1000");
+    place.config.load_concurrency = Some(2);
+    let running = start(&place.config).await;
+    place.repository.put("m", "2", "scale = 2.0");
+    eventually("version 2 is warm", async || {
+        running.ops("/admin/v1/models/m").await.1["versions"][1]["state"] == "ready"
+    })
+    .await;
+    running.stop().await;
+    answers_from_the_first_on(&place, "1").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_version_that_was_given_up_does_not_slip_in_at_a_restart() {
+    let mut place = Place::new("", "scale = 1.0");
+    place.repository.put("m", "2", "scale = 2.0\nload_ms = 1000");
+    place.config.load_concurrency = Some(1);
+    let running = start(&place.config).await;
+    let plan = json!({ "to": "1", "steps": [50, 100], "every": "1h" });
+    assert_eq!(ask(&running, "POST", "rollout", &plan).await.status, 200);
+    reaches(&running, "canary").await;
+    assert_eq!(ask(&running, "POST", "rollout/abort", &json!({})).await.status, 200);
+    running.stop().await;
+    answers_from_the_first_on(&place, "2").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_a_place_for_the_state_the_server_serves_on() {
     let place = Place::new("", "scale = 1.0");
     let folder = place.config.data.clone().unwrap();
@@ -199,11 +269,11 @@ async fn without_a_place_for_the_state_the_server_serves_on() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_protects_clients_waits_for_no_disk() {
-    let place = Place::new(PLAN, "scale = 1.0");
+    // The judge looks when the step begins, and then two seconds later.
+    let place = Place::new(&PLAN.replace("500ms", "10s"), "scale = 1.0");
     let running = Arc::new(start(&place.config).await);
     let load = Load::start(&running, |version, value| version == "2" || value == 1.0);
-    place.repository.put("m", "2", "scale = 1.0\nrefuse = 1.0\nload_ms = 500");
-    reaches(&running, "pending").await;
+    place.repository.put("m", "2", "scale = 1.0\nrefuse = 1.0");
     reaches(&running, "canary").await;
 
     // Somebody else has the file for as long as it takes.

@@ -278,7 +278,7 @@ impl Record {
 
     /// Chooses the version for a request that was read, where that was not possible before.
     pub fn draw(&mut self, target: &mut Target, call: &codec::InferCall) {
-        self.app.engine.draw(target, &call.id, |sticky| sticky::key(call, sticky));
+        self.app.engine.draw(target, &self.request_id, |sticky| sticky::key(call, sticky));
         self.aim(target);
     }
 

@@ -30,6 +30,8 @@ const LOOK: Duration = Duration::from_secs(10);
 const LOOKS: u32 = 5;
 /// But no more often than that.
 const SHORTEST_LOOK: Duration = Duration::from_millis(50);
+/// A candidate that is nowhere to be found for so long is gone: who replaces a folder removes the old one first.
+const ABSENCE: Duration = Duration::from_secs(3);
 /// Answers of the stable version that are enough to know it by: what its p95 is, for one.
 const KNOWN: u64 = 100;
 /// The share of the stable version's answers that the objective lets pass.
@@ -46,6 +48,10 @@ pub(super) struct Rollouts {
     state: SharedStore,
     metrics: Arc<Metrics>,
     models: BTreeMap<ModelName, Managed>,
+    /// Models of which something is stored that cannot be read, and why.
+    unknown: BTreeMap<ModelName, Error>,
+    /// Why nothing could be read.
+    all_unknown: Option<Error>,
     /// For models of which nothing is remembered.
     nothing: Standing,
 }
@@ -57,6 +63,8 @@ struct Managed {
     unsaved: Option<Entry>,
     /// What the judge compares with.
     look: Option<Look>,
+    /// Since when the candidate is nowhere to be found.
+    absent_since: Option<Instant>,
 }
 
 /// What there was when a step began.
@@ -65,7 +73,6 @@ struct Look {
     since: Moment,
     stable: Mark,
     candidate: Mark,
-    agreement: Agreement,
     next: Instant,
 }
 
@@ -73,11 +80,13 @@ struct Look {
 struct Mark {
     of: Weak<ModelVersion>,
     window: Window,
+    agreement: Agreement,
 }
 
 impl Rollouts {
     pub(super) fn new(state: SharedStore, metrics: Arc<Metrics>) -> Self {
-        Self { state, metrics, models: BTreeMap::new(), nothing: Standing::default() }
+        let nothing = Standing::default();
+        Self { state, metrics, models: BTreeMap::new(), unknown: BTreeMap::new(), all_unknown: None, nothing }
     }
 
     /// Reads what is remembered. Without it the server serves what the repository says.
@@ -86,10 +95,17 @@ impl Rollouts {
         self.metrics.state_stored(standings.is_ok());
         match standings {
             Ok(standings) => {
-                let managed = |standing| Managed { standing, ..Managed::default() };
-                self.models = standings.into_iter().map(|(name, standing)| (name, managed(standing))).collect();
+                for (name, mut standing) in standings {
+                    if let Some(rollout) = &mut standing.rollout {
+                        rollout.begin_step_anew(now());
+                    }
+                    self.models.insert(name, Managed { standing, ..Managed::default() });
+                }
             }
-            Err(error) => tracing::error!(%error, "rollouts and routes set by hand are not known"),
+            Err(error) => {
+                tracing::error!(%error, "rollouts and routes set by hand are not known; changes will be refused");
+                self.all_unknown = Some(error);
+            }
         }
     }
 
@@ -102,6 +118,8 @@ impl Rollouts {
     /// # Errors
     /// `NotReady` when it cannot be stored; then all is as before.
     pub(super) async fn change(&mut self, name: &ModelName, mut standing: Standing, entry: Entry) -> Result<(), Error> {
+        // What took effect before is to be known of first.
+        self.store_late(name).await?;
         standing.epoch += 1;
         self.save(name, &standing, entry).await?;
         self.stands(name, standing);
@@ -120,29 +138,46 @@ impl Rollouts {
     fn stands(&mut self, name: &ModelName, standing: Standing) {
         let managed = self.models.entry(name.clone()).or_default();
         (managed.standing, managed.unsaved) = (standing, None);
+        let since = managed.standing.running().map(|rollout| rollout.since);
+        managed.look.take_if(|look| Some(look.since) != since);
     }
 
     async fn save(&self, name: &ModelName, standing: &Standing, entry: Entry) -> Result<(), Error> {
         let (name, standing) = (name.clone(), standing.clone());
+        if let Some(error) = self.unknown.get(&name).or(self.all_unknown.as_ref()) {
+            // What cannot be read is not to be lost.
+            return Err(error.clone());
+        }
         let saved = self.state.with(move |store| store.save(&name, &standing, &entry)).await;
-        self.metrics.state_stored(saved.is_ok());
+        let stored = saved.is_ok();
+        if self.metrics.state_stored(stored) != stored {
+            match &saved {
+                Ok(()) => tracing::info!("the server's state can be stored again"),
+                Err(error) => tracing::error!(%error, "the server's state cannot be stored"),
+            }
+        }
         saved
     }
 
     /// Stores what took effect before it was stored.
     pub(super) async fn catch_up(&mut self) {
-        let unsaved = self.models.iter().filter_map(|(name, managed)| {
-            let entry = managed.unsaved.clone()?;
-            Some((name.clone(), managed.standing.clone(), entry))
-        });
-        for (name, standing, entry) in unsaved.collect::<Vec<_>>() {
-            let saved = self.save(&name, &standing, entry).await;
-            let Some(managed) = self.models.get_mut(&name) else { continue };
-            match saved {
-                Ok(()) => managed.unsaved = None,
-                Err(error) => tracing::error!(model = %name, %error, "the route changed, and this is not stored yet"),
+        let late = self.models.iter().filter(|(_, managed)| managed.unsaved.is_some());
+        for name in late.map(|(name, _)| name.clone()).collect::<Vec<_>>() {
+            if let Err(error) = self.store_late(&name).await {
+                tracing::debug!(model = %name, %error, "a change that took effect is not stored yet");
             }
         }
+    }
+
+    async fn store_late(&mut self, name: &ModelName) -> Result<(), Error> {
+        let Some(managed) = self.models.get(name) else { return Ok(()) };
+        let Some(entry) = managed.unsaved.clone() else { return Ok(()) };
+        let standing = managed.standing.clone();
+        self.save(name, &standing, entry).await?;
+        if let Some(managed) = self.models.get_mut(name) {
+            managed.unsaved = None;
+        }
+        Ok(())
     }
 
     /// Writes down what happened without changing a route.
@@ -166,11 +201,29 @@ impl Rollouts {
         running.map(|(name, _)| name.clone()).collect()
     }
 
+    /// The model is not there at present.
+    pub(super) fn look_away(&mut self, name: &ModelName) {
+        if let Some(managed) = self.models.get_mut(name) {
+            (managed.look, managed.absent_since) = (None, None);
+        }
+    }
+
+    /// Whether a rollout's candidate, which is nowhere to be found now, has been nowhere for long enough.
+    pub(super) fn is_gone(&mut self, name: &ModelName, is_absent: bool) -> bool {
+        let Some(managed) = self.models.get_mut(name) else { return false };
+        if !is_absent {
+            managed.absent_since = None;
+            return false;
+        }
+        managed.absent_since.get_or_insert_with(Instant::now).elapsed() >= ABSENCE
+    }
+
     /// When the next judge has to look; far away without any.
     pub(super) fn next_look(&self) -> Instant {
         let looks = self.models.values().filter(|managed| managed.standing.running().is_some());
         let next = looks.filter_map(|managed| managed.look.as_ref().map(|look| look.next)).min();
-        next.unwrap_or_else(|| Instant::now() + LOOK)
+        let now = Instant::now();
+        next.unwrap_or(now + LOOK).max(now + SHORTEST_LOOK)
     }
 
     /// What the stable version did in the step that the rollout is at, if that is enough to compare with.
@@ -205,7 +258,6 @@ impl Rollouts {
             since: rollout.since,
             stable: Mark::of(stable, stable_way),
             candidate: Mark::of(Some(candidate), candidate_way),
-            agreement: candidate.tally.agreement(),
             next: now,
         });
         let due = look.next <= now;
@@ -213,9 +265,10 @@ impl Rollouts {
             look.next = now + interval(rollout);
             let alone = rollout.baseline.as_deref().filter(|_| rollout.weight() == Weight::FULL);
             let evidence = Evidence {
+                told_only: alone.is_some() && !rollout.objective_is_given,
                 stable: alone.cloned().unwrap_or_else(|| look.stable.until_now(stable, stable_way)),
                 candidate: look.candidate.until_now(Some(candidate), candidate_way),
-                shadow: (phase == Phase::Shadow).then(|| candidate.tally.agreement().since(&look.agreement)),
+                shadow: (phase == Phase::Shadow).then(|| look.candidate.agreement_until_now(candidate)),
                 objective: rollout.objective,
             };
             judge(&evidence, &rollout.plan.margins)
@@ -228,15 +281,26 @@ impl Rollouts {
 impl Mark {
     fn of(version: Option<&Arc<ModelVersion>>, way: Way) -> Self {
         let window = version.map(|version| version.tally.window(way)).unwrap_or_default();
-        Self { of: version.map(Arc::downgrade).unwrap_or_default(), window }
+        let agreement = version.map(|version| version.tally.agreement()).unwrap_or_default();
+        Self { of: version.map(Arc::downgrade).unwrap_or_default(), window, agreement }
+    }
+
+    /// Whether it is still the same one, and not loaded anew meanwhile, so that it counts from nothing.
+    fn is_of(&self, version: &Arc<ModelVersion>) -> bool {
+        std::ptr::eq(self.of.as_ptr(), Arc::as_ptr(version))
+    }
+
+    /// How the version's answers to copies compared since.
+    fn agreement_until_now(&self, version: &Arc<ModelVersion>) -> Agreement {
+        let agreement = version.tally.agreement();
+        if self.is_of(version) { agreement.since(&self.agreement) } else { agreement }
     }
 
     /// What the version did since; all it did, when it was loaded anew meanwhile.
     fn until_now(&self, version: Option<&Arc<ModelVersion>>, way: Way) -> Window {
         let Some(version) = version else { return Window::default() };
         let window = version.tally.window(way);
-        let same = std::ptr::eq(self.of.as_ptr(), Arc::as_ptr(version));
-        if same { window.since(&self.window) } else { window }
+        if self.is_of(version) { window.since(&self.window) } else { window }
     }
 }
 

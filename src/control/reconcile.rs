@@ -455,23 +455,26 @@ impl Reconciler {
         })
     }
 
-    fn publish(&self) {
-        let deployment = |(name, model): (&ModelName, &Tracked)| {
-            let standing = self.rollouts.standing(name);
-            let waits = !self.complete && model.waits_for(standing);
-            (name.clone(), model.deployment(standing, waits))
-        };
+    fn publish(&mut self) {
+        let deployment =
+            |(name, model): (&ModelName, &Tracked)| (name.clone(), model.deployment(self.rollouts.standing(name)));
         let deployments: BTreeMap<ModelName, Deployment> = self.models.iter().map(deployment).collect();
         let serving = |only_copies| deployments.values().flat_map(move |model| model.serving(only_copies).cloned());
         let copied: Vec<Arc<ModelVersion>> = serving(true).collect();
         // Who is to be waited for makes haste before anybody comes, and slows down when nobody comes any more.
         serving(false).for_each(|version| set_background(&version, false));
+        for (name, deployment) in &deployments {
+            if let Some(model) = self.models.get_mut(name) {
+                model.shown = deployment.entries.iter().any(|entry| entry.serving.is_some());
+            }
+        }
         self.writer.publish(Catalog { deployments, complete: self.complete });
         copied.iter().for_each(|version| set_background(version, true));
     }
 
     async fn shut_down(mut self, limit: Duration) -> usize {
         let deadline = Instant::now() + limit;
+        self.rollouts.catch_up().await;
         self.events.1.close();
         self.orders.0.close();
         self.ordered.abandon();

@@ -32,6 +32,8 @@ pub(super) struct Tracked {
     pub(super) settings: rollout::plan::Settings,
     /// What the repository held when it was looked at last.
     pub(super) found: Vec<FoundVersion>,
+    /// Whether requests were answered since it last had nothing that serves.
+    pub(super) shown: bool,
 }
 
 pub(super) struct TrackedVersion {
@@ -136,25 +138,56 @@ impl Tracked {
 
     /// What answers requests that name no version.
     pub(super) fn stable(&self, standing: &Standing) -> Option<Arc<ModelVersion>> {
-        let default = self.deployment(standing, false).default?;
+        let default = self.deployment(standing).default?;
         let tracked = self.versions.iter().find(|tracked| tracked.version == default)?;
         tracked.serving.as_ref().map(|(version, _)| version.clone())
     }
 
-    /// Whether a version that is to get requests is still on its way.
-    pub(super) fn waits_for(&self, standing: &Standing) -> bool {
-        let on_its_way = |tracked: &TrackedVersion| tracked.serving.is_none() && tracked.progress.is_under_way();
-        let route = standing.route();
-        let stays = standing.stable.as_ref().filter(|_| self.settings.on_new_version != OnNewVersion::Swap);
-        let awaited = |version: &Version| route.as_ref().map_or(stays == Some(version), |route| route.names(version));
-        self.versions.iter().any(|tracked| awaited(&tracked.version) && on_its_way(tracked))
+    /// The version that is to answer what draws no other, by all that was decided, whether it can yet or not.
+    pub(super) fn decided(&self, standing: &Standing) -> Option<Version> {
+        if let Some(route) = standing.route() {
+            return Some(route.stable);
+        }
+        let newest = self.chosen(standing).next_back().cloned();
+        let is_there = |version: &Version| self.place(version).is_some();
+        match standing.stable.clone().filter(is_there) {
+            Some(stable)
+                if !self.swaps() || newest.as_ref().map(|newest| self.place(newest)) <= Some(self.place(&stable)) =>
+            {
+                Some(stable)
+            }
+            _ => newest,
+        }
     }
 
-    /// What requests see of the model. Versions that shall divide its requests as they did before a restart are shown
-    /// only once all of them are there: until then `waits`.
-    pub(super) fn deployment(&self, standing: &Standing, waits: bool) -> Deployment {
+    pub(super) fn swaps(&self) -> bool {
+        self.settings.on_new_version == OnNewVersion::Swap
+    }
+
+    /// Where a version stands among those in the repository, in ascending order.
+    pub(super) fn place(&self, version: &Version) -> Option<usize> {
+        self.found.iter().position(|found| found.version == *version)
+    }
+
+    /// Whether nobody is to see the model yet: it has just begun to load, and a version is on its way that was decided
+    /// to answer before. Whatever is loaded earlier is not to have its requests meanwhile.
+    pub(super) fn waits(&self, standing: &Standing) -> bool {
+        let remembered = standing.route().is_some() || standing.stable.is_some();
+        if self.shown || !remembered {
+            return false;
+        }
+        let (route, decided) = (standing.route(), self.decided(standing));
+        self.versions.iter().any(|tracked| {
+            let version = &tracked.version;
+            let awaited = route.as_ref().map_or(decided.as_ref() == Some(version), |route| route.names(version));
+            awaited && tracked.serving.is_none() && tracked.progress.is_under_way()
+        })
+    }
+
+    /// What requests see of the model.
+    pub(super) fn deployment(&self, standing: &Standing) -> Deployment {
         let mut entries: Vec<Entry> = self.versions.iter().map(TrackedVersion::entry).collect();
-        if waits {
+        if self.waits(standing) {
             entries.iter_mut().for_each(|entry| entry.serving = None);
         }
         let serves =
@@ -166,7 +199,7 @@ impl Tracked {
             route.shadow.take_if(|shadow| !serves(&shadow.version));
         }
         let route = route.filter(|_| default.is_some());
-        let default = default.or_else(|| self.usual(standing, serves));
+        let default = default.or_else(|| self.stand_in(standing, serves));
         // Of a newer version than the one that answers, operators want to know why it does not.
         let place = entries.iter().position(|entry| Some(&entry.version) == default.as_ref());
         for entry in entries.iter_mut().skip(place.map_or(usize::MAX, |place| place + 1)) {
@@ -186,13 +219,14 @@ impl Tracked {
         }
     }
 
-    /// The version that answers where nothing else was decided.
-    fn usual(&self, standing: &Standing, serves: impl Fn(&Version) -> bool) -> Option<Version> {
-        let swaps = self.settings.on_new_version == OnNewVersion::Swap && standing.running().is_none();
-        let chosen = || self.chosen(standing).rfind(|version| serves(version)).cloned();
-        let swapped = if swaps { chosen() } else { None };
+    /// The version that answers: the one that was decided on, or the best that there is.
+    fn stand_in(&self, standing: &Standing, serves: impl Fn(&Version) -> bool) -> Option<Version> {
         let newest = || self.versions.iter().map(|tracked| &tracked.version).rfind(|version| serves(version)).cloned();
-        swapped.or_else(|| standing.stable.clone().filter(&serves)).or_else(chosen).or_else(newest)
+        self.decided(standing)
+            .filter(&serves)
+            .or_else(|| standing.stable.clone().filter(&serves))
+            .or_else(|| self.chosen(standing).rfind(|version| serves(version)).cloned())
+            .or_else(newest)
     }
 
     /// The versions that the version policy selects and that nobody passes over, in ascending order. What stands is asked
@@ -274,7 +308,10 @@ pub(super) fn targets(
     let selected = select(&policy, &fresh);
     let needed = standing.needed(now);
     let swaps = spec.as_ref().map_or(OnNewVersion::Swap, |spec| spec.rollout.on_new_version) == OnNewVersion::Swap;
-    let stays = standing.stable.as_ref().filter(|_| !swaps);
+    let place = |version: &Version| found.versions.iter().position(|found| found.version == *version);
+    let newest = selected.iter().map(|found| place(&found.version)).max();
+    // What was decided on stays, unless something newer takes over by itself.
+    let stays = standing.stable.as_ref().filter(|stable| !swaps || newest <= Some(place(stable)));
     let mut targets = Targets { wanted: Vec::new(), held: Vec::new() };
     let is_in = |list: &[&FoundVersion], found: &FoundVersion| list.iter().any(|other| other.version == found.version);
     let otherwise = select(&policy, &sound);

@@ -125,6 +125,9 @@ pub struct Evidence {
     pub shadow: Option<Agreement>,
     /// What answers should take at most, if that is known.
     pub objective: Option<Duration>,
+    /// Whether answers over the objective are told and not judged: where the stable version's are of another time, in
+    /// which there may have been less to do, and the objective is no more than what it usually took then.
+    pub told_only: bool,
 }
 
 /// By how much a candidate may be worse.
@@ -184,7 +187,7 @@ pub struct Judgement {
 
 /// Looks at everything there is to see.
 pub fn judge(evidence: &Evidence, margins: &Margins) -> Judgement {
-    let Evidence { stable, candidate, shadow, objective } = evidence;
+    let Evidence { stable, candidate, shadow, objective, told_only } = evidence;
     // Without an objective nothing is known of either.
     let slow = |window: &Window| match objective {
         Some(objective) => Share { hits: window.latency.above(objective.as_secs_f64()), of: window.latency.total() },
@@ -196,7 +199,12 @@ pub fn judge(evidence: &Evidence, margins: &Margins) -> Judgement {
     match shadow {
         None => {
             verdicts.push(errors(stable, candidate, margins.errors, alpha));
-            verdicts.push(shares("slow", [slow(stable), slow(candidate)], margins.slow, alpha));
+            let mut slow = shares("slow", [slow(stable), slow(candidate)], margins.slow, alpha);
+            if *told_only {
+                slow.finding = Finding::Good;
+                slow.reason.push_str("; told and not judged, as the stable version's is of another time");
+            }
+            verdicts.push(slow);
         }
         Some(agreement) => {
             // Copies run behind live requests, so that what they take says nothing.
@@ -350,7 +358,11 @@ mod tests {
     }
 
     fn finding(stable: Window, candidate: Window) -> Finding {
-        judge(&Evidence { stable, candidate, shadow: None, objective: Some(OBJECTIVE) }, &Margins::default()).finding
+        judge(
+            &Evidence { stable, candidate, shadow: None, objective: Some(OBJECTIVE), told_only: false },
+            &Margins::default(),
+        )
+        .finding
     }
 
     fn labels(counts: &[u64]) -> Vec<Answers> {
@@ -416,7 +428,10 @@ mod tests {
             let mut candidate = window(compared, 0);
             (0..compared).for_each(|_| candidate.latency.add(9.0));
             let stable = window(compared, 0);
-            judge(&Evidence { stable, candidate, shadow, objective: Some(OBJECTIVE) }, &Margins::default())
+            judge(
+                &Evidence { stable, candidate, shadow, objective: Some(OBJECTIVE), told_only: false },
+                &Margins::default(),
+            )
         };
         assert_eq!(judged(1_000, 10, 0).finding, Finding::Good);
         assert_eq!(judged(1_000, 400, 0).finding, Finding::Worse);

@@ -128,6 +128,9 @@ pub struct Rollout {
     pub promoted_at: Option<Moment>,
     /// What answers should take at most; `None` until the stable version has shown what it takes.
     pub objective: Option<Duration>,
+    /// Whether somebody said so, and it is not what the stable version usually takes.
+    #[serde(default)]
+    pub objective_is_given: bool,
     /// What the stable version did while it had requests, once it has none to be compared by.
     pub baseline: Option<Box<Window>>,
     /// What the judge said last.
@@ -164,6 +167,7 @@ impl Rollout {
             since: now,
             promoted_at: None,
             objective: None,
+            objective_is_given: false,
             baseline: None,
             judgement: None,
             history: Vec::new(),
@@ -195,6 +199,13 @@ impl Rollout {
             _ => {}
         }
         route
+    }
+
+    /// The time since `since` is not to count: nobody looked.
+    pub fn begin_step_anew(&mut self, now: Moment) {
+        if !self.is_over() {
+            self.since = now;
+        }
     }
 
     /// Where it is, or where it will go on when it is resumed.
@@ -286,8 +297,11 @@ impl Rollout {
             return self.advance(now, reason, Some(judgement));
         }
         if waited >= step.max_duration {
-            let reason =
-                format!("inconclusive after {waited:?}: {} of {} samples", judgement.samples, step.min_samples);
+            let open = judgement.verdicts.iter().filter(|verdict| verdict.finding == Finding::Inconclusive);
+            let open: Vec<&str> = open.map(|verdict| verdict.metric.as_str()).collect();
+            let open = if open.is_empty() { String::new() } else { format!("; open: {}", open.join(", ")) };
+            let (samples, wanted) = (judgement.samples, step.min_samples);
+            let reason = format!("inconclusive after {waited:?}: {samples} of {wanted} samples{open}");
             match self.plan.on_inconclusive {
                 Inconclusive::Pause => self.pause(now, reason, Some(judgement)),
                 Inconclusive::Abort => self.fail(now, reason, Some(judgement)),

@@ -3,10 +3,11 @@
 use serde_json::json;
 
 use super::{Progress, Reconciler, Rollouts, Tracked, promote};
+use crate::control::tracked::TrackedVersion;
 use crate::{
     control::{
         command::{Asked, Change},
-        standing::{ByHand, Split, Standing},
+        standing::{ByHand, PassedOver, Split, Standing},
         store::Entry,
     },
     error::{Code, Error},
@@ -28,13 +29,16 @@ impl Reconciler {
     /// Carries out what an operator asks.
     pub(super) async fn change(&mut self, name: &ModelName, asked: Asked, change: Change) -> Result<(), Error> {
         let standing = self.rollouts.standing(name).clone();
-        let Some(model) = self.models.get(name) else {
+        // What is remembered of a model that has left the repository can still be ended and cleared.
+        let (gone, is_remembered) = (Tracked::default(), standing.epoch > 0);
+        let Some(model) = self.models.get(name).or(is_remembered.then_some(&gone)) else {
             return Err(Error::not_found(format!("unknown model '{name}'")));
         };
         if let Some(epoch) = asked.epoch.filter(|epoch| *epoch != standing.epoch) {
             let message = format!("it has changed meanwhile: its epoch is {}, not {epoch}", standing.epoch);
             return Err(Error::new(Code::Conflict, message).of_model(name.as_str()));
         }
+        let gives_up = matches!(change, Change::Tell(Command::Abort | Command::Rollback));
         let changed = match change {
             Change::Start { to, settings } => self.start(name, model, standing, &asked, &to, settings),
             Change::Tell(command) => tell(name, model, &self.rollouts, standing, &asked, command),
@@ -43,6 +47,10 @@ impl Reconciler {
         };
         let (standing, mut entry) = changed.map_err(|error| error.of_model(name.as_str()))?;
         entry.model = name.to_string();
+        if gives_up {
+            self.give_up(name, standing, entry).await;
+            return Ok(());
+        }
         self.rollouts.change(name, standing, entry).await?;
         self.retry_failed(name);
         self.publish();
@@ -75,7 +83,7 @@ impl Reconciler {
             )));
         }
         let stable = model
-            .deployment(&standing, false)
+            .deployment(&standing)
             .default
             .ok_or_else(|| Error::new(Code::NotReady, "no version of it serves yet that a rollout could start from"))?;
         let settings =
@@ -84,6 +92,13 @@ impl Reconciler {
         begin(name, &mut standing, [stable, to.clone()], &settings, now)?;
         let details = json!({ "rollout": standing.rollout.as_ref().map(|rollout| &rollout.id), "settings": settings });
         Ok((standing, entry(asked, "start", now, details)))
+    }
+
+    /// Has the stable version answer again. Clients are not to wait for the disk.
+    async fn give_up(&mut self, name: &ModelName, standing: Standing, entry: Entry) {
+        self.rollouts.change_at_once(name, standing, entry);
+        self.publish();
+        self.rollouts.catch_up().await;
     }
 
     /// What an operator asks for is tried, though it failed before.
@@ -116,19 +131,29 @@ impl Reconciler {
 
     /// What has happened to a model's rollout and was not taken note of.
     fn next_event(&mut self, name: &ModelName) -> Option<(Event, &'static str)> {
-        let model = self.models.get_mut(name)?;
+        let Some(model) = self.models.get_mut(name) else {
+            self.rollouts.look_away(name);
+            return None;
+        };
+        let is_read = !model.found.is_empty();
+        let absent = model.find(&self.rollouts.standing(name).running()?.candidate).is_none();
+        let gone = self.rollouts.is_gone(name, absent && is_read);
         let standing = self.rollouts.standing(name);
         let rollout = standing.running()?;
         let (phase, stable, candidate) = (rollout.phase, rollout.stable.clone(), rollout.candidate.clone());
         let replaced = replacement(model, standing, rollout);
         let stable = model.find(&stable).and_then(|tracked| tracked.serving.clone()).map(|(version, _)| version);
-        let gone = || Some((Event::Failed(format!("version '{candidate}' is gone from the repository")), REPOSITORY));
-        let Some(tracked) = model.find(&candidate) else { return gone() };
-        match (&tracked.progress, &tracked.serving) {
-            (Progress::Failed { error, .. }, None) => {
-                return Some((Event::Failed(format!("version '{candidate}' failed: {error}")), REPOSITORY));
+        let failed = |reason: String| Some((Event::Failed(format!("version '{candidate}' {reason}")), REPOSITORY));
+        let Some(tracked) = model.find(&candidate) else {
+            return if gone { failed("is gone from the repository".to_owned()) } else { None };
+        };
+        // Once it has requests, what serves goes on though its new files are no good.
+        let needs_files = tracked.serving.is_none() || phase == Phase::Pending;
+        match &tracked.progress {
+            Progress::Failed { error, .. } if needs_files => return failed(format!("failed: {error}")),
+            Progress::Gone if needs_files && tracked.missing_since.is_some() => {
+                return failed("is gone from the repository".to_owned());
             }
-            (Progress::Gone, None) if tracked.missing_since.is_some() => return gone(),
             _ => {}
         }
         if let Some(reason) = replaced {
@@ -167,62 +192,67 @@ impl Reconciler {
             model = %name, from = ?transition.from, to = ?transition.to, reason = transition.reason, "rollout"
         );
         if matches!(transition.to, Phase::Aborted | Phase::RolledBack) {
-            // Clients are not to wait for the disk.
-            self.rollouts.change_at_once(name, standing, entry);
-            self.publish();
-            self.rollouts.catch_up().await;
+            self.give_up(name, standing, entry).await;
             return true;
         }
         if let Err(error) = self.rollouts.change(name, standing, entry).await {
-            tracing::error!(model = %name, %error, "the rollout waits");
+            tracing::debug!(model = %name, %error, "the rollout waits");
             return false;
         }
         self.publish();
         true
     }
 
-    /// Has a new version take over as its model's settings say.
+    /// Has a new version take over as its model's settings say, and remembers who answers.
     async fn follow(&mut self, name: &ModelName) {
         let mut standing = self.rollouts.standing(name).clone();
         let Some(model) = self.models.get(name) else { return };
         let policy = model.settings.on_new_version;
-        if policy == OnNewVersion::Swap || standing.running().is_some() || standing.split.is_some() {
+        let idle = policy == OnNewVersion::Swap && standing.stable.is_none();
+        if idle || standing.running().is_some() || standing.split.is_some() {
             return;
         }
-        let Some(stable) = model.deployment(&standing, false).default else { return };
+        let Some(answers) = model.deployment(&standing).default else { return };
         let now = promote::now();
         let asked = |reason: &str| Asked { author: REPOSITORY.to_owned(), reason: reason.to_owned(), epoch: None };
-        let mut changed = if standing.stable.as_ref() == Some(&stable) {
-            let news = news(model, &standing, &stable).filter(|_| policy != OnNewVersion::Hold);
-            let Some(news) = news else { return };
-            let settings = model.settings.clone();
-            if let Err(error) = begin(name, &mut standing, [stable, news], &settings, now) {
-                return tracing::error!(model = %name, %error, "no rollout to the new version");
-            }
-            let details =
-                json!({ "rollout": standing.rollout.as_ref().map(|rollout| &rollout.id), "settings": settings });
-            (standing, entry(&asked("a new version"), "start", now, details))
-        } else {
-            // Of versions that come together, the newest is the first.
-            if model.versions.iter().any(|tracked| tracked.selected && tracked.progress.is_under_way()) {
+        if standing.stable.as_ref() != Some(&answers) {
+            // Of versions that come together, the newest is the first; and what is on its way is waited for.
+            let decided = model.decided(&standing);
+            let is_awaited = |tracked: &TrackedVersion| tracked.selected || decided.as_ref() == Some(&tracked.version);
+            if model.versions.iter().any(|tracked| is_awaited(tracked) && tracked.progress.is_under_way()) {
                 return;
             }
-            standing.stable = Some(stable.clone());
-            (standing, entry(&asked("the first version that serves"), "serve", now, json!({ "version": stable })))
-        };
-        changed.1.model = name.to_string();
-        if let Err(error) = self.rollouts.change(name, changed.0, changed.1).await {
-            return tracing::error!(model = %name, %error, "the new version waits");
+            let details = json!({ "before": standing.stable, "version": answers });
+            standing.stable = Some(answers);
+            let mut entry = entry(&asked("it answers by itself"), "serve", now, details);
+            entry.model = name.to_string();
+            // It is so already, stored or not.
+            self.rollouts.change_at_once(name, standing, entry);
+            self.publish();
+            return self.rollouts.catch_up().await;
         }
-        self.publish();
+        let Some(news) = news(model, &standing, &answers) else { return };
+        if matches!(policy, OnNewVersion::Hold | OnNewVersion::Swap) {
+            return;
+        }
+        let settings = model.settings.clone();
+        if let Err(error) = begin(name, &mut standing, [answers, news], &settings, now) {
+            return tracing::error!(model = %name, %error, "no rollout to the new version");
+        }
+        let details = json!({ "rollout": standing.rollout.as_ref().map(|rollout| &rollout.id), "settings": settings });
+        let mut entry = entry(&asked("a new version"), "start", now, details);
+        entry.model = name.to_string();
+        match self.rollouts.change(name, standing, entry).await {
+            Ok(()) => self.publish(),
+            Err(error) => tracing::debug!(model = %name, %error, "the new version waits"),
+        }
     }
 }
 
 /// The newest version that the policy selects and nobody passes over, when it is newer than the stable one.
 fn news(model: &Tracked, standing: &Standing, stable: &Version) -> Option<Version> {
-    let place = |version: &Version| model.found.iter().position(|found| found.version == *version);
     let newest = model.chosen(standing).next_back()?;
-    (place(newest) > place(stable)).then(|| newest.clone())
+    (model.place(newest) > model.place(stable)).then(|| newest.clone())
 }
 
 /// Why a newer version takes a candidate's place, when it does.
@@ -231,7 +261,7 @@ fn replacement(model: &Tracked, standing: &Standing, rollout: &Rollout) -> Optio
     let replaces = early
         && rollout.plan.on_arrival == Arrival::Replace
         && matches!(model.settings.on_new_version, OnNewVersion::Canary | OnNewVersion::Shadow);
-    let newer = news(model, standing, &rollout.candidate).filter(|_| replaces)?;
+    let newer = news(model, standing, &rollout.candidate).filter(|newer| replaces && *newer != rollout.stable)?;
     Some(format!("version '{newer}' takes its place"))
 }
 
@@ -246,7 +276,8 @@ fn begin(
     let id = standing.next_id(name);
     let plan = settings.plan()?;
     let mut rollout = Rollout::new(id, [stable.clone(), candidate.clone()], plan, settings.sticky.clone(), now)?;
-    rollout.objective = settings.latency_objective;
+    (rollout.objective, rollout.objective_is_given) =
+        (settings.latency_objective, settings.latency_objective.is_some());
     standing.take_back(&candidate);
     standing.take_back(&stable);
     (standing.stable, standing.rollout) = (Some(stable), Some(rollout));
@@ -274,8 +305,7 @@ fn conclude(name: &ModelName, model: &Tracked, rollouts: &Rollouts, standing: &m
     };
     // What is newer than the winner would take over by itself. What came before this rollout has had its chance; what
     // came while it ran has its turn, unless that would be without any rollout.
-    let place = |version: &Version| model.found.iter().position(|found| found.version == *version);
-    let swaps = model.settings.on_new_version == OnNewVersion::Swap;
+    let (place, swaps) = (|version: &Version| model.place(version), model.swaps());
     let last = place(&stable).max(place(&candidate));
     for found in model.found.iter().filter(|found| place(&found.version) > place(winner)) {
         let came_later = place(&found.version) > last;
@@ -290,6 +320,8 @@ fn conclude(name: &ModelName, model: &Tracked, rollouts: &Rollouts, standing: &m
             standing.pass_over(&found.version, found.stamp, &reason, now);
         }
     }
+    let is_there = |passed: &PassedOver| model.found.is_empty() || place(&passed.version).is_some();
+    standing.passed_over.retain(is_there);
     standing.stable = Some(winner.clone());
 }
 
@@ -305,10 +337,16 @@ fn tell(
         let message = "its requests are divided by hand; clear that first (tidegate rollout overrides clear MODEL)";
         return Err(Error::new(Code::Conflict, message));
     }
+    let before = standing.clone();
     let rollout = standing
         .rollout
         .as_mut()
         .ok_or_else(|| Error::not_found("it has no rollout; start one (tidegate rollout start MODEL --to VERSION)"))?;
+    let answers = rollout.phase == Phase::Done && model.decided(&before).is_some_and(|now| now != rollout.candidate);
+    if command == Command::Rollback && answers {
+        let message = "another version has taken over since; start a rollout to the one that shall answer";
+        return Err(Error::new(Code::Conflict, message));
+    }
     let now = promote::now();
     let event = Event::Told(command, asked.reason.clone());
     let Some(transition) = rollout.apply(event, now)?.cloned() else {
@@ -337,7 +375,7 @@ fn divide(
     let Some(Split { stable, arms, shadow, sticky }) = split else {
         return Ok((standing, entry(asked, "route", now, json!({ "before": before, "after": null }))));
     };
-    let usual = || model.deployment(&standing, false).default;
+    let usual = || model.deployment(&standing).default;
     let stable = stable.or_else(|| before.as_ref().map(|before| before.route.stable.clone())).or_else(usual);
     let stable = stable.ok_or_else(|| Error::new(Code::NotReady, "no version of it serves yet"))?;
     let mut route = Route { arms, shadow, sticky, ..Route::to(String::new().into(), stable) };
