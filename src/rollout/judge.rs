@@ -448,6 +448,7 @@ mod tests {
                 candidate: window(1_000, 100),
                 shadow: None,
                 objective: Some(OBJECTIVE),
+                told_only: false,
             },
             &Margins::default(),
         );
