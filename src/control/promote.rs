@@ -86,8 +86,12 @@ impl Rollouts {
         self.metrics.state_stored(standings.is_ok());
         match standings {
             Ok(standings) => {
-                let managed = |standing| Managed { standing, ..Managed::default() };
-                self.models = standings.into_iter().map(|(name, standing)| (name, managed(standing))).collect();
+                let managed = |(name, standing): (ModelName, Result<Standing, Error>)| {
+                    let unknown = |error: &Error| tracing::error!(model = %name, %error, "its routes are not known");
+                    let standing = standing.inspect_err(unknown).ok()?;
+                    Some((name, Managed { standing, ..Managed::default() }))
+                };
+                self.models = standings.into_iter().filter_map(managed).collect();
             }
             Err(error) => tracing::error!(%error, "rollouts and routes set by hand are not known"),
         }
