@@ -1,7 +1,6 @@
 //! Commands: serve, models, rollout, audit, health, config.
 
 use std::{
-    io::Write,
     net::SocketAddr,
     path::{Path, PathBuf},
     process::ExitCode,
@@ -27,9 +26,12 @@ use crate::{
 
 mod ask;
 mod audit;
+mod print;
 mod rollout;
 
 use ask::{Ops, OpsArgs};
+pub use print::seen;
+use print::{mention, print, say, say_json, unheard};
 
 /// Tidegate serves models over REST and gRPC (Open Inference Protocol v2).
 #[derive(Parser)]
@@ -62,9 +64,8 @@ struct ServeArgs {
     /// Folder of models: <NAME>/<VERSION>/model.onnx [default: ./models]
     #[arg(long, value_name = "PATH")]
     models: Option<PathBuf>,
-    /// Configuration file [default: ./tidegate.toml, when present]
-    #[arg(long, value_name = "FILE", env = "TIDEGATE_CONFIG")]
-    config: Option<PathBuf>,
+    #[command(flatten)]
+    file: ConfigFile,
     /// Address for REST [default: 0.0.0.0:8000]
     #[arg(long, value_name = "ADDR")]
     rest: Option<SocketAddr>,
@@ -104,6 +105,13 @@ struct ServeArgs {
 }
 
 #[derive(Args)]
+struct ConfigFile {
+    /// Configuration file [default: ./tidegate.toml, when present]
+    #[arg(long, value_name = "FILE", env = "TIDEGATE_CONFIG")]
+    config: Option<PathBuf>,
+}
+
+#[derive(Args)]
 struct ModelsArgs {
     #[command(flatten)]
     server: OpsArgs,
@@ -136,7 +144,11 @@ enum ConfigAction {
 /// # Errors
 /// Whatever kept the command from its work, in one chain of sentences.
 pub fn run() -> anyhow::Result<ExitCode> {
-    match Cli::parse().command {
+    obey(Cli::parse().command).or_else(|error| unheard(&error).ok_or(error))
+}
+
+fn obey(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
         Command::Serve(args) => serve(&args),
         Command::Models(args) => models(&args),
         Command::Rollout(args) => rollout::run(&args),
@@ -144,7 +156,7 @@ pub fn run() -> anyhow::Result<ExitCode> {
         Command::Health(args) => health(&args),
         Command::Config(ConfigArgs { action: Some(ConfigAction::Convert { file }), .. }) => convert(&file),
         Command::Config(ConfigArgs { action: None, .. }) => {
-            print!("{}", config::documented_defaults());
+            print(&config::documented_defaults())?;
             Ok(ExitCode::SUCCESS)
         }
     }
@@ -174,10 +186,17 @@ impl ServeArgs {
     }
 }
 
+impl ConfigFile {
+    /// The configuration as the file, the environment and `options` have it, and variables that no key goes by.
+    fn load(&self, options: Table) -> anyhow::Result<(Config, Vec<String>)> {
+        let environment =
+            std::env::vars_os().filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?)));
+        Config::load(self.config.as_deref(), environment, options)
+    }
+}
+
 fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
-    let environment =
-        std::env::vars_os().filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?)));
-    let (config, unknown) = Config::load(args.config.as_deref(), environment, args.table()?)?;
+    let (config, unknown) = args.file.load(args.table()?)?;
     let logging = Logging::start(&config.log)?;
     if !unknown.is_empty() {
         tracing::warn!(variables = unknown.join(" "), "environment variables that no key goes by are ignored");
@@ -188,10 +207,10 @@ fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let version = onnx.version().to_owned();
     let backends = Backends::new([std::sync::Arc::new(onnx) as std::sync::Arc<dyn crate::backend::Backend>]);
     let server = Server::start(&config, backends, &version, logging)?;
-    say(format_args!("tidegate {} with ONNX Runtime {version}", env!("CARGO_PKG_VERSION")));
-    say(format_args!("  REST  http://{}", server.rest));
-    say(format_args!("  gRPC  {}", server.grpc));
-    say(format_args!("  ops   http://{}", server.ops));
+    mention(format_args!("tidegate {} with ONNX Runtime {version}", env!("CARGO_PKG_VERSION")));
+    mention(format_args!("  REST  http://{}", server.rest));
+    mention(format_args!("  gRPC  {}", server.grpc));
+    mention(format_args!("  ops   http://{}", server.ops));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(attend(&server, &config))?;
     let cut = server.wait()?;
@@ -226,19 +245,14 @@ async fn attend(server: &Server, config: &Config) -> anyhow::Result<()> {
     }
 }
 
-/// Prints a line for people. Whoever closed standard output does not want it, and the server serves on.
-fn say(line: std::fmt::Arguments<'_>) {
-    let _ = writeln!(std::io::stdout(), "{line}");
-}
-
 fn announce(catalog: &Catalog, config: &Config, rest: SocketAddr) {
     for (name, deployment) in &catalog.deployments {
         for entry in &deployment.entries {
             let reason = if entry.reason.is_empty() { String::new() } else { format!(" ({})", entry.reason) };
-            say(format_args!("  model {name} {} {}{reason}", entry.version, entry.state.as_str()));
+            mention(format_args!("  model {name} {} {}{reason}", entry.version, entry.state.as_str()));
         }
         if let Some(problem) = &deployment.problem {
-            say(format_args!("  model {name} {} ({problem})", State::Failed.as_str()));
+            mention(format_args!("  model {name} {} ({problem})", State::Failed.as_str()));
         }
     }
     let host = if rest.ip().is_unspecified() { format!("localhost:{}", rest.port()) } else { rest.to_string() };
@@ -248,9 +262,9 @@ fn announce(catalog: &Catalog, config: &Config, rest: SocketAddr) {
     });
     match sample {
         Some((name, sample)) => {
-            say(format_args!("  try   curl http://{host}/v2/models/{name}/infer -d @{}", sample.display()));
+            mention(format_args!("  try   curl http://{host}/v2/models/{name}/infer -d @{}", sample.display()));
         }
-        None => say(format_args!("  try   curl http://{host}/v2")),
+        None => mention(format_args!("  try   curl http://{host}/v2")),
     }
 }
 
@@ -261,14 +275,14 @@ fn convert(file: &Path) -> anyhow::Result<ExitCode> {
     match file.extension().and_then(|extension| extension.to_str()) {
         Some("pbtxt") => {
             let spec = pbtxt::parse(&text).with_context(|| shown.to_string())?;
-            spec.notes.iter().for_each(|note| say(format_args!("# {note}")));
-            print!("{}", spec.to_toml().map_err(anyhow::Error::msg)?);
+            spec.notes.iter().try_for_each(|note| say(format_args!("# {note}")))?;
+            print(&spec.to_toml().map_err(anyhow::Error::msg)?)?;
         }
         Some("toml") => {
             let spec = ModelSpec::from_toml(&text).map_err(anyhow::Error::msg).with_context(|| shown.to_string())?;
             let (text, left_out) = pbtxt::to_text(&spec)?;
-            left_out.iter().for_each(|key| say(format_args!("# {key} cannot be said here")));
-            print!("{text}");
+            left_out.iter().try_for_each(|key| say(format_args!("# {key} cannot be said here")))?;
+            print(&text)?;
         }
         _ => bail!("{shown}: its name must end in .pbtxt or .toml"),
     }
@@ -278,19 +292,19 @@ fn convert(file: &Path) -> anyhow::Result<ExitCode> {
 fn models(args: &ModelsArgs) -> anyhow::Result<ExitCode> {
     let answer = Ops::new(&args.server)?.get("/admin/v1/models")?;
     if args.json {
-        say(format_args!("{}", answer.pretty()?));
+        say_json(&answer.read::<serde_json::Value>()?)?;
         return Ok(ExitCode::SUCCESS);
     }
     let models: Vec<ModelStatus> = answer.read()?;
-    println!("{:<24} {:<10} {:<10} REASON", "MODEL", "VERSION", "STATE");
+    say(format_args!("{:<24} {:<10} {:<10} REASON", "MODEL", "VERSION", "STATE"))?;
     for model in models {
         for version in &model.versions {
             let default = model.default_version.as_deref() == Some(version.version.as_str());
             let shown = if default { format!("{}*", version.version) } else { version.version.clone() };
-            println!("{:<24} {shown:<10} {:<10} {}", model.name, version.state, version.reason);
+            say(format_args!("{:<24} {shown:<10} {:<10} {}", model.name, version.state, version.reason))?;
         }
         if let Some(problem) = model.problem {
-            println!("{:<24} {:<10} {:<10} {problem}", model.name, "-", State::Failed.as_str());
+            say(format_args!("{:<24} {:<10} {:<10} {problem}", model.name, "-", State::Failed.as_str()))?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -298,6 +312,7 @@ fn models(args: &ModelsArgs) -> anyhow::Result<ExitCode> {
 
 fn health(args: &OpsArgs) -> anyhow::Result<ExitCode> {
     let (status, _) = Ops::new(args)?.fetch("/readyz")?;
-    println!("{}", if status.is_success() { "ready" } else { "not ready" });
+    // The exit code is the answer, also for those who do not read.
+    mention(format_args!("{}", if status.is_success() { "ready" } else { "not ready" }));
     Ok(if status.is_success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -133,9 +133,32 @@ pub fn abridge(text: &str) -> String {
     }
 }
 
+/// Whether a character is not seen itself and may change how a text around it is: a control character, or what Unicode 16
+/// calls format characters and separators of lines and paragraphs (Cf, Zl, Zp); some of them turn the text's direction.
+pub fn is_unseen(character: char) -> bool {
+    character.is_control()
+        || matches!(
+            character,
+            '\u{ad}' | '\u{600}'..='\u{605}' | '\u{61c}' | '\u{6dd}' | '\u{70f}' | '\u{890}'..='\u{891}' | '\u{8e2}'
+                | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2064}'
+                | '\u{2066}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{110bd}' | '\u{110cd}'
+                | '\u{13430}'..='\u{1343f}' | '\u{1bca0}'..='\u{1bca3}' | '\u{1d173}'..='\u{1d17a}' | '\u{e0001}'
+                | '\u{e0020}'..='\u{e007f}'
+        )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_turns_or_breaks_a_text_is_not_seen() {
+        for unseen in ['\0', '\n', '\x1b', '\x7f', '\u{9b}', '\u{200e}', '\u{2028}', '\u{202e}', '\u{2069}', '\u{feff}']
+        {
+            assert!(is_unseen(unseen), "{unseen:?}");
+        }
+        assert!(!"Ada’s – größer 版本 \u{301} 🚀 \u{a0}%".chars().any(is_unseen));
+    }
 
     #[test]
     fn long_texts_lose_their_end_or_their_middle() {

@@ -11,7 +11,7 @@ fn main() -> ExitCode {
     tidegate::cli::run().unwrap_or_else(|error| {
         #[expect(clippy::print_stderr, reason = "whoever typed the command reads standard error")]
         {
-            eprintln!("tidegate: {error:#}");
+            format!("tidegate: {error:#}").lines().for_each(|line| eprintln!("{}", tidegate::cli::seen(line)));
         }
         ExitCode::FAILURE
     })

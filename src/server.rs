@@ -68,7 +68,7 @@ pub struct Server {
     ops_thread: JoinHandle<()>,
     ops_closing: CancellationToken,
     /// Held for as long as the server runs.
-    _lock: File,
+    _lock: Lock,
 }
 
 /// Asks a server to stop, from anywhere.
@@ -159,7 +159,7 @@ impl Server {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let control =
             std::thread::Builder::new().name("control".to_owned()).spawn(move || runtime.block_on(parts.run()))?;
-        Ok(Self { rest, grpc, ops, app, stop, control, ops_thread, ops_closing, _lock: lock })
+        Ok(Self { rest, grpc, ops, app, stop, control, ops_thread, ops_closing, _lock: Lock(lock) })
     }
 
     /// What the request path sees of the models.
@@ -207,6 +207,18 @@ fn decode_sample(body: &[u8]) -> Result<Vec<Tensor>, Error> {
     // No client's memory belongs to a model.
     Reach::Off.fetch(&mut call, 0)?;
     Ok(call.inputs)
+}
+
+/// The lock of the data directory. It is given back in so many words: closing the file does not do while a process that
+/// was just forked, and does not yet run its own program, has a copy of it.
+struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.unlock() {
+            tracing::warn!(%error, "the lock of the data directory goes when this process does");
+        }
+    }
 }
 
 /// Makes sure that no other server works in `directory`.

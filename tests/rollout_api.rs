@@ -4,6 +4,7 @@ use bytes::Bytes;
 use http_body_util::Full;
 use serde_json::{Value, json};
 use tidegate::{api::auth::Token, config::Config};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::support::{Reply, Repository, Running, config, eventually, start};
 
@@ -109,6 +110,9 @@ async fn mistakes_are_told_with_field_and_line() {
         ("POST", "/models/m/rollout/pause", "", 404, "no rollout"),
         ("GET", ROLLOUT, "", 404, "model 'm' has had no rollout"),
         ("GET", "/models/nosuch", "", 404, "unknown model 'nosuch'"),
+        ("GET", "/models/%FF", "", 404, "Invalid UTF-8 in `model`"),
+        ("POST", "/models/%FF/rollout/pause", "", 404, "Invalid UTF-8 in `model`"),
+        ("PUT", "/models/%FF/route", "{}", 404, "Invalid UTF-8 in `model`"),
         ("PUT", ROUTE, "{ \"canary\": { \"version\": \"2\", \"percent\": 120 } }", 400, "field 'canary.percent'"),
         ("PUT", ROUTE, "{ \"canary\": { \"version\": \"9\", \"percent\": 10 } }", 404, "no version '9'"),
         ("PUT", ROUTE, "{ \"weights\": {} }", 400, "unknown field 'weights'"),
@@ -304,6 +308,32 @@ async fn overrides_are_listed_and_cleared() {
     assert_eq!((cleared.status, &cleared.body), (200, &json!({ "cleared": ["m"] })));
     assert_eq!(ask(&running, "GET", "/overrides", "", &[]).await.body, json!([]));
     assert_eq!(ask(&running, "GET", "/models/m", "", &[]).await.body["route"], Value::Null);
+    running.stop().await;
+}
+
+/// A body that stops on its way is given up, and the description says so of every body.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_body_that_stops_is_not_waited_for() {
+    let repository = Repository::with("m", "");
+    let mut impatient = config(&repository);
+    impatient.limits.body_timeout = std::time::Duration::from_millis(200);
+    let running = start(&impatient).await;
+    let host = running.ops.trim_start_matches("http://");
+    let mut connection = tokio::net::TcpStream::connect(host).await.unwrap();
+    let request =
+        format!("PUT /admin/v1{ROUTE} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\ncontent-length: 99\r\n\r\n{{");
+    connection.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    connection.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 408") && answer.contains("{\"error\":"), "{answer}");
+    let (_, document) = running.ops("/admin/openapi.json").await;
+    let paths = document["paths"].as_object().unwrap().values();
+    let bodies = paths.flat_map(|path| path.as_object().unwrap().values()).filter(|operation| {
+        let described = operation["responses"]["408"].is_object();
+        assert_eq!(operation["requestBody"].is_object(), described, "{operation}");
+        described
+    });
+    assert_eq!(bodies.count(), 5);
     running.stop().await;
 }
 

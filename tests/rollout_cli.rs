@@ -2,6 +2,7 @@
 
 use std::{
     io::{BufRead, BufReader},
+    net::SocketAddr,
     process::{Command, Output, Stdio},
     sync::{
         Arc,
@@ -11,6 +12,10 @@ use std::{
 
 use serde_json::{Value, json};
 use tidegate::{api::auth::Token, config::Config};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::watch,
+};
 
 use crate::{
     rollout_api::{held, start_held},
@@ -75,7 +80,7 @@ async fn a_rollout_is_steered_from_start_to_abort() {
     let repository = held();
     let running = start_held(&repository, &config(&repository)).await;
     let none = tidegate(&running, "rollout status m").await.refused();
-    assert!(none.contains("has had no rollout") && none.contains("`tidegate rollout start m --to VERSION`"), "{none}");
+    assert!(none.contains("has had no rollout") && none.contains("(tidegate rollout start m --to VERSION)"), "{none}");
     let unknown = tidegate(&running, "rollout start nosuch --to 2").await.refused();
     assert!(unknown.contains("unknown model 'nosuch'") && unknown.contains("`tidegate models`"), "{unknown}");
     let wrong = tidegate(&running, "rollout start m --to 2 --steps 10,5,100").await.refused();
@@ -164,6 +169,34 @@ async fn a_watched_rollout_that_is_given_up_ends_with_1() {
     assert_eq!((&last["phase"], &last["reason"]), (&json!("aborted"), &json!("enough")));
 }
 
+/// An address that stays while the server behind it comes and goes; `None` for as long as it is away.
+struct Relay {
+    address: SocketAddr,
+    server: watch::Sender<Option<SocketAddr>>,
+}
+
+impl Relay {
+    async fn to(server: &Running) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let relay = Self { address: listener.local_addr().unwrap(), server: watch::Sender::new(Some(ops(server))) };
+        let server = relay.server.subscribe();
+        tokio::spawn(async move {
+            while let Ok((mut client, _)) = listener.accept().await {
+                let Some(server) = *server.borrow() else { continue };
+                tokio::spawn(async move {
+                    let Ok(mut server) = TcpStream::connect(server).await else { return };
+                    let _ = tokio::io::copy_bidirectional(&mut client, &mut server).await;
+                });
+            }
+        });
+        relay
+    }
+}
+
+fn ops(running: &Running) -> SocketAddr {
+    running.ops.trim_start_matches("http://").parse().unwrap()
+}
+
 /// The server stops and comes back; whoever watches sees the same rollout go on.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whoever_watches_outlasts_a_restart() {
@@ -171,13 +204,16 @@ async fn whoever_watches_outlasts_a_restart() {
     let running = start_held(&repository, &config(&repository)).await;
     tidegate(&running, "rollout start m --to 2 --every 1h").await.good();
     eventually("it is at the first step", async || status(&running).await["phase"] == "canary").await;
-    let ops = running.ops.trim_start_matches("http://").to_owned();
+    let relay = Relay::to(&running).await;
+    let address = relay.address.to_string();
     let mut watching =
-        command("rollout status m --watch").env("TIDEGATE_OPS", &ops).stdout(Stdio::piped()).spawn().unwrap();
+        command("rollout status m --watch").env("TIDEGATE_OPS", address).stdout(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(watching.stdout.take().unwrap()).lines();
     assert!(lines.next().unwrap().unwrap().contains("pending → canary"), "it is seen before the server stops");
+    relay.server.send_replace(None);
     running.stop().await;
-    let running = start(&Config { ops: ops.parse().unwrap(), ..config(&repository) }).await;
+    let running = start(&config(&repository)).await;
+    relay.server.send_replace(Some(ops(&running)));
     tidegate(&running, "rollout abort m --reason enough").await.good();
     let rest: Vec<String> = tokio::task::spawn_blocking(move || lines.map(Result::unwrap).collect()).await.unwrap();
     assert!(rest[0].contains("canary → aborted at 0 %: enough"), "{rest:?}");
@@ -235,19 +271,89 @@ async fn the_log_is_told_and_verified_with_a_server_and_without() {
     assert!(wrong.contains("'since' must be a time"), "{wrong}");
 
     let verify = format!("audit verify --data {}", config.data_directory().display());
-    let whole = "106 entries, all as they were written\n";
+    let last = tidegate(&running, "audit --json").await.good().json()["entries"][105]["hash"].clone();
+    let head = last.as_str().unwrap();
+    let whole = format!("106 entries, all as they were written; the last has the hash\n{head}\n");
     assert_eq!(tidegate(&running, &verify).await.good().out, whole);
     running.stop().await;
-    let verified = || Done::from(command(&verify).output().unwrap());
-    assert_eq!(verified().good().out, whole);
+    let verified = |options: &str| Done::from(command(&format!("{verify} {options}")).output().unwrap());
+    assert_eq!(verified("").good().out, whole);
+    let whole = verified(&format!("--head {head} --json")).good().json();
+    assert_eq!(whole, json!({ "whole": true, "entries": 106, "head": head }));
+    let other = verified(&format!("--head {}", "0".repeat(64)));
+    assert!(other.code == 2 && other.out.contains("none of 106 audit entries has the hash"), "{}", other.out);
+    let wrong = verified("--head last");
+    assert!(wrong.code == 2 && wrong.err.contains("64 hexadecimal digits"), "{}", wrong.err);
+
     let file = rusqlite::Connection::open(config.data_directory().join("state.sqlite")).unwrap();
-    file.execute("UPDATE audit SET author = 'nobody' WHERE number = 50", []).unwrap();
+    file.execute("DELETE FROM audit WHERE number > 50", []).unwrap();
+    let cut = "audit entries are missing at the end: 106 were written, 50 are there";
+    let broken = verified("");
+    assert!(broken.code == 2 && broken.out.contains(&format!("is broken: {cut}")), "{}{}", broken.out, broken.err);
+    let broken = verified("--json");
+    assert_eq!((broken.code, broken.json()), (2, json!({ "whole": false, "error": cut })));
+    file.execute_batch("DROP TABLE audit").unwrap();
     drop(file);
-    let broken = verified().refused();
-    assert!(broken.contains("audit entry 50 is not as it was written"), "{broken}");
+    assert!(verified("--json").refused().contains("cannot be verified"));
     let missing = Done::from(command("audit verify --data /nonexistent").output().unwrap()).refused();
     assert!(missing.contains("name another folder with --data"), "{missing}");
     assert!(!std::path::Path::new("/nonexistent").exists());
+}
+
+/// The data directory is where the server's own configuration says, whichever way that is named.
+#[test]
+fn a_log_is_verified_where_the_configuration_has_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, file) = (folder.path().join("state"), folder.path().join("tidegate.toml"));
+    std::fs::write(&file, format!("data = {data:?}\n")).unwrap();
+    let name = file.display();
+    let by_option = command(&format!("audit verify --config {name}")).output().unwrap();
+    let by_variable = command("audit verify").env("TIDEGATE_CONFIG", &file).output().unwrap();
+    for missing in [by_option, by_variable] {
+        let missing = Done::from(missing).refused();
+        assert!(missing.contains(&format!("the audit log in {} cannot be verified", data.display())), "{missing}");
+    }
+}
+
+/// Whoever reads what a command prints may stop before its end, as `head` does.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_closed_pipe_ends_a_command_quietly() {
+    let repository = Repository::with("m", "");
+    let running = start(&config(&repository)).await;
+    // What is a number of its own is the answer itself.
+    for (words, code) in
+        [("models", 141), ("models --json", 141), ("rollout overrides", 141), ("config --defaults", 141), ("health", 0)]
+    {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = command(words);
+        command.env("TIDEGATE_OPS", running.ops.trim_start_matches("http://")).stdout(writer);
+        command.stderr(Stdio::piped());
+        let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+        let complaint = String::from_utf8(output.stderr).unwrap();
+        assert_eq!((output.status.code(), complaint.as_str()), (Some(code), ""), "{words}");
+    }
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_model_says_does_not_reach_the_terminal_unseen() {
+    let repository = Repository::with("m", "");
+    repository.put("evil", "1", "good\u{202e}\u{1b}[2J = 1");
+    let running = start(&config(&repository)).await;
+    let unseen = |text: &str| text.contains(['\u{1b}', '\u{202e}']);
+    let (_, document) = running.ops("/admin/v1/models/evil").await;
+    let reason = document["versions"][0]["reason"].as_str().unwrap();
+    assert!(unseen(reason), "the server tells it as it is: {reason:?}");
+    let listed = tidegate(&running, "models").await.good().out;
+    assert!(listed.contains("\\u{202e}") && !unseen(&listed), "{listed:?}");
+    assert_eq!(listed.lines().count(), 3, "one line each: {listed}");
+    let listed = tidegate(&running, "models --json").await.good();
+    assert!(!unseen(&listed.out), "{:?}", listed.out);
+    assert_eq!(listed.json()[0]["versions"][0]["reason"], reason);
+    let refused = tidegate(&running, "rollout start m --to 2 --sticky \u{202e}").await.refused();
+    assert!(!unseen(&refused) && refused.contains("\\u{202e}"), "{refused:?}");
+    running.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

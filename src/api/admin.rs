@@ -10,18 +10,21 @@ use std::{
 
 use axum::{
     Json,
-    extract::{Path, RawQuery, State},
+    extract::{RawQuery, State},
     response::{IntoResponse, Response},
 };
 use http::header;
 use serde_json::json;
 
-use super::{App, rest::RestError};
+use super::{
+    App,
+    rest::{Named, RestError},
+};
 use crate::{
     error::{Code, Error},
     id::ModelName,
     model::catalog::Catalog,
-    rollout::Moment,
+    rollout::{Moment, Rollout},
 };
 
 mod asked;
@@ -126,11 +129,11 @@ async fn models(State(app): State<Arc<App>>) -> Json<Vec<ModelStatus>> {
     Json(catalog.deployments.iter().map(|(name, deployment)| ModelStatus::new(name, deployment)).collect())
 }
 
-async fn model(State(app): State<Arc<App>>, Path(model): Path<String>) -> Result<Response, RestError> {
+async fn model(State(app): State<Arc<App>>, Named { model, .. }: Named) -> Result<Response, RestError> {
     Ok(told_model(&app.engine.catalog().load(), &model)?)
 }
 
-async fn rollout(State(app): State<Arc<App>>, Path(model): Path<String>) -> Result<Response, RestError> {
+async fn rollout(State(app): State<Arc<App>>, Named { model, .. }: Named) -> Result<Response, RestError> {
     Ok(told_rollout(&app.engine.catalog().load(), &model)?)
 }
 
@@ -145,9 +148,15 @@ fn told_rollout(catalog: &Catalog, model: &str) -> Result<Response, Error> {
         .deployments
         .get_key_value(model)
         .and_then(|(name, deployment)| Some((name, deployment.rollout.as_deref()?)))
-        .ok_or_else(|| Error::not_found(format!("model '{model}' has had no rollout")))?;
-    let status = RolloutStatus::new(name, rollout, deployment.epoch, now());
-    Ok((etag(status.epoch), Json(status)).into_response())
+        .ok_or_else(|| {
+            let start = format!("start one (tidegate rollout start {model} --to VERSION)");
+            Error::not_found(format!("model '{model}' has had no rollout; {start}"))
+        })?;
+    Ok(shown_rollout(name, rollout, deployment.epoch))
+}
+
+fn shown_rollout(name: &ModelName, rollout: &Rollout, epoch: u64) -> Response {
+    (etag(epoch), Json(RolloutStatus::new(name, rollout, epoch, now()))).into_response()
 }
 
 fn status_of(catalog: &Catalog, model: &str) -> Result<ModelStatus, Error> {

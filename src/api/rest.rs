@@ -106,6 +106,8 @@ pub(super) struct Named {
     pub(super) repository: String,
     pub(super) model: String,
     version: Option<String>,
+    /// What a rollout is told.
+    pub(super) command: String,
 }
 
 impl FromRequestParts<Arc<App>> for Named {

@@ -9,9 +9,9 @@ use http::{Method, Request, StatusCode, header, uri::Authority};
 use http_body_util::{BodyExt, Full};
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use serde::{Serialize, de::DeserializeOwned};
-use serde_json::Value;
 use tokio::runtime::Runtime;
 
+use super::print::seen;
 use crate::api::admin::documents::Refusal;
 
 /// The port has a thread of its own, so that reading takes no longer even when the server has much to do.
@@ -71,7 +71,8 @@ pub struct Refused {
 
 impl fmt::Display for Refused {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.refusal.error)
+        // It is one line, whatever it says.
+        f.write_str(&seen(&self.refusal.error))
     }
 }
 
@@ -172,22 +173,6 @@ impl Answer {
     pub fn read<T: DeserializeOwned>(&self) -> anyhow::Result<T> {
         serde_json::from_slice(&self.0)
             .context("the server's answer is not what was asked for; are its versions alike?")
-    }
-
-    /// The answer as it came, one field a line.
-    ///
-    /// # Errors
-    /// When the answer is no JSON.
-    pub fn pretty(&self) -> anyhow::Result<String> {
-        Ok(serde_json::to_string_pretty(&self.read::<Value>()?)?)
-    }
-
-    /// The answer as it came, in one line.
-    ///
-    /// # Errors
-    /// When the answer is no JSON.
-    pub fn line(&self) -> anyhow::Result<String> {
-        Ok(self.read::<Value>()?.to_string())
     }
 }
 

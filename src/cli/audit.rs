@@ -9,13 +9,14 @@ use serde_json::json;
 use toml::Table;
 
 use super::{
+    ConfigFile,
     ask::{AskArgs, Ops},
-    say,
+    print::{say, say_json},
 };
 use crate::{
     api::admin::documents::{AuditEntry, AuditPage},
-    config::Config,
-    control::store::Store,
+    control::store::{Store, Verified},
+    error::Code,
     id::ModelName,
 };
 
@@ -36,21 +37,39 @@ pub struct AuditArgs {
 
 #[derive(Subcommand)]
 enum AuditAction {
-    /// Check that no entry was changed or taken out since it was written, also while a server runs.
-    Verify {
-        /// The server's data directory [default: as its configuration says]
-        #[arg(long, value_name = "DIR")]
-        data: Option<PathBuf>,
-    },
+    /// Check that no entry was changed, put in or taken out since it was written, also while a server runs.
+    ///
+    /// Each entry holds the hash of the one before, and the end of the chain is kept beside it. There is no key to it:
+    /// whoever may write the server's files can write all of the log anew, or begin another, and no hash in it will tell.
+    /// What tells is one that was noted down elsewhere: keep the hash that this command prints, or the server's own log,
+    /// which has that of each entry, and give it with --head later.
+    ///
+    /// The exit code is 0 for a log that is as it was written, 2 for one that is not, and 1 when it cannot be read.
+    Verify(VerifyArgs),
 }
+
+#[derive(Args)]
+struct VerifyArgs {
+    #[command(flatten)]
+    file: ConfigFile,
+    /// The server's data directory [default: as its configuration says]
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// A hash that was noted down earlier, which an entry must have
+    #[arg(long, value_name = "HASH", value_parser = hash)]
+    head: Option<String>,
+}
+
+/// The exit code for a log that is not as it was written.
+const BROKEN: u8 = 2;
 
 /// Runs the command.
 ///
 /// # Errors
 /// What is wrong with the log, or keeps it from being read.
 pub fn run(args: &AuditArgs) -> anyhow::Result<ExitCode> {
-    if let Some(AuditAction::Verify { data }) = &args.action {
-        return verify(data.clone(), args.ask.json);
+    if let Some(AuditAction::Verify(which)) = &args.action {
+        return verify(which, args.ask.json);
     }
     let since = args.since.as_deref().map(|text| since(text, SystemTime::now())).transpose()?;
     let given = [("model", args.model.as_ref().map(ToString::to_string)), ("since", since)];
@@ -63,12 +82,12 @@ pub fn run(args: &AuditArgs) -> anyhow::Result<ExitCode> {
         if args.ask.json {
             entries.extend(page.entries);
         } else {
-            page.entries.iter().for_each(|entry| say(format_args!("{}", line(entry))));
+            page.entries.iter().try_for_each(|entry| say(format_args!("{}", line(entry))))?;
         }
         next = page.next;
     }
     if args.ask.json {
-        say(format_args!("{}", serde_json::to_string_pretty(&AuditPage { entries, next: None })?));
+        say_json(&AuditPage { entries, next: None })?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -92,24 +111,39 @@ fn line(entry: &AuditEntry) -> String {
     format!("{number:>6}  {at}  {model}  {action} by {author}{reason}")
 }
 
-fn verify(data: Option<PathBuf>, json: bool) -> anyhow::Result<ExitCode> {
-    let data = match data {
-        Some(data) => data,
-        None => {
-            let environment = std::env::vars_os()
-                .filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?)));
-            Config::load(None, environment, Table::new())?.0.data_directory()
-        }
+fn verify(args: &VerifyArgs, json: bool) -> anyhow::Result<ExitCode> {
+    let data = match &args.data {
+        Some(data) => data.clone(),
+        None => args.file.load(Table::new())?.0.data_directory(),
     };
     let hint = || format!("the audit log in {} cannot be verified; name another folder with --data", data.display());
     let store = Store::open_to_read(&data).with_context(hint)?;
-    let entries = store.verify().with_context(|| format!("the audit log in {} is broken", data.display()))?;
-    if json {
-        say(format_args!("{}", json!({ "entries": entries, "whole": true })));
-    } else {
-        say(format_args!("{entries} entries, all as they were written"));
+    match store.verify(args.head.as_deref()) {
+        Ok(Verified { entries, head }) if json => {
+            say_json(&json!({ "whole": true, "entries": entries, "head": head }))?;
+        }
+        Ok(Verified { entries: 0, .. }) => say(format_args!("no entries yet"))?,
+        Ok(Verified { entries, head }) => {
+            say(format_args!("{entries} entries, all as they were written; the last has the hash"))?;
+            say(format_args!("{head}"))?;
+        }
+        Err(error) if error.code == Code::Conflict => {
+            if json {
+                say_json(&json!({ "whole": false, "error": error.message }))?;
+            } else {
+                say(format_args!("the audit log in {} is broken: {error}", data.display()))?;
+            }
+            return Ok(ExitCode::from(BROKEN));
+        }
+        Err(error) => return Err(error).with_context(hint),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A hash as `verify` prints it.
+fn hash(text: &str) -> Result<String, &'static str> {
+    let is_hash = text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    if is_hash { Ok(text.to_ascii_lowercase()) } else { Err("it must be the 64 hexadecimal digits of a hash") }
 }
 
 #[cfg(test)]

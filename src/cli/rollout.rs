@@ -8,14 +8,15 @@ use serde_json::{Map, Value, json};
 
 use super::{
     ask::{Answer, AskArgs, Ops, Refused},
-    say,
+    print::{say, say_json},
 };
 use crate::{
     api::admin::{
-        documents::RolloutStatus,
+        documents::{Refusal, RolloutStatus},
         requests::{StartRequest, Why},
     },
     id::{ModelName, Version},
+    rollout::name_of,
 };
 
 mod by_hand;
@@ -193,36 +194,37 @@ fn why(reason: Option<String>) -> Why {
 
 fn show(answer: &Answer, json: bool, history: bool) -> anyhow::Result<ExitCode> {
     if json {
-        say(format_args!("{}", answer.pretty()?));
+        say_json(&answer.read::<Value>()?)?;
         return Ok(ExitCode::SUCCESS);
     }
     let status: RolloutStatus = answer.read()?;
-    progress::lines(&status).iter().for_each(|line| say(format_args!("{line}")));
+    progress::lines(&status).iter().try_for_each(|line| say(format_args!("{line}")))?;
     if history {
-        status.history.iter().for_each(|transition| say(format_args!("  {}", progress::change(transition))));
+        status.history.iter().try_for_each(|transition| say(format_args!("  {}", progress::change(transition))))?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// The server's own sentence, and what to do next where it does not say so.
+/// The server's own sentence, and what to do next.
 fn advised(error: anyhow::Error, model: &ModelName) -> anyhow::Error {
-    let Some(refused) = error.downcast_ref::<Refused>() else { return error };
-    let said = &refused.refusal.error;
-    let advice = match refused.status {
-        _ if said.contains("tidegate ") || said.contains("rollout overrides clear") => return error,
+    let Some(Refused { status, refusal }) = error.downcast_ref::<Refused>() else { return error };
+    let advice = match *status {
         StatusCode::UNAUTHORIZED => "give the server's token with --token or TIDEGATE_TOKEN".to_owned(),
-        StatusCode::NOT_FOUND if said.contains("no rollout") => {
-            format!("start one with `tidegate rollout start {model} --to VERSION`")
-        }
         StatusCode::NOT_FOUND => "`tidegate models` lists what there is".to_owned(),
-        StatusCode::CONFLICT => {
-            let phase = refused.refusal.state.as_ref().and_then(|state| state.rollout.as_ref());
-            let phase = phase.map(|rollout| crate::rollout::name_of(rollout.phase));
-            let stands = phase.map(|phase| format!("its rollout is {phase}; ")).unwrap_or_default();
-            format!("{stands}`tidegate rollout status {model}` shows how things stand")
-        }
+        StatusCode::CONFLICT => conflict(refusal, model),
         StatusCode::SERVICE_UNAVAILABLE => "nothing was changed; see the server's log, and try again".to_owned(),
         _ => return error,
     };
-    anyhow::anyhow!("{said}\n  {advice}")
+    anyhow::anyhow!("{error}\n  {advice}")
+}
+
+/// What shows how a model stands that cannot be changed as it stands.
+fn conflict(refusal: &Refusal, model: &ModelName) -> String {
+    let state = refusal.state.as_ref();
+    let phase = state.and_then(|state| state.rollout.as_ref()).map(|rollout| rollout.phase);
+    if state.is_some_and(|state| state.route.is_some()) && phase.is_none_or(progress::is_over) {
+        return "`tidegate rollout overrides` lists what is set by hand".to_owned();
+    }
+    let stands = phase.map(|phase| format!("its rollout is {}; ", name_of(phase))).unwrap_or_default();
+    format!("{stands}`tidegate rollout status {model}` shows how things stand")
 }

@@ -177,12 +177,18 @@ impl Commands {
         self.state.with(move |store| store.audit(model.as_deref(), since, after, most)).await
     }
 
-    /// Everything that was changed by request or by rollouts, by model.
+    /// Everything that was changed by request or by rollouts, by model. What cannot be read of a model is logged and left
+    /// out.
     ///
     /// # Errors
     /// `NotReady` when the state cannot be read.
     pub async fn overrides(&self) -> Result<Vec<(ModelName, Standing)>, Error> {
-        self.state.with(|store| store.standings()).await
+        let known = |(name, standing): (ModelName, Result<Standing, Error>)| {
+            let unknown = |error: &Error| tracing::error!(model = %name, %error, "its overrides are not known");
+            let standing = standing.inspect_err(unknown).ok()?;
+            Some((name, standing))
+        };
+        Ok(self.state.with(|store| store.standings()).await?.into_iter().filter_map(known).collect())
     }
 
     fn check_control(&self) -> Result<(), Error> {

@@ -95,11 +95,19 @@ impl Rollouts {
         self.metrics.state_stored(standings.is_ok());
         match standings {
             Ok(standings) => {
-                for (name, mut standing) in standings {
-                    if let Some(rollout) = &mut standing.rollout {
-                        rollout.begin_step_anew(now());
+                for (name, standing) in standings {
+                    match standing {
+                        Ok(mut standing) => {
+                            if let Some(rollout) = &mut standing.rollout {
+                                rollout.begin_step_anew(now());
+                            }
+                            self.models.insert(name, Managed { standing, ..Managed::default() });
+                        }
+                        Err(error) => {
+                            tracing::error!(model = %name, %error, "its routes are not known; changes will be refused");
+                            self.unknown.insert(name, error);
+                        }
                     }
-                    self.models.insert(name, Managed { standing, ..Managed::default() });
                 }
             }
             Err(error) => {

@@ -1,14 +1,11 @@
 //! `Store`: what must outlive a restart, in one SQLite file: what is remembered of each model, and the audit log.
 //!
-//! A change is written here before it takes effect, so that whatever the server did, it knows after a kill. Each audit
-//! entry holds the hash of the one before: an entry that was changed or taken out later breaks the chain.
+//! A change is written here before it takes effect, so that whatever the server did, it knows after a kill.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
-use rusqlite::{Connection, OpenFlags, OptionalExtension, Transaction, params};
-use serde::Serialize;
-use sha2::{Digest, Sha256};
+use rusqlite::{Connection, OpenFlags, Transaction, params};
 
 use crate::{
     error::{Code, Error},
@@ -18,6 +15,10 @@ use crate::{
 
 use super::standing::Standing;
 
+mod audit;
+
+pub use audit::{Entry, Logged, Verified};
+
 const FILE: &str = "state.sqlite";
 /// How long a change waits for somebody else who has the file.
 const PATIENCE: Duration = Duration::from_millis(250);
@@ -25,34 +26,16 @@ const PATIENCE: Duration = Duration::from_millis(250);
 const MIGRATIONS: [&str; 1] = ["
     CREATE TABLE model (name TEXT PRIMARY KEY, standing TEXT NOT NULL) STRICT;
     CREATE TABLE audit (
-        number INTEGER PRIMARY KEY, at INTEGER NOT NULL, model TEXT NOT NULL, author TEXT NOT NULL,
+        number INTEGER PRIMARY KEY AUTOINCREMENT, at INTEGER NOT NULL, model TEXT NOT NULL, author TEXT NOT NULL,
         action TEXT NOT NULL, reason TEXT NOT NULL, details TEXT NOT NULL, hash TEXT NOT NULL
     ) STRICT;
+    CREATE TABLE head (
+        only INTEGER PRIMARY KEY CHECK (only = 1), number INTEGER NOT NULL, hash TEXT NOT NULL
+    ) STRICT;
 "];
-/// What the first entry has for the hash of the one before.
-const ORIGIN: &str = "";
 
-/// What is written down of a change.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Entry {
-    pub at: Moment,
-    pub model: String,
-    /// Who did it: an operator by name, `judge`, or `repository`.
-    pub author: String,
-    pub action: String,
-    pub reason: String,
-    /// The numbers behind it, as JSON.
-    pub details: String,
-}
-
-/// An entry as the log has it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Logged {
-    pub number: u64,
-    #[serde(flatten)]
-    pub entry: Entry,
-    pub hash: String,
-}
+/// What is remembered of each model by name, or why that of one cannot be read.
+pub type Standings = Vec<(ModelName, Result<Standing, Error>)>;
 
 /// The open file.
 pub struct Store {
@@ -117,22 +100,27 @@ impl Store {
         Ok(Self { connection })
     }
 
-    /// What is remembered of each model.
+    /// What is remembered of each model. What cannot be read of one says so in its place; the others are none the worse.
     ///
     /// # Errors
-    /// `NotReady` when the file cannot be read or holds what this program does not know.
-    pub fn standings(&self) -> Result<Vec<(ModelName, Standing)>, Error> {
-        let read = || -> rusqlite::Result<Vec<(String, String)>> {
-            let mut rows = self.connection.prepare("SELECT name, standing FROM model ORDER BY name")?;
-            rows.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.collect()
+    /// `NotReady` when the file cannot be read.
+    pub fn standings(&self) -> Result<Standings, Error> {
+        // Bytes, for a text that is none is that model's matter.
+        let read = || -> rusqlite::Result<Vec<[Vec<u8>; 2]>> {
+            let sql = "SELECT CAST(name AS BLOB), CAST(standing AS BLOB) FROM model ORDER BY name";
+            self.connection.prepare(sql)?.query_map([], |row| Ok([row.get(0)?, row.get(1)?]))?.collect()
         };
         let rows = read().map_err(|error| unavailable(&error.to_string()))?;
-        let parse = |(model, document): (String, String)| {
-            let standing = serde_json::from_str(&document)
-                .map_err(|error| unavailable(&format!("what is known of model '{model}': {error}")))?;
-            Ok((ModelName::parse(&model)?, standing))
+        let parse = |[model, document]: [Vec<u8>; 2]| {
+            let text = String::from_utf8_lossy(&model);
+            let name = ModelName::parse(&text)
+                .inspect_err(|error| tracing::error!(%error, "the state is of a model that cannot be, and is left out"))
+                .ok()?;
+            let standing = serde_json::from_slice(&document)
+                .map_err(|error| unavailable(&format!("what is known of model '{name}': {error}")));
+            Some((name, standing))
         };
-        rows.into_iter().map(parse).collect()
+        Ok(rows.into_iter().filter_map(parse).collect())
     }
 
     /// Stores what is to be remembered of a model and what is to be known of the change, both or neither.
@@ -146,7 +134,7 @@ impl Store {
                 "INSERT INTO model VALUES (?1, ?2) ON CONFLICT (name) DO UPDATE SET standing = ?2",
                 params![model.as_str(), document],
             )?;
-            log(transaction, entry)
+            audit::add(transaction, entry)
         })
     }
 
@@ -155,7 +143,7 @@ impl Store {
     /// # Errors
     /// `NotReady` when it cannot be stored.
     pub fn log(&mut self, entry: &Entry) -> Result<(), Error> {
-        self.write(|transaction| log(transaction, entry))
+        self.write(|transaction| audit::add(transaction, entry))
     }
 
     /// Entries of a model (of all without) since a moment and behind the one of a number, oldest first, at most so many.
@@ -163,44 +151,31 @@ impl Store {
     /// # Errors
     /// `NotReady` when the file cannot be read.
     pub fn audit(&self, model: Option<&str>, since: Moment, after: u64, most: usize) -> Result<Vec<Logged>, Error> {
-        let read = || -> rusqlite::Result<Vec<Logged>> {
-            let sql = "SELECT number, at, model, author, action, reason, details, hash FROM audit
-                       WHERE (?1 IS NULL OR model = ?1) AND at >= ?2 AND number > ?3 ORDER BY number LIMIT ?4";
-            let mut rows = self.connection.prepare(sql)?;
-            let most = i64::try_from(most).unwrap_or(i64::MAX);
-            let [since, after] = [since, after].map(|number| i64::try_from(number).unwrap_or(i64::MAX));
-            rows.query_map(params![model, since, after, most], logged)?.collect()
-        };
-        read().map_err(|error| unavailable(&error.to_string()))
+        audit::read(&self.connection, model, since, after, most).map_err(|error| unavailable(&error.to_string()))
     }
 
-    /// Follows the chain of hashes; how many entries there are.
+    /// Follows the chain of hashes to its end, which must be where the last change left it. With a `head`, a hash that
+    /// was noted down earlier, an entry must have it.
     ///
     /// # Errors
-    /// `Conflict` naming the first entry that is not as it was written, or is missing.
-    pub fn verify(&self) -> Result<u64, Error> {
-        let mut before = ORIGIN.to_owned();
-        let mut count = 0;
-        for Logged { number, entry, hash } in self.audit(None, 0, 0, usize::MAX)? {
-            count += 1;
-            if number != count {
-                return Err(Error::new(Code::Conflict, format!("audit entry {count} is missing")));
-            }
-            if chained(&before, &entry) != hash {
-                return Err(Error::new(Code::Conflict, format!("audit entry {number} is not as it was written")));
-            }
-            before = hash;
-        }
-        Ok(count)
+    /// `Conflict` naming the first entry that is not as it was written, is missing or too many, and `NotReady` when the
+    /// file cannot be read.
+    pub fn verify(&self, head: Option<&str>) -> Result<Verified, Error> {
+        audit::verify(&self.connection, head).map_err(|error| unavailable(&error.to_string()))?
     }
 
-    fn write(&mut self, work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<()>) -> Result<(), Error> {
-        let write = || -> rusqlite::Result<()> {
+    /// Writes a change with its entry. The log of the server gets the entry's hash: who keeps that log elsewhere knows
+    /// later what the chain must hold.
+    fn write(&mut self, work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<Verified>) -> Result<(), Error> {
+        let write = || -> rusqlite::Result<Verified> {
             let transaction = self.connection.transaction()?;
-            work(&transaction)?;
-            transaction.commit()
+            let end = work(&transaction)?;
+            transaction.commit()?;
+            Ok(end)
         };
-        write().map_err(|error| unavailable(&error.to_string()))
+        let Verified { entries, head } = write().map_err(|error| unavailable(&error.to_string()))?;
+        tracing::info!(entry = entries, head, "the audit log has another entry");
+        Ok(())
     }
 }
 
@@ -215,44 +190,6 @@ fn migrate(connection: &mut Connection) -> rusqlite::Result<()> {
     Ok(())
 }
 
-fn log(transaction: &Transaction<'_>, entry: &Entry) -> rusqlite::Result<()> {
-    let sql = "SELECT hash FROM audit ORDER BY number DESC LIMIT 1";
-    let before = transaction.query_row(sql, [], |row| row.get::<_, String>(0)).optional()?;
-    let hash = chained(before.as_deref().unwrap_or(ORIGIN), entry);
-    let Entry { at, model, author, action, reason, details } = entry;
-    let at = i64::try_from(*at).unwrap_or(i64::MAX);
-    transaction.execute(
-        "INSERT INTO audit (at, model, author, action, reason, details, hash) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
-        params![at, model, author, action, reason, details, hash],
-    )?;
-    Ok(())
-}
-
-fn logged(row: &rusqlite::Row<'_>) -> rusqlite::Result<Logged> {
-    let entry = Entry {
-        at: row.get::<_, i64>(1)?.max(0) as u64,
-        model: row.get(2)?,
-        author: row.get(3)?,
-        action: row.get(4)?,
-        reason: row.get(5)?,
-        details: row.get(6)?,
-    };
-    Ok(Logged { number: row.get::<_, i64>(0)?.max(0) as u64, entry, hash: row.get(7)? })
-}
-
-/// The hash of an entry behind the one with the hash `before`: SHA-256, in hexadecimal, of that and of each field, with
-/// its length before it, so that no two entries are the same bytes.
-fn chained(before: &str, entry: &Entry) -> String {
-    let Entry { at, model, author, action, reason, details } = entry;
-    let mut hasher = Sha256::new();
-    hasher.update(at.to_le_bytes());
-    for field in [before, model, author, action, reason, details] {
-        hasher.update((field.len() as u64).to_le_bytes());
-        hasher.update(field.as_bytes());
-    }
-    hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 fn unavailable(reason: &str) -> Error {
     Error::new(Code::NotReady, format!("the server's state cannot be read or stored: {reason}"))
 }
@@ -261,15 +198,9 @@ fn unavailable(reason: &str) -> Error {
 mod tests {
     use super::*;
 
-    fn entry(number: u64) -> Entry {
-        Entry {
-            at: number,
-            model: if number.is_multiple_of(2) { "even" } else { "odd" }.to_owned(),
-            author: "somebody".to_owned(),
-            action: "advance".to_owned(),
-            reason: format!("it was time {number}"),
-            details: "{}".to_owned(),
-        }
+    fn entry() -> Entry {
+        let [model, author, action, details] = ["m", "somebody", "advance", "{}"].map(str::to_owned);
+        Entry { at: 1, model, author, action, reason: String::new(), details }
     }
 
     #[test]
@@ -279,28 +210,30 @@ mod tests {
         for expected in ["m/r1", "m/r2", "m/r3"] {
             let mut store = Store::open(folder.path()).unwrap();
             let known = store.standings().unwrap().pop();
-            let mut standing = known.map_or_else(Standing::default, |(_, standing)| standing);
+            let mut standing = known.map_or_else(Standing::default, |(_, standing)| standing.unwrap());
             assert_eq!(&*standing.next_id(&model), expected);
-            store.save(&model, &standing, &entry(1)).unwrap();
+            store.save(&model, &standing, &entry()).unwrap();
         }
     }
 
     #[test]
-    fn the_log_can_be_asked_and_verified() {
+    fn what_cannot_be_read_of_one_model_leaves_the_others_alone() {
         let folder = tempfile::tempdir().unwrap();
         let mut store = Store::open(folder.path()).unwrap();
-        assert_eq!(store.verify().unwrap(), 0);
-        (1..=10).for_each(|number| store.log(&entry(number)).unwrap());
-        assert_eq!(store.verify().unwrap(), 10);
-        let found: Vec<u64> = store.audit(Some("odd"), 4, 0, 2).unwrap().iter().map(|logged| logged.number).collect();
-        assert_eq!(found, [5, 7]);
-        for (change, wrong) in [
-            ("UPDATE audit SET reason = 'another' WHERE number = 4", "audit entry 4 is not as it was written"),
-            ("DELETE FROM audit WHERE number = 2", "audit entry 2 is missing"),
-        ] {
-            store.connection.execute(change, []).unwrap();
-            let error = store.verify().unwrap_err();
-            assert_eq!((error.code, error.message.as_str()), (Code::Conflict, wrong));
+        for name in ["a", "b", "c", "d"] {
+            let standing = Standing { epoch: 7, ..Standing::default() };
+            store.save(&ModelName::parse(name).unwrap(), &standing, &entry()).unwrap();
+        }
+        let broken = "UPDATE model SET standing = '{\"epoch\": \"seven\"}' WHERE name = 'b';
+                      UPDATE model SET standing = CAST(x'ff' AS TEXT) WHERE name = 'c';
+                      UPDATE model SET name = '../d' WHERE name = 'd';";
+        store.connection.execute_batch(broken).unwrap();
+        let [(a, good), (b, typed), (c, text)] = <[_; 3]>::try_from(store.standings().unwrap()).unwrap();
+        assert_eq!((a.as_str(), good.unwrap().epoch), ("a", 7));
+        for (name, standing) in [(b, typed), (c, text)] {
+            let error = standing.unwrap_err();
+            assert_eq!(error.code, Code::NotReady);
+            assert!(error.message.contains(&format!("what is known of model '{name}': ")), "{error}");
         }
     }
 

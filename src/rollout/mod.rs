@@ -106,6 +106,8 @@ pub struct Transition {
 }
 
 /// How one version takes over from another.
+///
+/// It outlives the program that stored it: fields that come later need a default, here and in all that is in it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Rollout {
     /// `MODEL/rN`.
@@ -116,6 +118,7 @@ pub struct Rollout {
     pub sticky: Option<Sticky>,
     pub phase: Phase,
     /// The canary step it is at, or was at when it was paused.
+    #[serde(default)]
     pub step: usize,
     /// What goes on when it is resumed.
     paused_in: Option<Phase>,
@@ -135,6 +138,7 @@ pub struct Rollout {
     pub baseline: Option<Box<Window>>,
     /// What the judge said last.
     pub judgement: Option<Judgement>,
+    #[serde(default)]
     pub history: Vec<Transition>,
 }
 
@@ -408,6 +412,26 @@ mod tests {
         };
         let versions = ["1", "2"].map(|text| Version::parse(text).unwrap());
         Rollout::new("m/r1".into(), versions, plan, None, 0).unwrap()
+    }
+
+    /// The least that was ever stored. Who adds a field gives it a default, and leaves this as it is.
+    #[test]
+    fn what_was_stored_long_ago_can_be_read() {
+        let stored = r#"{
+            "id": "m/r1", "stable": "1", "candidate": "2", "phase": "canary", "since": 7,
+            "plan": {
+                "steps": [{ "weight": 1000000, "min_duration": { "secs": 60, "nanos": 0 }, "min_samples": 100,
+                            "max_duration": { "secs": 1800, "nanos": 0 } }],
+                "watch": { "secs": 600, "nanos": 0 }, "rollback_window": { "secs": 3600, "nanos": 0 }
+            },
+            "judgement": { "finding": "good", "samples": 5, "verdicts": [
+                { "metric": "errors", "finding": "good", "reason": "none", "margin": 0.01 }] },
+            "history": [{ "at": 7, "from": "pending", "to": "canary", "step": 0, "weight": 1000000, "reason": "ready" }]
+        }"#;
+        let read: Rollout = serde_json::from_str(stored).unwrap();
+        assert_eq!((read.phase, read.weight(), &read.plan.margins), (Phase::Canary, Weight::FULL, &Margins::default()));
+        let whole = serde_json::to_string(&read).unwrap();
+        assert_eq!(serde_json::from_str::<Rollout>(&whole).unwrap(), read);
     }
 
     fn judged(finding: Finding, samples: u64) -> Event {

@@ -88,6 +88,7 @@ pub struct Step {
     /// After so long without them it is inconclusive.
     pub max_duration: Duration,
     /// Whether an operator has to let the rollout go on from here.
+    #[serde(default)]
     pub pause: bool,
 }
 
@@ -119,8 +120,11 @@ pub struct Plan {
     pub shadow: Option<Step>,
     /// Of rising weights; the last one is all.
     pub steps: Vec<Step>,
+    #[serde(default)]
     pub margins: Margins,
+    #[serde(default)]
     pub on_inconclusive: Inconclusive,
+    #[serde(default)]
     pub on_arrival: Arrival,
     /// How long a promoted version is watched, and may be taken back by the judge.
     pub watch: Duration,

@@ -11,7 +11,7 @@ use serde_json::value::RawValue;
 
 use crate::{
     control::command::Asked,
-    error::{Error, abridge},
+    error::{Error, abridge, is_unseen},
     id::shorten,
 };
 
@@ -142,9 +142,11 @@ pub fn asked(headers: &HeaderMap, fields: &mut Fields<'_>) -> Result<Asked, Erro
         if length > most {
             return Err(Error::invalid(format!("field '{name}' takes {most} characters at most, got {length}")));
         }
-        // It is shown in terminals.
-        if text.chars().any(char::is_control) {
-            return Err(Error::invalid(format!("field '{name}' must be one line without control characters")));
+        // It is shown in terminals and pages, where it must be what it seems to be.
+        if text.chars().any(is_unseen) {
+            return Err(Error::invalid(format!(
+                "field '{name}' must be one line without characters that are not seen, for control or format"
+            )));
         }
     }
     Ok(Asked { author, reason, epoch: epoch(headers)? })
@@ -235,8 +237,10 @@ mod tests {
         assert_eq!(who(&headers, r#"{ "author": "grace" }"#).unwrap(), "grace: ");
         let long = format!(r#"{{ "reason": "{}" }}"#, "x".repeat(1025));
         assert_eq!(message(who(&headers, &long)), "field 'reason' takes 1024 characters at most, got 1025");
-        let escape = message(who(&headers, r#"{ "author": "\u001b[2J" }"#));
-        assert_eq!(escape, "field 'author' must be one line without control characters");
+        for (field, unseen) in [("author", "\\u001b[2J"), ("author", "\\u202eada"), ("reason", "one\\u2028two")] {
+            let refused = message(who(&headers, &format!(r#"{{ "{field}": "{unseen}" }}"#)));
+            assert!(refused.starts_with(&format!("field '{field}' must be one line without")), "{refused}");
+        }
         assert!(message(who(&headers, r#"{ "author": 5 }"#)).starts_with("field 'author' in line 1: invalid type"));
     }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::{
     Json,
-    extract::{Path, Request, State},
+    extract::{Request, State},
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
@@ -13,18 +13,18 @@ use http::HeaderMap;
 use super::{
     asked::{Fields, asked},
     documents::{ArmStatus, Refusal, Share},
-    status_of, told_model, told_rollout,
+    shown_rollout, status_of, told_model, told_rollout,
 };
 use crate::{
     api::{
         App,
         repository::until_closing,
-        rest::{RestError, read_body},
+        rest::{Named, RestError, read_body},
         status,
     },
     control::{
         command::{Asked, Change},
-        standing::Split,
+        standing::{Split, Standing},
     },
     error::{Code, Error, shorten},
     id::{ModelName, Version},
@@ -62,7 +62,7 @@ impl IntoResponse for Refused {
 
 pub(super) type Answer = Result<Response, Refused>;
 
-pub(super) async fn start(State(app): State<Arc<App>>, Path(model): Path<String>, request: Request) -> Answer {
+pub(super) async fn start(State(app): State<Arc<App>>, Named { model, .. }: Named, request: Request) -> Answer {
     let (headers, body) = read(&app, request).await?;
     let mut fields = Fields::parse(&body)?;
     let asked = asked(&headers, &mut fields)?;
@@ -72,18 +72,28 @@ pub(super) async fn start(State(app): State<Arc<App>>, Path(model): Path<String>
     Ok(told_rollout(&app.engine.catalog().load(), &model)?)
 }
 
-pub(super) async fn tell(
-    State(app): State<Arc<App>>,
-    Path((model, command)): Path<(String, String)>,
-    request: Request,
-) -> Answer {
+pub(super) async fn tell(State(app): State<Arc<App>>, Named { model, command, .. }: Named, request: Request) -> Answer {
     let (headers, body) = read(&app, request).await?;
     let command = self::command(&command)?;
     change(&app, &model, why(&headers, &body)?, Change::Tell(command)).await?;
-    Ok(told_rollout(&app.engine.catalog().load(), &model)?)
+    Ok(told_or_remembered(&app, &model).await?)
 }
 
-pub(super) async fn divide(State(app): State<Arc<App>>, Path(model): Path<String>, request: Request) -> Answer {
+/// How a rollout stands after it was told something, also that of a model which has left the repository.
+async fn told_or_remembered(app: &App, model: &str) -> Result<Response, Error> {
+    let told = told_rollout(&app.engine.catalog().load(), model);
+    if !matches!(&told, Err(error) if error.code == Code::NotFound) {
+        return told;
+    }
+    let mut remembered = app.commands.overrides().await?;
+    remembered.retain(|(name, _)| name.as_str() == model);
+    match remembered.first() {
+        Some((name, Standing { epoch, rollout: Some(rollout), .. })) => Ok(shown_rollout(name, rollout, *epoch)),
+        _ => told,
+    }
+}
+
+pub(super) async fn divide(State(app): State<Arc<App>>, Named { model, .. }: Named, request: Request) -> Answer {
     let (headers, body) = read(&app, request).await?;
     let mut fields = Fields::parse(&body)?;
     let asked = asked(&headers, &mut fields)?;
@@ -92,7 +102,7 @@ pub(super) async fn divide(State(app): State<Arc<App>>, Path(model): Path<String
     Ok(told_model(&app.engine.catalog().load(), &model)?)
 }
 
-pub(super) async fn undivide(State(app): State<Arc<App>>, Path(model): Path<String>, request: Request) -> Answer {
+pub(super) async fn undivide(State(app): State<Arc<App>>, Named { model, .. }: Named, request: Request) -> Answer {
     let (headers, body) = read(&app, request).await?;
     change(&app, &model, why(&headers, &body)?, Change::Route(None)).await?;
     Ok(told_model(&app.engine.catalog().load(), &model)?)

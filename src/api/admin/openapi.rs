@@ -9,7 +9,7 @@ use axum::{
     handler::Handler,
     routing::{MethodFilter, MethodRouter, on},
 };
-use http::{Method, header};
+use http::{Method, StatusCode, header};
 use schemars::{JsonSchema, Schema, SchemaGenerator, generate::SchemaSettings};
 use serde_json::{Map, Value, json};
 
@@ -129,8 +129,7 @@ impl Operation {
     /// Says what stands for a part of the path.
     pub fn with_values(mut self, name: &str, description: &str, schema: Value) -> Self {
         self.parameters.retain(|parameter| parameter["name"] != name);
-        let described = self.with("path", name, description, schema);
-        Self { ..described }
+        self.with("path", name, description, schema)
     }
 
     pub fn failing(mut self, codes: &[Code]) -> Self {
@@ -164,6 +163,14 @@ impl Operation {
         for &(code, schema) in &self.failures {
             let described = json!({ "description": meaning(code), "content": content(JSON, schema(schemas)) });
             responses.insert(status::http(code).as_u16().to_string(), described);
+        }
+        if self.body.is_some() {
+            // A body that pauses is the only failure whose status is not that of its code: nothing here is late.
+            let described = json!({
+                "description": "The body paused for longer than limits.body_timeout.",
+                "content": content(JSON, schemas.subschema_for::<Refusal>()),
+            });
+            responses.insert(StatusCode::REQUEST_TIMEOUT.as_str().to_owned(), described);
         }
         let mut described = json!({
             "operationId": self.id,

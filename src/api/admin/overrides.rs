@@ -14,7 +14,7 @@ use super::{
     query::Query,
 };
 use crate::{
-    api::{App, rest::RestError},
+    api::{App, repository::until_closing, rest::RestError},
     control::{
         command::{Asked, Change},
         standing::Standing,
@@ -44,24 +44,27 @@ pub(super) async fn clear(State(app): State<Arc<App>>, RawQuery(query): RawQuery
     Ok(Json(clear_all(&app, &asked).await?).into_response())
 }
 
-/// Forgets what can be forgotten of every model; the first failure, with what was done besides, when some cannot.
+/// Forgets what can be forgotten of every model. When some cannot, each of them is told, and what was done besides; the
+/// code is the first one's.
 async fn clear_all(app: &App, asked: &Asked) -> Result<Cleared, Error> {
     let mut cleared = Vec::new();
-    let mut failed: Option<Error> = None;
+    let mut failed: Vec<(ModelName, Error)> = Vec::new();
     for (model, _) in overridden(app).await? {
-        match app.commands.change(model.clone(), asked.clone(), Change::Clear).await {
+        match until_closing(app, app.commands.change(model.clone(), asked.clone(), Change::Clear)).await {
             Ok(()) => cleared.push(model.to_string()),
-            Err(error) => failed = failed.or(Some(error)),
+            Err(error) => failed.push((model, error)),
         }
     }
-    match failed {
+    match failed.first() {
         None => Ok(Cleared { cleared }),
-        Some(error) if cleared.is_empty() => Err(error),
-        Some(error) => {
-            let message = format!("{error}; cleared were those of {}", cleared.join(", "));
-            Err(Error { message, ..error })
-        }
+        Some((_, first)) => Err(Error { message: told(&failed, &cleared), ..first.clone() }),
     }
+}
+
+fn told(failed: &[(ModelName, Error)], cleared: &[String]) -> String {
+    let failed = failed.iter().map(|(model, error)| format!("not cleared '{model}': {error}"));
+    let cleared = (!cleared.is_empty()).then(|| format!("cleared {}", cleared.join(", ")));
+    failed.chain(cleared).collect::<Vec<_>>().join("; ")
 }
 
 /// Models of which something is other than the repository has it.
@@ -71,4 +74,19 @@ async fn overridden(app: &App) -> Result<Vec<(ModelName, Standing)>, Error> {
         standing.split.is_some() || !standing.passed_over.is_empty() || standing.running().is_some()
     });
     Ok(standings)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Code;
+
+    #[test]
+    fn each_failure_is_told_and_what_was_cleared_besides() {
+        let failed = [("a", "gone"), ("b", "busy")]
+            .map(|(model, why)| (ModelName::parse(model).unwrap(), Error::new(Code::Conflict, why)));
+        assert_eq!(told(&failed[..1], &[]), "not cleared 'a': gone");
+        let cleared = ["c".to_owned(), "d".to_owned()];
+        assert_eq!(told(&failed, &cleared), "not cleared 'a': gone; not cleared 'b': busy; cleared c, d");
+    }
 }

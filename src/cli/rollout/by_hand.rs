@@ -6,7 +6,10 @@ use anyhow::{Context, bail};
 use http::Method;
 
 use super::{
-    super::{ask::Ops, say},
+    super::{
+        ask::Ops,
+        print::{say, say_json},
+    },
     Tell, advised, why,
 };
 use crate::{
@@ -30,15 +33,15 @@ pub(super) fn set(ops: &Ops, args: &Tell, percent: f64, to: Option<&Version>, js
     let changed = ops.change(Method::PUT, &format!("{place}/route"), Some(status.epoch), &request);
     let answer = changed.map_err(|error| advised(error, model))?;
     if json {
-        say(format_args!("{}", answer.pretty()?));
+        say_json(&answer.read::<serde_json::Value>()?)?;
         return Ok(ExitCode::SUCCESS);
     }
     let status: ModelStatus = answer.read()?;
     let route = status.route.context("the server did not say how the requests are divided now")?;
     for ArmStatus { name, version, percent } in &route.arms {
-        say(format_args!("{model}: {percent} % to version {version} ({name})"));
+        say(format_args!("{model}: {percent} % to version {version} ({name})"))?;
     }
-    say(format_args!("{model}: the rest to version {} (stable)", route.stable));
+    say(format_args!("{model}: the rest to version {} (stable)", route.stable))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -76,12 +79,12 @@ fn with_canary(status: &ModelStatus, percent: f64, to: Option<&Version>) -> anyh
 pub(super) fn overrides(ops: &Ops, json: bool) -> anyhow::Result<ExitCode> {
     let answer = ops.get("/admin/v1/overrides")?;
     if json {
-        say(format_args!("{}", answer.pretty()?));
+        say_json(&answer.read::<serde_json::Value>()?)?;
         return Ok(ExitCode::SUCCESS);
     }
     let overridden: Vec<OverrideStatus> = answer.read()?;
     if overridden.is_empty() {
-        say(format_args!("everything is as the repository has it"));
+        say(format_args!("everything is as the repository has it"))?;
     }
     for OverrideStatus { model, route, passed_over, rollout, .. } in overridden {
         if let Some(by_hand) = route {
@@ -91,13 +94,13 @@ pub(super) fn overrides(ops: &Ops, json: bool) -> anyhow::Result<ExitCode> {
             shares.extend(copies.map(|shadow| format!("copies of {} % to {}", shadow.percent, shadow.version)));
             let (stable, shares) = (&by_hand.route.stable, shares.join(", "));
             let reason = in_words(&by_hand.reason);
-            say(format_args!("{model}: route by hand: {stable} (stable), {shares}; by {}{reason}", by_hand.author));
+            say(format_args!("{model}: route by hand: {stable} (stable), {shares}; by {}{reason}", by_hand.author))?;
         }
         for passed in passed_over {
-            say(format_args!("{model}: version {} is passed over: {}", passed.version, passed.reason));
+            say(format_args!("{model}: version {} is passed over: {}", passed.version, passed.reason))?;
         }
         if let Some(rollout) = rollout {
-            say(format_args!("{model}: rollout {} to version {} runs", rollout.id, rollout.candidate));
+            say(format_args!("{model}: rollout {} to version {} runs", rollout.id, rollout.candidate))?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -121,12 +124,12 @@ pub(super) fn clear(
         None => cleared?,
     };
     if json {
-        say(format_args!("{}", answer.pretty()?));
+        say_json(&answer.read::<serde_json::Value>()?)?;
         return Ok(ExitCode::SUCCESS);
     }
     let Cleared { cleared } = answer.read()?;
     let shown = if cleared.is_empty() { "nothing: there were no overrides".to_owned() } else { cleared.join(", ") };
-    say(format_args!("cleared {shown}"));
+    say(format_args!("cleared {shown}"))?;
     Ok(ExitCode::SUCCESS)
 }
 

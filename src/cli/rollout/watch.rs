@@ -1,7 +1,7 @@
 //! A rollout's progress as it happens: redrawn in a terminal, line by line elsewhere.
 
 use std::{
-    io::{IsTerminal, Write},
+    io::IsTerminal,
     process::ExitCode,
     time::{Duration, Instant},
 };
@@ -12,7 +12,7 @@ use http::StatusCode;
 use super::{
     super::{
         ask::{Answer, Ops, Refused},
-        say,
+        print::{print, say, say_json_line, seen},
     },
     advised, path,
     progress::{change, fold, is_over, lines},
@@ -93,25 +93,24 @@ impl Screen {
         match self {
             Self::Terminal { drawn } => {
                 let frame = frame(status);
-                let mut out = std::io::stdout().lock();
                 // Up over the last frame, and all below wiped; lines are cut at the terminal's edge, lest they take
                 // two.
                 let up = if *drawn > 0 { format!("\x1b[{drawn}A") } else { String::new() };
-                write!(out, "{up}\r\x1b[J\x1b[?7l{}\x1b[?7h", frame.concat())?;
-                out.flush()?;
+                print(&format!("{up}\r\x1b[J\x1b[?7l{}\x1b[?7h", frame.concat()))?;
                 *drawn = frame.len();
             }
             Self::Lines { told } => {
-                status.history.iter().skip(*told).for_each(|transition| say(format_args!("{}", change(transition))));
+                let new = status.history.iter().skip(*told);
+                new.map(change).try_for_each(|line| say(format_args!("{line}")))?;
                 *told = status.history.len();
                 if is_over(status.phase) {
-                    lines(status).iter().for_each(|line| say(format_args!("{line}")));
+                    lines(status).iter().try_for_each(|line| say(format_args!("{line}")))?;
                 }
             }
             Self::Json { last } => {
                 let now = Some((status.epoch, status.samples));
                 if *last != now {
-                    say(format_args!("{}", answer.line()?));
+                    say_json_line(&answer.read::<serde_json::Value>()?)?;
                     *last = now;
                 }
             }
@@ -124,6 +123,6 @@ impl Screen {
 fn frame(status: &RolloutStatus) -> Vec<String> {
     let skipped = status.history.len().saturating_sub(SHOWN);
     let changes = status.history.iter().skip(skipped).map(|transition| format!("  {}", change(transition)));
-    let folded = lines(status).into_iter().chain(changes).flat_map(|line| fold(&line, WIDTH - 1));
+    let folded = lines(status).into_iter().chain(changes).flat_map(|line| fold(&seen(&line), WIDTH - 1));
     folded.map(|line| line + "\n").collect()
 }
