@@ -250,7 +250,8 @@ pub const FAMILIES: [Family; 34] = [
         of: Of::Version,
         kind: Kind::Counter,
         labels: "variant, output",
-        help: "Values and scores that are NaN or infinite",
+        help: "Elements of outputs of floats that are NaN or infinite, of those that are looked at: up to 64 rows of values and \
+               scores, and 4096 elements of the rest of an answer",
     },
     Family {
         name: ROLLOUT_PHASE,
