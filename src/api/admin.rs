@@ -146,7 +146,7 @@ fn told_rollout(catalog: &Catalog, model: &str) -> Result<Response, Error> {
         .get_key_value(model)
         .and_then(|(name, deployment)| Some((name, deployment.rollout.as_deref()?)))
         .ok_or_else(|| Error::not_found(format!("model '{model}' has had no rollout")))?;
-    let status = RolloutStatus::new(name, rollout, deployment.epoch, now());
+    let status = RolloutStatus::new(name, rollout, deployment, now());
     Ok((etag(status.epoch), Json(status)).into_response())
 }
 
