@@ -198,7 +198,8 @@ mod tests {
             "steps": [step_of(1.0), step_of(12.5), step_of(100.0)], "shadow": step_of(100.0), "weight_percent": 12.5,
             "stable": "1", "candidate": "2", "sticky": null, "epoch": 7, "since": "2026-01-01T00:00:00.000Z",
             "step_age_seconds": 300.9, "objective_seconds": 0.1, "samples": 400, "finding": "good",
-            "verdicts": [verdict], "passed": false, "copies": null, "history": history.iter().map(transition).collect::<Vec<_>>(),
+            "verdicts": [verdict], "passed": false, "copies": null,
+            "history": history.iter().map(transition).collect::<Vec<_>>(),
         }))
         .unwrap()
     }
