@@ -74,7 +74,7 @@ impl Code {
 pub struct Error {
     pub code: Code,
     pub message: String,
-    /// When another try is worth it (set with `Code::Overloaded` only).
+    /// When another try is worth it (set with `Code::Overloaded` only); a load that fails so is tried again.
     pub retry_after: Option<Duration>,
 }
 

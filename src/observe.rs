@@ -83,7 +83,7 @@ impl Tally {
     /// Everything since the version was loaded.
     pub fn window(&self, way: Way) -> Window {
         let Done { mut window, outputs } = self.done(way).unwrap_or_else(|| self.nothing());
-        window.answers = outputs.iter().map(Counted::answers).collect();
+        window.answers = outputs.iter().filter_map(Counted::answers).collect();
         window
     }
 
@@ -138,6 +138,8 @@ fn show(
     };
     let mut up_to = Vec::new();
     match &counted.seen {
+        _ if !counted.says_something() => {}
+        Seen::Finite => {}
         Seen::Labels(labels) => found.labels = Some(shown.tell(&labels.counts(), labels.other(), names)),
         Seen::Scores(labels, scores) => {
             found.labels = Some(shown.tell(&labels.counts(), labels.other(), names));
@@ -203,16 +205,117 @@ mod tests {
         assert_eq!(labels(&window), [("0".to_owned(), 1), ("1".to_owned(), 1), ("2".to_owned(), 1)]);
     }
 
-    #[test]
-    fn outputs_that_say_nothing_of_a_decision_are_not_looked_at() {
-        let tally = tally(&[("image", DType::Fp32, &[-1, 3, 8, 8]), ("y", DType::Fp32, &[-1, 1])]);
-        let image = floats("image", &[1, 3, 1, 1], &[f32::NAN; 3]);
-        tally.answered(Way::Stable, Duration::ZERO, &[image.clone(), floats("y", &[1, 1], &[2.0])]);
-        tally.answered(Way::Stable, Duration::ZERO, &[image, floats("y", &[1, 1], &[f32::INFINITY])]);
+    fn plain(name: &str, dtype: DType, shape: &[usize], bytes: Vec<u8>) -> Tensor {
+        Tensor::new(name.into(), dtype, shape.into(), Data::Plain(bytes.into())).unwrap()
+    }
+
+    /// How many of the answers, each to a tally of its own, are no numbers.
+    fn odd(dtype: DType, shape: &[i64], answers: &[Tensor]) -> u64 {
+        let tally = tally(&[("y", dtype, shape)]);
+        answers.iter().for_each(|answer| tally.answered(Way::Stable, Duration::ZERO, std::slice::from_ref(answer)));
         let window = tally.window(Way::Stable);
-        assert_eq!((window.answers.len(), window.no_numbers), (1, 1));
+        assert_eq!(window.looked_at, answers.len() as u64, "{dtype} {shape:?} is not looked at");
+        window.no_numbers
+    }
+
+    #[test]
+    fn floats_of_every_shape_are_numbers_or_not() {
+        let shapes: [(&[i64], &[usize]); 7] = [
+            (&[], &[]),
+            (&[-1], &[3]),
+            (&[-1, 3, 2, 2], &[1, 3, 2, 2]),
+            (&[-1, 5000], &[2, 5000]),
+            (&[-1, -1], &[2, 7]),
+            (&[-1, -1], &[2, 5000]),
+            (&[-1, -1], &[2, 1]),
+        ];
+        for (spec, shape) in shapes {
+            let count: usize = shape.iter().product();
+            for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let mut values = vec![0.5; count];
+                let good = floats("y", shape, &values);
+                values[count / 2] = value;
+                // Of so many elements every third one is looked at, each after three answers.
+                let odd = odd(DType::Fp32, spec, &[vec![good; 3], vec![floats("y", shape, &values); 3]].concat());
+                let expected = if count > 4096 { 1 } else { 3 };
+                assert_eq!(odd, expected, "{value} in {shape:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn no_numbers_of_every_width_are_found() {
+        let half = |bits: u16| bits.to_le_bytes().to_vec();
+        let (f16, bf16) = (half::f16::from_f32, half::bf16::from_f32);
+        for (dtype, good, odd_ones) in [
+            (
+                DType::Fp16,
+                [f16(-65504.0).to_bits(), f16(0.0).to_bits(), 0x0001, 0x7bff].map(half),
+                [f16(f32::NAN).to_bits(), 0x7c00, 0xfc00, 0x7c01].map(half),
+            ),
+            (
+                DType::Bf16,
+                [bf16(-1e38).to_bits(), bf16(0.0).to_bits(), 0x0001, 0x7f7f].map(half),
+                [bf16(f32::NAN).to_bits(), 0x7f80, 0xff80, 0x7f81].map(half),
+            ),
+            (
+                DType::Fp64,
+                [f64::MAX, f64::MIN, 0.0, f64::MIN_POSITIVE].map(|value| value.to_le_bytes().to_vec()),
+                [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -f64::NAN].map(|value| value.to_le_bytes().to_vec()),
+            ),
+        ] {
+            for (element, expected) in good.into_iter().map(|good| (good, 0)).chain(odd_ones.map(|odd| (odd, 1))) {
+                let answer = plain("y", dtype, &[1, 1, 1], element.clone());
+                assert_eq!(odd(dtype, &[-1, 1, 1], &[answer]), expected, "{element:?} of {dtype}");
+            }
+        }
+    }
+
+    #[test]
+    fn rows_behind_the_first_are_looked_through() {
+        for (spec, width) in [(&[-1, 3][..], 3), (&[-1, 1], 1), (&[-1, -1], 3)] {
+            let mut values = vec![0.5; 100 * width];
+            *values.last_mut().unwrap() = f32::NAN;
+            assert_eq!(odd(DType::Fp32, spec, &[floats("y", &[100, width], &values)]), 1, "{spec:?}");
+        }
+        // Every element has its turn, also where the rows are as wide as the stride.
+        let mut values = vec![0.5; 3 * 4096];
+        values[3 * 1000 + 2] = f32::NAN;
+        let answers = vec![floats("y", &[4096, 3, 1], &values); 9];
+        assert_eq!(odd(DType::Fp32, &[-1, 3, 1], &answers), 3);
+    }
+
+    #[test]
+    fn what_is_no_label_is_not_judged_as_one() {
+        let tally = tally(&[
+            ("image", DType::Fp32, &[-1, 3, 8, 8]),
+            ("y", DType::Fp32, &[-1, 1]),
+            ("open", DType::Fp32, &[-1, -1]),
+            ("tokens", DType::Int64, &[-1, -1]),
+        ]);
+        assert_eq!(tally.window(Way::Stable).answers.len(), 2, "nothing is known yet of those that are open");
+        let answer = |width| {
+            let image = floats("image", &[1, 3, 1, 1], &[0.5; 3]);
+            [image, floats("y", &[1, 1], &[2.0]), floats("open", &[1, width], &vec![0.5; width])]
+        };
+        tally.answered(Way::Stable, Duration::ZERO, &answer(5000));
+        let window = tally.window(Way::Stable);
+        assert_eq!((window.answers.len(), window.looked_at, window.no_numbers), (1, 1, 0));
         let Kind::Values(histogram) = &window.answers[0].kind else { panic!("labels") };
         assert_eq!(histogram.total(), 1);
+        let text = shown(&tally);
+        assert!(text.contains(r#"nonfinite_total{model="m",version="1",variant="stable",output="open"} 0"#), "{text}");
+        assert!(!text.contains(r#"output="open",label="#), "{text}");
+        tally.answered(Way::Stable, Duration::ZERO, &answer(4));
+        let window = tally.window(Way::Stable);
+        assert_eq!(window.answers.iter().map(|answers| &*answers.output).collect::<Vec<_>>(), ["y", "open"]);
+    }
+
+    #[test]
+    fn without_floats_nothing_is_looked_at_for_numbers() {
+        let tally = tally(&[("tokens", DType::Int64, &[-1, -1])]);
+        tally.answered(Way::Stable, Duration::ZERO, &[]);
+        assert_eq!(tally.window(Way::Stable).looked_at, 0);
     }
 
     fn integers(name: &str, values: &[i64]) -> Tensor {

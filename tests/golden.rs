@@ -1,6 +1,6 @@
 //! Versions that give wrong answers to known questions never take any traffic.
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 use serde_json::{Value, json};
 
@@ -210,6 +210,40 @@ async fn a_stable_version_without_a_check_is_asked() {
     let told = reason(&running, "m", "5", "failed").await;
     let words = "the stable version '4' cannot be compared with (golden.max_accuracy_drop): cases[0]: ";
     assert!(told.contains(words) && told.contains("the script refuses"), "{told}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stable_version_without_time_does_not_fail_its_successor() {
+    let repository = Repository::new();
+    let gate = repository.0.path().join("closed");
+    repository.put("m", "1", &format!("gate = \"{}\"", gate.display()));
+    let mut config = config(&repository);
+    config.queue.max_requests = 1;
+    let running = Arc::new(start(&config).await);
+    reason(&running, "m", "1", "ready").await;
+    std::fs::write(&gate, "").unwrap();
+    // One that runs and one that waits, and no room for another.
+    let ask = |running: Arc<Running>| tokio::spawn(async move { running.infer("m", &[1.0]).await.status });
+    let pending = |most: f64| {
+        let running = running.clone();
+        async move { running.metric(r#"tidegate_pending_requests{model="m",version="1"}"#).await >= most }
+    };
+    let mut asked = vec![ask(running.clone())];
+    eventually("a request runs", async || pending(1.0).await).await;
+    asked.push(ask(running.clone()));
+    eventually("a request waits", async || pending(2.0).await).await;
+    let golden = ten_rows();
+    put(&repository, "m", "2", &[("model.script", b"scale = 1.0"), ("golden.json", golden.as_bytes())]);
+    repository.settings("m", "[golden]\nmax_accuracy_drop = 0.6");
+    let state = async |wanted: &str| version(&running, "m", "2").await["state"] == *wanted;
+    eventually("version 2 is loaded", async || state("loading").await).await;
+    eventually("its load waits for another try", async || state("settling").await).await;
+    std::fs::remove_file(&gate).unwrap();
+    reason(&running, "m", "2", "ready").await;
+    assert_eq!(kept_out(&running).await, Vec::<[String; 3]>::new());
+    for asked in asked {
+        assert_eq!(asked.await.unwrap(), 200);
+    }
 }
 
 /// The shipped models give the answers of what they were made from.

@@ -7,7 +7,7 @@ use tidegate::metrics::{FAMILIES, Family, Kind};
 use crate::support::{Repository, config, eventually, start};
 
 /// Labels that Prometheus adds, to what it scrapes and to alerts.
-const ADDED: [&str; 6] = ["job", "instance", "le", "alertname", "alertstate", "severity"];
+const ADDED: [&str; 8] = ["job", "instance", "pod", "namespace", "le", "alertname", "alertstate", "severity"];
 
 fn read(path: &str) -> String {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("deploy").join(path);
@@ -127,11 +127,19 @@ async fn rollouts_and_copies_are_shown_until_their_model_goes() {
         (copy("missing_total", r#",reason="busy""#), 0.0),
         (format!("tidegate_requests_total{{{series}}}"), 2.0),
         (r#"tidegate_rollout_weight_ratio{model="m",rollout="m/r1"}"#.to_owned(), 0.0),
+        (r#"tidegate_rollout_step_duration_seconds{model="m",rollout="m/r1",bound="min"}"#.to_owned(), 1.0),
+        (r#"tidegate_rollout_step_duration_seconds{model="m",rollout="m/r1",bound="max"}"#.to_owned(), 1800.0),
         (r#"tidegate_prediction_mean{model="m",version="2",variant="shadow",output="y"}"#.to_owned(), 4.5),
         (r#"tidegate_prediction_mean{model="m",version="1",variant="stable",output="y"}"#.to_owned(), 1.5),
     ] {
         assert_eq!(running.metric(&series).await, value, "{series}");
     }
+    let (_, status) = running.ops("/admin/v1/models/m/rollout").await;
+    let output = serde_json::json!({ "output": "y", "compared": 2, "disagreed": 0, "max_difference": 4.0,
+                                     "mean_difference": 3.0, "cosine": 1.0 });
+    let copies = serde_json::json!({ "compared": 2, "disagreed": 0, "failed": 0, "missing": 0, "outputs": [output],
+                                     "unlike": null });
+    assert_eq!((&status["copies"], &status["passed"]), (&copies, &false.into()), "{status}");
     let verdict = r#"tidegate_rollout_verdict{model="m",rollout="m/r1",metric="no_numbers"}"#;
     let (_, page) = running.ops("/metrics").await;
     eventually("the judge has looked", async || running.ops("/metrics").await.1.as_str().unwrap().contains(verdict))

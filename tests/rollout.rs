@@ -296,3 +296,29 @@ async fn what_protects_clients_waits_for_no_disk() {
     assert_eq!(running.metric("tidegate_state_stored").await, 1.0);
     load.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_read_of_one_model_is_kept_and_the_others_are_known() {
+    let place = Place::new("", "scale = 1.0");
+    place.repository.put("n", "1", "scale = 1.0");
+    let running = start(&place.config).await;
+    let change = async |running: &Running, model: &str| {
+        let request = http::Request::put(format!("{}/admin/v1/models/{model}/route", running.ops));
+        running.send(request.body(Full::from(r#"{"stable": "1"}"#)).unwrap()).await.unwrap()
+    };
+    for model in ["m", "n"] {
+        assert_eq!(change(&running, model).await.status, 200);
+    }
+    running.stop().await;
+    let state = rusqlite::Connection::open(place.config.data.as_ref().unwrap().join("state.sqlite")).unwrap();
+    state.execute("UPDATE model SET standing = '{\"split\": 7}' WHERE name = 'm'", []).unwrap();
+
+    let running = start(&place.config).await;
+    assert_eq!(running.infer("m", &[1.0]).await.values(), [1.0]);
+    let refused = change(&running, "m").await;
+    assert_eq!(refused.status, 503, "{}", refused.body);
+    assert_eq!(change(&running, "n").await.headers["etag"], "\"2\"");
+    running.stop().await;
+    let kept: String = state.query_row("SELECT standing FROM model WHERE name = 'm'", [], |row| row.get(0)).unwrap();
+    assert_eq!(kept, "{\"split\": 7}");
+}

@@ -153,6 +153,34 @@ async fn a_watched_rollout_is_told_to_its_end() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_resumes_is_told_what_comes_next() {
+    let repository = Repository::with("m", "scale = 2.0");
+    repository.settings("m", "[rollout]\non_new_version = \"hold\"\nlatency_objective = \"10s\"\n");
+    let running = Arc::new(start_held(&repository, &config(&repository)).await);
+    let stop = Arc::new(AtomicBool::new(false));
+    let load = load(&running, &stop);
+    let options = "--to 2 --steps 50,75,100 --every 300ms --min-samples 20 --manual";
+    tidegate(&running, &format!("rollout start m {options}")).await.good();
+    eventually("the first step is passed", async || status(&running).await["passed"] == true).await;
+    assert_eq!(status(&running).await["phase"], "paused");
+    // The next step shall not be passed.
+    stop.store(true, Ordering::Relaxed);
+    assert_eq!(load.await.unwrap(), 0);
+    let shown = tidegate(&running, "rollout status m").await.good().out;
+    assert!(
+        shown.contains("it has passed this step: on to what comes next with `tidegate rollout resume m`"),
+        "{shown}"
+    );
+    let resumed = tidegate(&running, "rollout resume m --json").await.good().json();
+    assert_eq!((&resumed["step"], &resumed["passed"]), (&json!(1), &json!(false)));
+    tidegate(&running, "rollout pause m").await.good();
+    let shown = tidegate(&running, "rollout status m").await.good().out;
+    assert!(shown.contains("`tidegate rollout advance m`, back to this one with resume"), "{shown}");
+    let resumed = tidegate(&running, "rollout resume m --json").await.good().json();
+    assert_eq!((&resumed["phase"], &resumed["step"]), (&json!("canary"), &json!(1)));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_watched_rollout_that_is_given_up_ends_with_1() {
     let repository = held();
     let running = Arc::new(start_held(&repository, &config(&repository)).await);

@@ -23,7 +23,7 @@ use super::{
 use crate::{
     error::{Code, Error},
     id::ModelName,
-    model::catalog::Catalog,
+    model::catalog::{Catalog, Deployment},
     rollout::{Moment, Rollout},
 };
 
@@ -152,11 +152,12 @@ fn told_rollout(catalog: &Catalog, model: &str) -> Result<Response, Error> {
             let start = format!("start one (tidegate rollout start {model} --to VERSION)");
             Error::not_found(format!("model '{model}' has had no rollout; {start}"))
         })?;
-    Ok(shown_rollout(name, rollout, deployment.epoch))
+    Ok(shown_rollout(name, rollout, deployment.epoch, Some(deployment)))
 }
 
-fn shown_rollout(name: &ModelName, rollout: &Rollout, epoch: u64) -> Response {
-    (etag(epoch), Json(RolloutStatus::new(name, rollout, epoch, now()))).into_response()
+/// `deployment` is `None` of a model that has left the repository.
+fn shown_rollout(name: &ModelName, rollout: &Rollout, epoch: u64, deployment: Option<&Deployment>) -> Response {
+    (etag(epoch), Json(RolloutStatus::new(name, rollout, epoch, deployment, now()))).into_response()
 }
 
 fn status_of(catalog: &Catalog, model: &str) -> Result<ModelStatus, Error> {

@@ -50,6 +50,7 @@ fn show_rollout(model: &str, rollout: &Rollout, page: &mut Page) {
         step: rollout.step,
         // A clock that was set back counts as one that stands still.
         age: now.saturating_sub(Duration::from_millis(rollout.since)),
+        bounds: rollout.current().map(|step| [step.min_duration, step.max_duration]),
         verdicts: judged.map(|found| (found.metric.as_str(), verdict(found.finding))).collect(),
     });
 }

@@ -45,7 +45,7 @@ enum Action {
     },
     /// Stay at the present step.
     Pause(Tell),
-    /// Go on from where it was paused.
+    /// Go on from where it was paused: with the same step, or with what comes next if that one was passed.
     Resume(Tell),
     /// Go on to the next step at once.
     Advance(Tell),
@@ -119,7 +119,7 @@ struct StartArgs {
     /// What keeps a client's version: header:NAME, param:NAME or input:NAME
     #[arg(long, value_name = "KEY")]
     sticky: Option<String>,
-    /// Wait for an operator (`advance`) at the end of each step
+    /// Wait for an operator (`resume`) at the end of each step
     #[arg(long)]
     manual: bool,
     /// Answers of the candidate that each step needs

@@ -241,6 +241,10 @@ impl Reconciler {
                 };
             }
             let Progress::Settling { since, .. } = &tracked.progress else { continue };
+            if *since > Instant::now() {
+                // A load is tried again then.
+                continue;
+            }
             // At start, and of what an operator asks for, nobody has watched the files yet; their age says as much. Whoever asks for a load says that they
             // are complete; should they change all the same, they settle before the next try.
             let settled = since.elapsed() >= SETTLE_TIME
@@ -397,6 +401,10 @@ impl Reconciler {
                 let replaced = tracked.serving.replace((Arc::new(ready), fingerprint));
                 self.publish();
                 self.retire(replaced.map(|(old, _)| old));
+            }
+            Err(error) if let Some(pause) = error.retry_after => {
+                tracing::warn!(model = %name, %version, %error, "loading failed for now");
+                tracked.progress = Progress::Settling { fingerprint, since: Instant::now() + pause };
             }
             Err(error) => {
                 tracing::error!(model = %name, %version, %error, "loading failed");

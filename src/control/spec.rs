@@ -75,8 +75,9 @@ pub struct ModelSpec {
     /// How the graph runs.
     pub options: Options,
     /// Whether metrics show what the model answers: how often each label came (at most 20 for an output, and the rest
-    /// together), what winning classes scored, the values of outputs of one number. Labels are shown by their text. What
-    /// judges a rollout looks at answers in any case. Default: true.
+    /// together), what winning classes scored, the values of outputs of one number, and how many elements of any output
+    /// of floats are NaN or infinite. Labels are shown by their text. What judges a rollout looks at answers in any
+    /// case. Default: true.
     pub predictions: Option<bool>,
     /// What becomes of new versions, and how they take over.
     pub rollout: rollout::plan::Settings,

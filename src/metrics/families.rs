@@ -29,6 +29,7 @@ pub(super) const ROLLOUT_PHASE: &str = "tidegate_rollout_phase";
 pub(super) const ROLLOUT_WEIGHT: &str = "tidegate_rollout_weight_ratio";
 pub(super) const ROLLOUT_STEP: &str = "tidegate_rollout_step";
 pub(super) const ROLLOUT_STEP_AGE: &str = "tidegate_rollout_step_age_seconds";
+pub(super) const ROLLOUT_STEP_DURATION: &str = "tidegate_rollout_step_duration_seconds";
 pub(super) const ROLLOUT_VERDICT: &str = "tidegate_rollout_verdict";
 pub(super) const SHADOW_COMPARED: &str = "tidegate_shadow_compared_total";
 pub(super) const SHADOW_DISAGREED: &str = "tidegate_shadow_disagreed_total";
@@ -121,7 +122,7 @@ impl Kind {
 }
 
 /// Every family of our own, in the order README lists them.
-pub const FAMILIES: [Family; 34] = [
+pub const FAMILIES: [Family; 35] = [
     Family {
         name: REQUESTS,
         of: Of::Version,
@@ -250,7 +251,8 @@ pub const FAMILIES: [Family; 34] = [
         of: Of::Version,
         kind: Kind::Counter,
         labels: "variant, output",
-        help: "Values and scores that are NaN or infinite",
+        help: "Elements of outputs of floats that are NaN or infinite, of those that are looked at: up to 64 rows of values and \
+               scores, and 4096 elements of the rest of an answer",
     },
     Family {
         name: ROLLOUT_PHASE,
@@ -279,6 +281,13 @@ pub const FAMILIES: [Family; 34] = [
         kind: Kind::Gauge,
         labels: "rollout",
         help: "Seconds since the rollout came to its phase and step",
+    },
+    Family {
+        name: ROLLOUT_STEP_DURATION,
+        of: Of::Rollout,
+        kind: Kind::Gauge,
+        labels: "rollout, bound",
+        help: "What the step takes at least (bound min) and at most (max), while it gets copies or requests",
     },
     Family {
         name: ROLLOUT_VERDICT,

@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use super::{
     families::{
-        ROLLOUT_PHASE, ROLLOUT_STEP, ROLLOUT_STEP_AGE, ROLLOUT_VERDICT, ROLLOUT_WEIGHT, SHADOW_COMPARED, SHADOW_COSINE,
-        SHADOW_DISAGREED, SHADOW_FAILED, SHADOW_MAX_DIFFERENCE, SHADOW_MEAN_DIFFERENCE, SHADOW_MISSING,
+        ROLLOUT_PHASE, ROLLOUT_STEP, ROLLOUT_STEP_AGE, ROLLOUT_STEP_DURATION, ROLLOUT_VERDICT, ROLLOUT_WEIGHT,
+        SHADOW_COMPARED, SHADOW_COSINE, SHADOW_DISAGREED, SHADOW_FAILED, SHADOW_MAX_DIFFERENCE, SHADOW_MEAN_DIFFERENCE,
+        SHADOW_MISSING,
     },
     page::Page,
 };
@@ -22,6 +23,8 @@ pub struct RolloutStanding<'a> {
     pub step: usize,
     /// Since it came to this phase and step.
     pub age: Duration,
+    /// What the step takes at least and at most, while it takes place.
+    pub bounds: Option<[Duration; 2]>,
     /// By metric: -1 for worse, 0 for inconclusive, 1 for good.
     pub verdicts: Vec<(&'a str, i8)>,
 }
@@ -59,6 +62,9 @@ impl Page {
         self.sample(ROLLOUT_WEIGHT, &series, of.weight);
         self.sample(ROLLOUT_STEP, &series, of.step);
         self.sample(ROLLOUT_STEP_AGE, &series, of.age.as_secs_f64());
+        for (bound, duration) in ["min", "max"].into_iter().zip(of.bounds.into_iter().flatten()) {
+            self.sample(ROLLOUT_STEP_DURATION, &[model, rollout, ("bound", bound)], duration.as_secs_f64());
+        }
         for (metric, verdict) in &of.verdicts {
             self.sample(ROLLOUT_VERDICT, &[model, rollout, ("metric", metric)], verdict);
         }
@@ -104,6 +110,7 @@ mod tests {
             weight: 0.05,
             step: 1,
             age: Duration::from_millis(1500),
+            bounds: Some([60, 1800].map(Duration::from_secs)),
             verdicts: vec![("errors", 1), ("distribution of 'y'", -1)],
         });
         let text = page.text();
@@ -113,6 +120,8 @@ mod tests {
             r#"tidegate_rollout_weight_ratio{model="m",rollout="m/r3"} 0.05"#,
             r#"tidegate_rollout_step{model="m",rollout="m/r3"} 1"#,
             r#"tidegate_rollout_step_age_seconds{model="m",rollout="m/r3"} 1.5"#,
+            r#"tidegate_rollout_step_duration_seconds{model="m",rollout="m/r3",bound="min"} 60"#,
+            r#"tidegate_rollout_step_duration_seconds{model="m",rollout="m/r3",bound="max"} 1800"#,
             r#"tidegate_rollout_verdict{model="m",rollout="m/r3",metric="distribution of 'y'"} -1"#,
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");

@@ -14,8 +14,11 @@ use crate::{
     tensor::{DType, Data, Tensor},
 };
 
-/// Rows of an answer that are looked at.
+/// Rows of an answer that are counted by what they say.
 const MAX_ROWS: usize = 64;
+/// Elements of an answer that are looked through for NaN and infinity where nothing else is made of them: of more, so
+/// many at even distances, beginning one further with each answer, so that all of them have their turn.
+const MAX_SCANNED: usize = 4096;
 
 /// How an output's answers are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,24 +29,32 @@ pub(super) enum Look {
     Scores,
     /// Each element is a value.
     Values,
+    /// They are numbers, or not.
+    Finite,
 }
 
 impl Look {
     /// How an output is looked at, if it is.
     pub(super) fn at(spec: &TensorSpec) -> Option<Self> {
-        let width: i64 = match spec.shape.as_slice() {
-            [_] => 1,
-            [_, width] => *width,
-            _ => return None,
+        let width = match spec.shape.as_slice() {
+            [_] => Some(1),
+            [_, width] => Some(*width),
+            _ => None,
         };
-        match spec.dtype {
-            DType::Fp32 | DType::Fp64 if width == 1 => Some(Self::Values),
-            // Scores of more classes are not looked through for the best one.
-            DType::Fp32 | DType::Fp64 if (2..=MAX_CLASSES as i64).contains(&width) => Some(Self::Scores),
-            DType::Bytes | DType::Bool | DType::Int64 | DType::Int32 | DType::Uint8 if width == 1 => Some(Self::Labels),
+        match (spec.dtype, width) {
+            (DType::Fp32 | DType::Fp64, Some(1)) => Some(Self::Values),
+            // Where the graph leaves the width open, each answer has its own.
+            (DType::Fp32 | DType::Fp64, Some(width)) if width < 0 || is_row(width as usize) => Some(Self::Scores),
+            (DType::Fp32 | DType::Fp64 | DType::Fp16 | DType::Bf16, _) => Some(Self::Finite),
+            (DType::Bytes | DType::Bool | DType::Int64 | DType::Int32 | DType::Uint8, Some(1)) => Some(Self::Labels),
             _ => None,
         }
     }
+}
+
+/// Whether the best of so many scores is a label; more of them are not looked through for it.
+fn is_row(width: usize) -> bool {
+    (2..=MAX_CLASSES).contains(&width)
 }
 
 /// What the answers of one output were.
@@ -53,8 +64,10 @@ pub(super) struct Counted {
     /// Where it stands among the outputs.
     pub(super) place: usize,
     pub(super) seen: Seen,
-    /// Elements that were NaN or infinite.
+    /// Elements that were NaN or infinite, of those that are looked at.
     pub(super) nonfinite: u64,
+    /// Answers that were looked through for them.
+    scans: usize,
 }
 
 /// What came, by how it is read.
@@ -63,6 +76,7 @@ pub(super) enum Seen {
     Labels(Labels),
     Scores(Labels, Scores),
     Values(Values),
+    Finite,
 }
 
 /// What winning classes scored.
@@ -86,59 +100,93 @@ impl Counted {
             Look::Labels => Seen::Labels(Labels::default()),
             Look::Scores => Seen::Scores(Labels::default(), Scores::default()),
             Look::Values => Seen::Values(Values::default()),
+            Look::Finite => Seen::Finite,
         };
-        Self { output, place, seen, nonfinite: 0 }
+        Self { output, place, seen, nonfinite: 0, scans: 0 }
     }
 
-    /// Counts an answer's rows; whether all of them are numbers.
+    /// Counts an answer; whether all that is looked at are numbers.
     pub(super) fn add(&mut self, output: &Tensor) -> bool {
-        let nonfinite = match (&mut self.seen, &output.data) {
+        let bytes = match (&mut self.seen, &output.data) {
             (Seen::Labels(labels), Data::Strings(texts)) => {
                 texts.iter().take(MAX_ROWS).for_each(|text| labels.text(text));
-                0
-            }
-            (Seen::Labels(labels), Data::Plain(bytes)) => {
-                match output.dtype {
-                    DType::Int64 => elements(bytes, MAX_ROWS, i64::from_le_bytes, |label| labels.class(label)),
-                    DType::Int32 => elements(bytes, MAX_ROWS, i32::from_le_bytes, |label| labels.class(label.into())),
-                    _ => elements(bytes, MAX_ROWS, u8::from_le_bytes, |label| labels.class(label.into())),
-                }
-                0
-            }
-            (Seen::Scores(labels, scores), Data::Plain(bytes)) => {
-                let width = output.shape.get(1).copied().unwrap_or(1).max(1);
-                if output.dtype == DType::Fp64 {
-                    winners(bytes, width, f64::from_le_bytes, labels, scores)
-                } else {
-                    winners(bytes, width, |bytes| f32::from_le_bytes(bytes).into(), labels, scores)
-                }
-            }
-            (Seen::Values(values), Data::Plain(bytes)) => {
-                let mut nonfinite = 0;
-                let count = |value: f64| if value.is_finite() { values.add(value) } else { nonfinite += 1 };
-                if output.dtype == DType::Fp64 {
-                    elements(bytes, MAX_ROWS, f64::from_le_bytes, count);
-                } else {
-                    elements(bytes, MAX_ROWS, |bytes| f32::from_le_bytes(bytes).into(), count);
-                }
-                nonfinite
+                return true;
             }
             // A backend gives what its signature says.
-            (Seen::Scores(..) | Seen::Values(_), Data::Strings(_)) => 0,
+            (_, Data::Strings(_)) => return true,
+            (_, Data::Plain(bytes)) => &bytes[..],
         };
+        let (mut nonfinite, mut seen) = (0, 0);
+        match &mut self.seen {
+            Seen::Labels(labels) => {
+                match output.dtype {
+                    DType::Int64 => elements(bytes, i64::from_le_bytes, |label| labels.class(label)),
+                    DType::Int32 => elements(bytes, i32::from_le_bytes, |label| labels.class(label.into())),
+                    _ => elements(bytes, u8::from_le_bytes, |label| labels.class(label.into())),
+                }
+                return true;
+            }
+            Seen::Scores(labels, scores) => {
+                if let Some(width) = output.shape.get(1).copied().filter(|&width| is_row(width)) {
+                    nonfinite = if output.dtype == DType::Fp64 {
+                        winners(bytes, width, f64::from_le_bytes, labels, scores)
+                    } else {
+                        winners(bytes, width, |bytes| f32::from_le_bytes(bytes).into(), labels, scores)
+                    };
+                    seen = MAX_ROWS * width;
+                }
+            }
+            Seen::Values(values) => {
+                let count = |value: f64| if value.is_finite() { values.add(value) } else { nonfinite += 1 };
+                if output.dtype == DType::Fp64 {
+                    elements(bytes, f64::from_le_bytes, count);
+                } else {
+                    elements(bytes, |bytes| f32::from_le_bytes(bytes).into(), count);
+                }
+                seen = MAX_ROWS;
+            }
+            Seen::Finite => {}
+        }
+        nonfinite += self.scan(output.dtype, bytes, seen);
         self.nonfinite += nonfinite;
         nonfinite == 0
     }
 
-    /// What the judge sees of it.
-    pub(super) fn answers(&self) -> Answers {
+    /// How many elements beyond the first ones, which have been `seen`, are no numbers.
+    fn scan(&mut self, dtype: DType, bytes: &[u8], seen: usize) -> u64 {
+        let size = dtype.size().unwrap_or(1);
+        let Some(rest) = bytes.get(seen * size..).filter(|rest| !rest.is_empty()) else { return 0 };
+        let turn = self.scans;
+        self.scans = turn.wrapping_add(1);
+        match dtype {
+            // Of the shorter floats, those whose exponent is all ones.
+            DType::Fp16 => nonfinite(rest, turn, |bytes| !u16::from_le_bytes(bytes) & 0x7c00 != 0),
+            DType::Bf16 => nonfinite(rest, turn, |bytes| !u16::from_le_bytes(bytes) & 0x7f80 != 0),
+            DType::Fp64 => nonfinite(rest, turn, |bytes| f64::from_le_bytes(bytes).is_finite()),
+            _ => nonfinite(rest, turn, |bytes| f32::from_le_bytes(bytes).is_finite()),
+        }
+    }
+
+    /// Whether its answers are told apart. Where the graph leaves the width of rows open, none may have been scores.
+    pub(super) fn says_something(&self) -> bool {
+        match &self.seen {
+            Seen::Finite => false,
+            Seen::Scores(labels, _) => self.scans == 0 || !labels.is_empty(),
+            Seen::Labels(_) | Seen::Values(_) => true,
+        }
+    }
+
+    /// What the judge sees of it, if there is more to see than whether they are numbers.
+    pub(super) fn answers(&self) -> Option<Answers> {
         let kind = match &self.seen {
+            _ if !self.says_something() => return None,
+            Seen::Finite => return None,
             Seen::Labels(labels) | Seen::Scores(labels, _) => {
                 Kind::Labels { counts: labels.counts(), other: labels.other() }
             }
             Seen::Values(values) => Kind::Values(values.histogram.clone()),
         };
-        Answers { output: self.output.clone(), kind }
+        Some(Answers { output: self.output.clone(), kind })
     }
 }
 
@@ -160,11 +208,11 @@ impl Values {
     }
 }
 
-/// Does something with each of the first `most` elements.
-fn elements<const SIZE: usize, T>(bytes: &[u8], most: usize, read: impl Fn([u8; SIZE]) -> T, mut each: impl FnMut(T)) {
+/// Does something with each element of the first rows of one.
+fn elements<const SIZE: usize, T>(bytes: &[u8], read: impl Fn([u8; SIZE]) -> T, mut each: impl FnMut(T)) {
     // Plain loops, here and below: with iterators in one another, counting an answer of iris took 642 instructions, and
     // not 506.
-    for bytes in bytes.as_chunks::<SIZE>().0.iter().take(most) {
+    for bytes in bytes.as_chunks::<SIZE>().0.iter().take(MAX_ROWS) {
         each(read(*bytes));
     }
 }
@@ -194,4 +242,18 @@ fn winners<const SIZE: usize>(
         }
     }
     nonfinite
+}
+
+/// How many elements are no numbers, of those whose `turn` it is.
+fn nonfinite<const SIZE: usize>(bytes: &[u8], turn: usize, is_finite: impl Fn([u8; SIZE]) -> bool) -> u64 {
+    let elements = bytes.as_chunks::<SIZE>().0;
+    let is_not = |bytes: &&[u8; SIZE]| !is_finite(**bytes);
+    let stride = elements.len().div_ceil(MAX_SCANNED);
+    // All of them in a row take a fraction of an instruction each.
+    let found = if stride <= 1 {
+        elements.iter().filter(is_not).count()
+    } else {
+        elements.iter().skip(turn % stride).step_by(stride).filter(is_not).count()
+    };
+    found as u64
 }

@@ -124,7 +124,7 @@ pub struct Rollout {
     paused_in: Option<Phase>,
     /// Whether the step was passed that it is paused at, so that the next one is its turn.
     #[serde(default)]
-    passed: bool,
+    pub passed: bool,
     /// Since when it is in this phase and step.
     pub since: Moment,
     /// When the candidate was promoted.
@@ -262,7 +262,8 @@ impl Rollout {
         self.go(now, first, "the candidate is ready".to_owned(), None);
     }
 
-    fn current(&self) -> Option<&Step> {
+    /// The step it is at, while it takes place.
+    pub fn current(&self) -> Option<&Step> {
         match self.phase {
             Phase::Shadow => self.plan.shadow.as_ref(),
             Phase::Canary => self.plan.steps.get(self.step),

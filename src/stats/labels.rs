@@ -49,6 +49,11 @@ impl Labels {
         }
     }
 
+    /// Whether none came.
+    pub fn is_empty(&self) -> bool {
+        self.classes.is_empty() && self.named.is_empty() && self.other == 0
+    }
+
     /// Each label that came, and how often; those of one text are one.
     pub fn counts(&self) -> BTreeMap<Arc<str>, u64> {
         let mut counts = BTreeMap::new();

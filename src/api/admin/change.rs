@@ -88,7 +88,7 @@ async fn told_or_remembered(app: &App, model: &str) -> Result<Response, Error> {
     let mut remembered = app.commands.overrides().await?;
     remembered.retain(|(name, _)| name.as_str() == model);
     match remembered.first() {
-        Some((name, Standing { epoch, rollout: Some(rollout), .. })) => Ok(shown_rollout(name, rollout, *epoch)),
+        Some((name, Standing { epoch, rollout: Some(rollout), .. })) => Ok(shown_rollout(name, rollout, *epoch, None)),
         _ => told,
     }
 }

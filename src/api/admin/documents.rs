@@ -127,8 +127,45 @@ pub struct RolloutStatus {
     pub finding: Option<Finding>,
     /// The same, metric by metric.
     pub verdicts: Vec<Verdict>,
+    /// Whether the step was passed that it is paused at: resumed, it goes on to what comes next; else it stays at the
+    /// step.
+    pub passed: bool,
+    /// How the candidate's answers to copies compare with the live ones; null before there were copies, and when it is
+    /// not loaded.
+    pub copies: Option<CopiesStatus>,
     /// Every change, oldest first.
     pub history: Vec<TransitionStatus>,
+}
+
+/// What became of the copies that a version got since it was loaded.
+#[derive(Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct CopiesStatus {
+    /// Answers that were compared with the live ones.
+    pub compared: u64,
+    /// Those with another label in some output.
+    pub disagreed: u64,
+    /// Copies that failed while the live request went well.
+    pub failed: u64,
+    /// Copies without an answer: as many waited as may, the processor was busy, or the answer came too late.
+    pub missing: u64,
+    pub outputs: Vec<OutputComparedStatus>,
+    /// What could not be compared the last time that something could not.
+    pub unlike: Option<String>,
+}
+
+/// How one output of the answers to copies compares with the live one.
+#[derive(Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct OutputComparedStatus {
+    pub output: String,
+    pub compared: u64,
+    /// Those with another label, a number against none, or of another shape or type.
+    pub disagreed: u64,
+    /// The largest difference of two elements; null of what is no float.
+    pub max_difference: Option<f64>,
+    /// The mean over answers of the mean difference of their elements.
+    pub mean_difference: Option<f64>,
+    /// The mean cosine of answers as vectors.
+    pub cosine: Option<f64>,
 }
 
 /// One step of a rollout.

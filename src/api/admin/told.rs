@@ -6,8 +6,9 @@ use humantime_serde::re::humantime::format_rfc3339_millis;
 use serde_json::Value;
 
 use super::documents::{
-    ArmStatus, AuditEntry, ModelStatus, OverrideStatus, PassedOverStatus, RolloutStatus, RolloutSummary, RouteByHand,
-    RouteStatus, ServingStatus, Share, StepStatus, TransitionStatus, VersionStatus,
+    ArmStatus, AuditEntry, CopiesStatus, ModelStatus, OutputComparedStatus, OverrideStatus, PassedOverStatus,
+    RolloutStatus, RolloutSummary, RouteByHand, RouteStatus, ServingStatus, Share, StepStatus, TransitionStatus,
+    VersionStatus,
 };
 use crate::{
     control::{
@@ -19,8 +20,10 @@ use crate::{
         State,
         catalog::{Deployment, Entry},
     },
+    observe::copies::{Comparison, OutputComparison},
     rollout::{
         Moment, Rollout, Transition,
+        judge::Agreement,
         plan::Step,
         route::{Arm, Route, Shadow},
     },
@@ -94,10 +97,13 @@ impl From<&Rollout> for RolloutSummary {
 }
 
 impl RolloutStatus {
-    /// The rollout of a model with this `epoch`, as it stands at `now`.
-    pub fn new(model: &ModelName, rollout: &Rollout, epoch: u64, now: Moment) -> Self {
+    /// A rollout of the `deployment`, as it stands at `now`.
+    pub fn new(model: &ModelName, rollout: &Rollout, epoch: u64, deployment: Option<&Deployment>, now: Moment) -> Self {
         let judgement = rollout.judgement.as_ref();
         let last = rollout.history.last();
+        let entries = deployment.iter().flat_map(|deployment| &deployment.entries);
+        let candidate = entries.into_iter().find(|entry| entry.version == rollout.candidate);
+        let comparison = candidate.and_then(|entry| entry.serving.as_ref()).map(|version| version.tally.comparison());
         Self {
             id: rollout.id.to_string(),
             model: model.to_string(),
@@ -117,7 +123,31 @@ impl RolloutStatus {
             samples: judgement.map_or(0, |judgement| judgement.samples),
             finding: judgement.map(|judgement| judgement.finding),
             verdicts: judgement.map(|judgement| judgement.verdicts.clone()).unwrap_or_default(),
+            passed: rollout.passed,
+            copies: comparison.filter(|found| *found != Comparison::default()).map(CopiesStatus::from),
             history: rollout.history.iter().map(TransitionStatus::from).collect(),
+        }
+    }
+}
+
+impl From<Comparison> for CopiesStatus {
+    fn from(Comparison { agreement, missing: _, outputs, unlike }: Comparison) -> Self {
+        let outputs = outputs.iter().map(OutputComparedStatus::from).collect();
+        let Agreement { compared, disagreed, failed, missing } = agreement;
+        Self { compared, disagreed, failed, missing, outputs, unlike }
+    }
+}
+
+impl From<&OutputComparison> for OutputComparedStatus {
+    fn from(found: &OutputComparison) -> Self {
+        let measured = |number| (found.measured > 0).then_some(number);
+        Self {
+            output: found.output.to_string(),
+            compared: found.compared,
+            disagreed: found.disagreed,
+            max_difference: measured(found.max_abs),
+            mean_difference: measured(found.mean_abs),
+            cosine: found.mean_cosine,
         }
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use humantime_serde::re::humantime::format_duration;
 
 use crate::{
-    api::admin::documents::{RolloutStatus, StepStatus, TransitionStatus},
+    api::admin::documents::{CopiesStatus, OutputComparedStatus, RolloutStatus, StepStatus, TransitionStatus},
     rollout::{Phase, judge::Finding, name_of},
 };
 
@@ -30,6 +30,7 @@ pub fn lines(status: &RolloutStatus) -> Vec<String> {
         };
         lines.push(format!("  {finding:<8} {}", verdict.reason));
     }
+    lines.extend(status.copies.iter().flat_map(copies));
     lines.extend(advice(status).map(|advice| format!("  {advice}")));
     lines
 }
@@ -107,10 +108,43 @@ fn samples(status: &RolloutStatus) -> String {
     )
 }
 
+/// How far the answers to copies are from the live ones, output by output.
+fn copies(found: &CopiesStatus) -> impl Iterator<Item = String> {
+    let CopiesStatus { compared, failed, missing, outputs, unlike, .. } = found;
+    let output = |found: &OutputComparedStatus| {
+        let OutputComparedStatus { output, compared, disagreed, max_difference, mean_difference, cosine } = found;
+        let mut line = format!("  {:<8} output '{output}': {disagreed} of {compared} answered otherwise", "");
+        if let (Some(most), Some(mean)) = (max_difference, mean_difference) {
+            line += &format!(", {} apart at most and {} on average", short(*most), short(*mean));
+        }
+        line + &cosine.map_or_else(String::new, |cosine| format!(", cosine {}", short(cosine)))
+    };
+    let all = format!("  copies   {compared} compared, {failed} failed, {missing} without an answer");
+    let unlike = unlike.iter().map(|unlike| format!("  {:<8} not comparable: {unlike}", ""));
+    std::iter::once(all).chain(outputs.iter().map(output)).chain(unlike)
+}
+
+/// A number with four digits that say something.
+fn short(number: f64) -> String {
+    let digits = (3.0 - number.abs().log10().floor()).clamp(0.0, 9.0);
+    match number.abs() {
+        size if size == 0.0 || (1e-6..1e6).contains(&size) => {
+            let text = format!("{number:.*}", digits as usize);
+            let cut = if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.') } else { &text };
+            cut.to_owned()
+        }
+        _ => format!("{number:.3e}"),
+    }
+}
+
 /// What an operator may do now.
 fn advice(status: &RolloutStatus) -> Option<String> {
     let model = &status.model;
     match status.phase {
+        Phase::Paused if status.passed => Some(format!(
+            "it has passed this step: on to what comes next with `tidegate rollout resume {model}`, or give up with \
+             abort"
+        )),
         Phase::Paused => Some(format!(
             "on to the next step with `tidegate rollout advance {model}`, back to this one with resume, or give up \
              with abort"
@@ -164,7 +198,8 @@ mod tests {
             "steps": [step_of(1.0), step_of(12.5), step_of(100.0)], "shadow": step_of(100.0), "weight_percent": 12.5,
             "stable": "1", "candidate": "2", "sticky": null, "epoch": 7, "since": "2026-01-01T00:00:00.000Z",
             "step_age_seconds": 300.9, "objective_seconds": 0.1, "samples": 400, "finding": "good",
-            "verdicts": [verdict], "history": history.iter().map(transition).collect::<Vec<_>>(),
+            "verdicts": [verdict], "passed": false, "copies": null,
+            "history": history.iter().map(transition).collect::<Vec<_>>(),
         }))
         .unwrap()
     }
@@ -196,7 +231,43 @@ mod tests {
         assert_eq!(row("watching", 2, &[("promoting", "watching")]), "✓ shadow 100 %  ✓ 1 %  ✓ 12.5 %  ✓ 100 %");
         assert_eq!(row("rolled_back", 2, &[("watching", "rolled_back")]), "✓ shadow 100 %  ✓ 1 %  ✓ 12.5 %  ✓ 100 %");
         let advised = lines(&status("paused", 1, &[("canary", "paused")]));
-        assert!(advised.last().unwrap().contains("`tidegate rollout advance m`"), "{advised:?}");
+        assert!(advised.last().unwrap().contains("`tidegate rollout advance m`, back to this one"), "{advised:?}");
+        let passed = RolloutStatus { passed: true, ..status("paused", 1, &[("canary", "paused")]) };
+        let advised = lines(&passed);
+        let words = "  it has passed this step: on to what comes next with `tidegate rollout resume m`, or give up";
+        assert!(advised.last().unwrap().starts_with(words), "{advised:?}");
+    }
+
+    #[test]
+    fn copies_show_how_far_apart_the_answers_are() {
+        let output = |output: &str, differences: [Option<f64>; 3]| OutputComparedStatus {
+            output: output.to_owned(),
+            compared: 1000,
+            disagreed: 12,
+            max_difference: differences[0],
+            mean_difference: differences[1],
+            cosine: differences[2],
+        };
+        let outputs =
+            vec![output("label", [None; 3]), output("scores", [Some(0.25), Some(0.012_345_678), Some(0.998_76)])];
+        let unlike = Some("output 'y' is missing".to_owned());
+        let found = CopiesStatus { compared: 1000, disagreed: 12, failed: 3, missing: 40, outputs, unlike };
+        let shown = lines(&RolloutStatus { copies: Some(found), ..status("shadow", 0, &[]) });
+        assert_eq!(
+            shown[5..],
+            [
+                "  copies   1000 compared, 3 failed, 40 without an answer",
+                "           output 'label': 12 of 1000 answered otherwise",
+                "           output 'scores': 12 of 1000 answered otherwise, 0.25 apart at most and 0.01235 on average, \
+                 cosine 0.9988",
+                "           not comparable: output 'y' is missing",
+            ]
+        );
+        for (number, text) in
+            [(0.0, "0"), (1.0, "1"), (123_456.0, "123456"), (-2.5, "-2.5"), (3e-9, "3.000e-9"), (1e30, "1.000e30")]
+        {
+            assert_eq!(short(number), text);
+        }
     }
 
     #[test]

@@ -1,12 +1,24 @@
 //! The version that serves now, measured by the cases that its successor answered.
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use super::{Case, Outcome, Tally, Tolerance, of_case};
 use crate::{
     error::{Code, Error},
     model::{ModelVersion, Refused, schedule::Urgency},
 };
+
+/// What it may take to answer a case; a load must not wait for ever for a version that hangs.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How often it is asked a case that it has no time for, and what lies between.
+const TRIES: usize = 3;
+const PAUSE: Duration = Duration::from_secs(1);
+/// When a load is worth another try that could not be compared: it takes some of the processor, of which there may be
+/// none to spare.
+const LATER: Duration = Duration::from_secs(10);
 
 /// The version that requests get which name none.
 pub struct Stable {
@@ -20,8 +32,8 @@ impl Stable {
     /// with these cases yet: not for threads of a runtime.
     ///
     /// # Errors
-    /// `InvalidArgument` when `outcome` is worse by more than is `allowed`; why the stable version could not be
-    /// measured.
+    /// `InvalidArgument` when `outcome` is worse by more than is `allowed`; `Overloaded` when the stable version has no
+    /// time to be measured, so that another load is worth it later; why else it could not be measured.
     pub(super) fn compare(
         &self,
         outcome: &Outcome,
@@ -64,10 +76,24 @@ impl Stable {
         let signature = &self.version.signature;
         case.check(signature)?;
         let inputs = signature.arrange(self.version.name.as_str(), case.inputs.clone())?;
-        let urgency = Urgency::default();
-        self.runtime.block_on(self.version.infer(inputs, &urgency)).map_err(|refused| match refused {
-            Refused::Error(error) => error,
-            Refused::Draining(_) => Error::new(Code::NotReady, "it went away meanwhile"),
-        })
+        let mut tries = 0;
+        loop {
+            let urgency = Urgency { deadline: Some(Instant::now() + PATIENCE), ..Urgency::default() };
+            let error = match self.runtime.block_on(self.version.infer(inputs.clone(), &urgency)) {
+                Ok(outputs) => return Ok(outputs),
+                Err(Refused::Error(error)) => error,
+                Err(Refused::Draining(_)) => Error::new(Code::NotReady, "it went away meanwhile"),
+            };
+            tries += 1;
+            // How busy it is says nothing of its successor.
+            if !matches!(error.code, Code::Overloaded | Code::NotReady | Code::DeadlineExceeded) {
+                return Err(error);
+            }
+            if tries == TRIES {
+                let message = format!("{error} ({TRIES} tries); the load is tried again in {LATER:?}");
+                return Err(Error::overloaded(message, LATER));
+            }
+            self.runtime.block_on(async { tokio::time::sleep(PAUSE).await });
+        }
     }
 }
