@@ -299,7 +299,7 @@ pub const FAMILIES: [Family; 34] = [
         of: Of::Version,
         kind: Kind::Counter,
         labels: "output",
-        help: "Those with another label",
+        help: "Those with another label, another shape or type, a number against none, or without the output",
     },
     Family {
         name: SHADOW_FAILED,
