@@ -10,7 +10,7 @@ use std::{
 
 pub mod shadow;
 
-use shadow::{Original, Shadows};
+use shadow::Shadows;
 
 use crate::{
     error::{Code, Error},
@@ -198,7 +198,7 @@ impl Engine {
             })?;
             // A version has nothing to compare with itself.
             let candidate = target.shadow.as_ref().filter(|candidate| !Arc::ptr_eq(candidate, version));
-            let original = candidate.map(|candidate| Original::of(candidate, &arranged, request.protocol));
+            let original = candidate.map(|candidate| self.shadows.keep(candidate, &arranged, request.protocol));
             match version.infer(arranged, &request.urgency).await {
                 Ok(outputs) => {
                     if let Some(original) = original {

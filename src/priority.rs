@@ -3,6 +3,7 @@
 #[cfg(target_os = "linux")]
 use std::time::Duration;
 
+pub mod quota;
 pub mod usage;
 
 /// The calling thread, and what it starts from now on, run only when no other thread wants the processor; whoever wakes

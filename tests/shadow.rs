@@ -206,10 +206,11 @@ async fn copies_keep_so_many_bytes_and_no_more() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn above_the_limit_of_the_processor_copies_are_shed() {
-    let model = Shadowed::start("", "", |config| config.shadow.max_cpu = 0.0).await;
+    let model = Shadowed::start("refuse = 9.0", "", |config| config.shadow.max_cpu = 0.0).await;
     for value in [1.0, 2.0, 3.0] {
         assert_eq!(model.ask(value).await, value);
     }
+    assert_eq!(model.running.infer("m", &[9.0]).await.status, 400, "there was nothing to compare with");
     let found = model.comparison(6).await;
     assert_eq!(found.missing, Missing { busy: 6, ..Missing::default() });
     assert_eq!(found.agreement.missing, 6);
@@ -217,15 +218,21 @@ async fn above_the_limit_of_the_processor_copies_are_shed() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stop_does_not_wait_for_copies() {
-    let model = Shadowed::start("", "sleep_ms = 300", |_| {}).await;
+    let model = Shadowed::start("", "", |_| {}).await;
+    std::fs::write(&model.gate, "").unwrap();
     for _ in 0..5 {
         model.ask(1.0).await;
     }
     let candidate = candidate(&model.running);
-    assert_eq!(model.running.stop().await, 0, "no request was cut short");
-    // All of them would have taken three seconds.
-    let compared = candidate.tally.agreement().compared;
-    assert!(compared < 10, "{compared}");
+    eventually("all copies wait", async || candidate.in_flight() == 10).await;
+    let given_up = async {
+        eventually("the copies are given up", async || candidate.in_flight() == 0).await;
+        // Only now can the run end that one of them is in.
+        std::fs::remove_file(&model.gate).unwrap();
+    };
+    let (cut, ()) = tokio::join!(model.running.stop(), given_up);
+    assert_eq!(cut, 0, "no request was cut short");
+    assert_eq!(candidate.tally.agreement().compared, 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

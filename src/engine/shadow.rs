@@ -32,7 +32,10 @@ use crate::{
     metrics::{Protocol, Way},
     model::{ModelVersion, Refused, batcher::Client, schedule::Urgency},
     observe::copies::Shed,
-    priority::{self, usage},
+    priority::{
+        self, quota,
+        usage::{self, Used},
+    },
     tensor::{Data, Tensor},
 };
 
@@ -44,6 +47,9 @@ const GATHERING: Duration = Duration::from_millis(1);
 const SMALL: usize = 1024;
 /// Copies that are taken on at a time.
 const HANDFUL: usize = 256;
+/// Share of a quota that the whole process may use before copies are shed. Linux takes what the idle class runs from the
+/// quota, too, and when that is used up, nobody runs for the rest of its period.
+const MAX_OF_QUOTA: f64 = 0.9;
 /// How often it is measured how busy the processor is.
 const LOOK: Duration = Duration::from_millis(200);
 /// Copies are one client among others in the queue.
@@ -56,14 +62,16 @@ pub struct ShadowConfig {
     /// Copies that may wait for their answers, per version.
     pub max_requests: usize,
     /// Bytes of tensors that copies, and the answers they are compared with, may keep meanwhile, per version; one copy
-    /// may always wait.
+    /// may always wait. An input of more than 1 KiB keeps the request's whole message in memory.
     pub max_bytes: usize,
     /// How long a copy waits for its answer.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub max_wait: Duration,
-    /// Share of all processors that the server may use before copies are shed, from 0 to 1. What runs when nothing else
-    /// wants the processor does not count: executors of versions that get only copies, and loading.
+    /// Share of all processors, or of the quota of its control group, that the server may use before copies are shed,
+    /// from 0 to 1. What runs when nothing else wants the processor does not count: executors of versions that get only
+    /// copies, and loading. But a quota pays for that as well, and copies are also shed when 0.9 of it are used by all
+    /// together. 1: copies are not shed for the processor's sake.
     pub max_cpu: f64,
 }
 
@@ -89,15 +97,18 @@ pub struct ShadowThread {
 }
 
 /// A request of which a copy is made if it goes well.
-pub struct Original {
-    candidate: Arc<ModelVersion>,
-    inputs: Vec<Tensor>,
+pub struct Original<'a> {
+    candidate: &'a Arc<ModelVersion>,
+    /// Nothing when it is clear beforehand that there will be no copy, and why.
+    inputs: Result<Vec<Tensor>, Shed>,
     protocol: Protocol,
 }
 
 /// A copy that waits for its answer.
 struct ShadowCopy {
-    original: Original,
+    candidate: Arc<ModelVersion>,
+    inputs: Vec<Tensor>,
+    protocol: Protocol,
     /// What the client got.
     live: Vec<Tensor>,
     bytes: usize,
@@ -125,19 +136,40 @@ impl Shadows {
         Ok((Self { config, copies, busy }, ShadowThread { thread: thread.map_err(failed)?, stop }))
     }
 
-    /// Leaves a copy of a request that went well; never waits. `outputs` are all of the live version's.
-    pub fn offer(&self, original: Original, outputs: &[Tensor]) {
-        let candidate = &original.candidate;
+    /// Keeps the inputs of a request, before they are given to the live version, for a copy to `candidate`: unless none
+    /// is taken on now, so that requests do not pay for copies that are not made.
+    pub fn keep<'a>(&self, candidate: &'a Arc<ModelVersion>, inputs: &[Tensor], protocol: Protocol) -> Original<'a> {
+        let inputs = match self.refuses(candidate) {
+            Some(reason) => Err(reason),
+            None => Ok(inputs.iter().map(kept).collect()),
+        };
+        Original { candidate, inputs, protocol }
+    }
+
+    /// Why no copy is taken on, whatever its size.
+    fn refuses(&self, candidate: &ModelVersion) -> Option<Shed> {
         if self.busy.load(Ordering::Relaxed) {
-            return candidate.tally.shed(Shed::Busy);
+            return Some(Shed::Busy);
         }
-        let bytes = original.inputs.iter().chain(outputs).map(Tensor::byte_len).sum();
+        candidate.tally.is_full(self.config.max_requests, self.config.max_bytes).then_some(Shed::Full)
+    }
+
+    /// Leaves a copy of a request that went well; never waits. `outputs` are all of the live version's.
+    pub fn offer(&self, original: Original<'_>, outputs: &[Tensor]) {
+        let Original { candidate, inputs, protocol } = original;
+        let inputs = match (inputs, self.refuses(candidate)) {
+            (Ok(inputs), None) => inputs,
+            (Err(reason), _) | (_, Some(reason)) => return candidate.tally.shed(reason),
+        };
+        let bytes = inputs.iter().chain(outputs).map(Tensor::byte_len).sum();
         if !candidate.tally.enter(bytes, self.config.max_requests, self.config.max_bytes) {
             return candidate.tally.shed(Shed::Full);
         }
-        if let Err(SendError(copy)) = self.copies.send(ShadowCopy { original, live: keep(outputs), bytes }) {
+        let live = outputs.iter().map(copied).collect();
+        let copy = ShadowCopy { candidate: candidate.clone(), inputs, protocol, live, bytes };
+        if let Err(SendError(copy)) = self.copies.send(copy) {
             // The server ends.
-            copy.original.candidate.tally.shed(Shed::Late);
+            copy.candidate.tally.shed(Shed::Late);
         }
     }
 }
@@ -152,37 +184,39 @@ impl ShadowThread {
     }
 }
 
-impl Original {
-    /// To be called before `inputs` are given to the live version.
-    pub fn of(candidate: &Arc<ModelVersion>, inputs: &[Tensor], protocol: Protocol) -> Self {
-        Self { candidate: candidate.clone(), inputs: keep(inputs), protocol }
+/// An input for later. A large one shares its bytes with the live request, whose message is little else; a small one
+/// would keep a whole message for nothing, and costs no more when it is copied.
+fn kept(input: &Tensor) -> Tensor {
+    match &input.data {
+        Data::Plain(bytes) if bytes.len() <= SMALL => copied(input),
+        _ => input.clone(),
     }
 }
 
-/// The tensors for later. Large ones share their bytes with the live request, of which a message's buffer or a whole
-/// batch's answer stays in memory; small ones would keep as much for nothing, and cost no more when they are copied.
-fn keep(tensors: &[Tensor]) -> Vec<Tensor> {
-    let keep = |Tensor { name, dtype, shape, data }: &Tensor| {
-        let data = match data {
-            Data::Plain(bytes) if bytes.len() <= SMALL => Data::Plain(Bytes::copy_from_slice(bytes)),
-            data => data.clone(),
-        };
-        Tensor { name: name.clone(), dtype: *dtype, shape: shape.clone(), data }
+/// A tensor with bytes of its own. An answer's are a slice of its batch's, all of which would stay in memory for it, and
+/// what copies keep would be many times what is counted of it.
+fn copied(Tensor { name, dtype, shape, data }: &Tensor) -> Tensor {
+    let data = match data {
+        Data::Plain(bytes) => Data::Plain(Bytes::copy_from_slice(bytes)),
+        Data::Strings(strings) => {
+            let mut rest = Bytes::from(strings.concat());
+            Data::Strings(strings.iter().map(|string| rest.split_to(string.len())).collect())
+        }
     };
-    tensors.iter().map(keep).collect()
+    Tensor { name: name.clone(), dtype: *dtype, shape: shape.clone(), data }
 }
 
 impl Drop for ShadowCopy {
     fn drop(&mut self) {
-        self.original.candidate.tally.leave(self.bytes);
+        self.candidate.tally.leave(self.bytes);
     }
 }
 
 impl ShadowCopy {
     /// Asks the candidate, and counts what comes of it.
     async fn run(mut self, max_wait: Duration) {
-        let inputs = std::mem::take(&mut self.original.inputs);
-        let Original { candidate, protocol, .. } = &self.original;
+        let inputs = std::mem::take(&mut self.inputs);
+        let Self { candidate, protocol, .. } = &self;
         let start = Instant::now();
         let answer = ask(candidate, inputs, start + max_wait).await;
         let count = |failure| candidate.metrics.request(*protocol, Way::Shadow, failure, start.elapsed());
@@ -240,7 +274,7 @@ impl Worker {
             self.busy.store(busy, Ordering::Relaxed);
             for copy in handful.drain(..) {
                 if busy {
-                    copy.original.candidate.tally.shed(Shed::Busy);
+                    copy.candidate.tally.shed(Shed::Busy);
                 } else {
                     // It ends by the time that it may wait.
                     tokio::spawn(copy.run(self.config.max_wait));
@@ -251,20 +285,25 @@ impl Worker {
     }
 }
 
-/// How busy the processor is with anything but copies.
+/// How busy the processor is with anything but copies; and where the group of processes has a quota, how much of that
+/// is used by all.
 struct Load {
     cores: f64,
+    quota: Option<f64>,
     limit: f64,
     looked: Instant,
-    used: Duration,
+    used: Used,
     is_high: bool,
 }
 
 impl Load {
     fn new(config: &ShadowConfig) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from) as f64;
+        let quota = quota::of_this_process();
         Self {
-            cores,
+            // The standard library rounds a quota down to whole processors, and up to one.
+            cores: quota.unwrap_or(cores),
+            quota,
             limit: config.max_cpu,
             looked: Instant::now(),
             used: usage::used(),
@@ -272,13 +311,15 @@ impl Load {
         }
     }
 
-    /// Whether the share of processor time `used` since the last look reaches the limit; looks again after [`LOOK`].
-    fn is_high(&mut self, now: Instant, used: impl FnOnce() -> Duration) -> bool {
+    /// Whether the share of processor time `used` since the last look reaches a limit; looks again after [`LOOK`].
+    fn is_high(&mut self, now: Instant, used: impl FnOnce() -> Used) -> bool {
         let passed = now.saturating_duration_since(self.looked);
         if passed >= LOOK {
             let used = used();
-            let share = used.saturating_sub(self.used).as_secs_f64() / (passed.as_secs_f64() * self.cores);
-            self.is_high = share >= self.limit;
+            let cores = |now: Duration, before: Duration| now.saturating_sub(before).div_duration_f64(passed);
+            let insisting = cores(used.insisting, self.used.insisting) / self.cores;
+            let of_quota = self.quota.map_or(0.0, |quota| cores(used.all, self.used.all) / quota);
+            self.is_high = self.limit < 1.0 && (insisting >= self.limit || of_quota >= MAX_OF_QUOTA);
             (self.looked, self.used) = (now, used);
         }
         self.is_high
@@ -288,12 +329,18 @@ impl Load {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensor::DType;
+
+    fn load(quota: Option<f64>, looked: Instant) -> Load {
+        let used = Used { insisting: Duration::from_secs(5), all: Duration::from_secs(9) };
+        Load { cores: quota.unwrap_or(2.0), quota, limit: 0.7, looked, used, is_high: false }
+    }
 
     #[test]
     fn the_load_is_measured_since_the_last_look() {
         let start = Instant::now();
-        let mut load = Load { cores: 2.0, limit: 0.7, looked: start, used: Duration::from_secs(5), is_high: false };
-        let mut used = Duration::from_secs(5);
+        let mut load = load(None, start);
+        let mut used = load.used;
         // Seconds since the last look, and the processor time used in them.
         let mut now = start;
         for (passed, more, high) in [
@@ -305,11 +352,56 @@ mod tests {
             (0.2, 0.0, false),
         ] {
             now += Duration::from_secs_f64(passed);
-            used += Duration::from_secs_f64(more);
+            used.insisting += Duration::from_secs_f64(more);
+            used.all = used.insisting + (now - start);
             assert_eq!(load.is_high(now, || used), high, "{more} s in {passed} s");
             let soon = now + LOOK / 2;
             assert_eq!(load.is_high(soon, || unreachable!()), high, "so soon nobody looks again");
         }
+    }
+
+    #[test]
+    fn a_quota_is_used_up_by_all_together() {
+        let start = Instant::now();
+        // Of each second, what insisted and what did not.
+        for (quota, limit, insisting, idle, high) in [
+            (Some(0.5), 0.7, 0.1, 0.34, false),
+            (Some(0.5), 0.7, 0.1, 0.36, true),
+            (Some(0.5), 0.7, 0.34, 0.0, false),
+            (Some(0.5), 0.7, 0.36, 0.0, true),
+            (Some(0.5), 1.0, 0.5, 0.0, false),
+            (None, 0.7, 1.3, 0.7, false),
+            (None, 1.0, 2.0, 0.0, false),
+        ] {
+            let mut load = Load { limit, ..load(quota, start) };
+            let [insisting, idle] = [insisting, idle].map(Duration::from_secs_f64);
+            let used = Used { insisting: load.used.insisting + insisting, all: load.used.all + insisting + idle };
+            let found = load.is_high(start + Duration::from_secs(1), || used);
+            assert_eq!(found, high, "{insisting:?} and {idle:?} of {quota:?}, limit {limit}");
+        }
+    }
+
+    #[test]
+    fn tensors_have_bytes_of_their_own() {
+        let batch = Bytes::from(vec![7; 8 * SMALL]);
+        let tensor = |data: Data, dtype, len: usize| Tensor::new("y".into(), dtype, [len].as_slice().into(), data);
+        let plain = |size| tensor(Data::Plain(batch.slice(..size)), DType::Uint8, size).unwrap();
+        let strings = [0..0, 1..3, 2..SMALL + 9].map(|range| batch.slice(range)).to_vec();
+        let strings = tensor(Data::Strings(strings), DType::Bytes, 3).unwrap();
+        let shares = |tensor: &Tensor| {
+            let within = |bytes: &Bytes| batch.as_ptr_range().contains(&bytes.as_ptr());
+            match &tensor.data {
+                Data::Plain(bytes) => within(bytes),
+                Data::Strings(strings) => strings.iter().any(within),
+            }
+        };
+        for original in [plain(SMALL), plain(2 * SMALL), strings] {
+            assert!(shares(&original));
+            let copy = copied(&original);
+            assert_eq!(copy, original);
+            assert!(!shares(&copy), "{original:?}");
+        }
+        assert_eq!([SMALL, SMALL + 1].map(|size| shares(&kept(&plain(size)))), [false, true]);
     }
 
     #[test]

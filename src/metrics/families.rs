@@ -308,7 +308,7 @@ pub const FAMILIES: [Family; 35] = [
         of: Of::Version,
         kind: Kind::Counter,
         labels: "output",
-        help: "Those with another label",
+        help: "Those with another label, another shape or type, a number against none, or without the output",
     },
     Family {
         name: SHADOW_FAILED,

@@ -120,11 +120,12 @@ impl Scan {
         let Self { label_differs, compared, max_abs, sum_abs, product, squares } = self;
         let lengths = squares[0].sqrt() * squares[1].sqrt();
         let cosine = if max_abs == 0.0 { 1.0 } else { product / lengths };
+        let measurable = cosine.is_finite() && lengths.is_finite();
         let numbers = (compared > 0).then(|| Numbers {
             // Of the largest doubles only.
             max_abs: max_abs.min(f64::MAX),
             mean_abs: (sum_abs / compared as f64).min(f64::MAX),
-            cosine: cosine.is_finite().then_some(cosine.clamp(-1.0, 1.0)),
+            cosine: measurable.then_some(cosine.clamp(-1.0, 1.0)),
         });
         Difference { label_differs, numbers }
     }
@@ -219,6 +220,8 @@ mod tests {
         let wide = |values: [f64; 2]| tensor(DType::Fp64, &[2], values.into_iter().flat_map(f64::to_le_bytes));
         let far = compare(&wide([1e308, 1e308]), &wide([-1e308, -1e308])).unwrap().numbers.unwrap();
         assert_eq!(far, Numbers { max_abs: f64::MAX, mean_abs: f64::MAX, cosine: None });
+        let long = compare(&wide([1e160, 0.0]), &wide([1e140, 1e140])).unwrap().numbers.unwrap();
+        assert_eq!(long.cosine, None, "the one can be squared, and the other not");
     }
 
     #[test]

@@ -113,6 +113,12 @@ impl Tally {
         fits
     }
 
+    /// Whether there is no room for another copy, of whatever size.
+    pub fn is_full(&self, max_copies: usize, max_bytes: usize) -> bool {
+        let waiting = self.copies.waiting.load(Ordering::Relaxed);
+        waiting >= max_copies || (waiting > 0 && self.copies.bytes.load(Ordering::Relaxed) > max_bytes)
+    }
+
     /// Gives back the room of a copy.
     pub fn leave(&self, bytes: usize) {
         self.copies.waiting.fetch_sub(1, Ordering::Relaxed);
@@ -260,9 +266,15 @@ mod tests {
     fn so_many_copies_may_wait() {
         let tally = Tally::new(&Signature::default());
         let enter = |bytes| tally.enter(bytes, 3, 100);
+        let is_full = || tally.is_full(3, 100);
+        assert!(!is_full());
         assert_eq!([500, 1].map(enter), [true, false], "one of any size, and then no more");
+        assert!(is_full());
         tally.leave(500);
-        assert_eq!([60, 50, 40, 0, 0].map(enter), [true, false, true, true, false]);
+        assert_eq!([60, 50, 40].map(enter), [true, false, true]);
+        assert!(!is_full(), "one without bytes fits");
+        assert_eq!([0, 0].map(enter), [true, false]);
+        assert!(is_full());
         [60, 40, 0].into_iter().for_each(|bytes| tally.leave(bytes));
         assert!(enter(100));
     }

@@ -1,4 +1,4 @@
-//! How much of the processor the process uses at the cost of others: by all its threads but those of the idle class.
+//! How much of the processor the process uses: altogether, and at the cost of others, without threads of the idle class.
 
 use std::time::Duration;
 
@@ -15,13 +15,21 @@ struct Idle {
     ended: Duration,
 }
 
-/// Processor time that the process has used so far, without that of threads that had stepped back. A pool thread of a
-/// session whose executors have, has not, and counts.
-///
-/// Where the system does not tell the time of other threads, theirs counts until they end.
-pub fn used() -> Duration {
+/// Processor time that the process has used so far.
+#[derive(Clone, Copy, Debug)]
+pub struct Used {
+    /// By threads that had not stepped back. A pool thread of a session whose executors have, has not, and counts.
+    ///
+    /// Where the system does not tell the time of other threads, theirs counts until they end.
+    pub insisting: Duration,
+    /// By all threads.
+    pub all: Duration,
+}
+
+pub fn used() -> Used {
     let left_out = left_out();
-    clock(ClockId::ProcessCPUTime).saturating_sub(left_out)
+    let all = clock(ClockId::ProcessCPUTime);
+    Used { insisting: all.saturating_sub(left_out), all }
 }
 
 /// What threads have used since they stepped back.
@@ -114,6 +122,7 @@ mod tests {
         let (work, known) = left_out_of(true);
         assert!(known && work.iter().all(|left_out| *left_out >= WORK), "{work:?}");
         assert!(!left_out_of(false).1);
-        assert!(used() <= clock(ClockId::ProcessCPUTime).saturating_sub(WORK));
+        let Used { insisting, all } = used();
+        assert!(insisting <= all.saturating_sub(WORK) && all <= clock(ClockId::ProcessCPUTime));
     }
 }
