@@ -190,6 +190,30 @@ mod tests {
     }
 
     #[test]
+    fn the_first_of_the_best_scores_is_the_label_in_rows_of_any_width() {
+        for width in [2, 15, 16, 17, 100, 1000] {
+            for at in [0, 1, width / 2, width - 2, width - 1] {
+                let spec = [("scores", DType::Fp32, &[-1, width as i64][..])];
+                let tally = tally(&spec);
+                let mut row: Vec<f32> = (0..width).map(|index| (index % 7) as f32 / 10.0).collect();
+                row[at] = 0.9;
+                row[width - 1] = 0.9;
+                tally.answered(Way::Stable, Duration::ZERO, &[floats("scores", &[1, width], &row)]);
+                let expected = [(at.to_string(), 1)];
+                assert_eq!(labels(&tally.window(Way::Stable)), expected, "{width}");
+                let none = vec![f32::NAN; width];
+                tally.answered(Way::Stable, Duration::ZERO, &[floats("scores", &[1, width], &none)]);
+                row[width / 2] = f32::NAN;
+                row[at] = f32::INFINITY;
+                tally.answered(Way::Stable, Duration::ZERO, &[floats("scores", &[1, width], &row)]);
+                let window = tally.window(Way::Stable);
+                assert_eq!((window.looked_at, window.no_numbers), (3, 2), "{width}");
+                assert_eq!(labels(&window), [(at.to_string(), 2)], "{width}: infinity is the largest of all");
+            }
+        }
+    }
+
+    #[test]
     fn the_best_score_is_the_label() {
         let tally = tally(&[("scores", DType::Fp32, &[-1, 3])]);
         tally.answered(

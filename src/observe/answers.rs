@@ -16,6 +16,8 @@ use crate::{
 
 /// Rows of an answer that are counted by what they say.
 const MAX_ROWS: usize = 64;
+/// Elements that are compared side by side.
+const LANES: usize = 16;
 /// Elements of an answer that are looked through for NaN and infinity where nothing else is made of them: of more, so
 /// many at even distances, beginning one further with each answer, so that all of them have their turn.
 const MAX_SCANNED: usize = 4096;
@@ -129,9 +131,11 @@ impl Counted {
             Seen::Scores(labels, scores) => {
                 if let Some(width) = output.shape.get(1).copied().filter(|&width| is_row(width)) {
                     nonfinite = if output.dtype == DType::Fp64 {
-                        winners(bytes, width, f64::from_le_bytes, labels, scores)
+                        let read = |bytes| (f64::from_le_bytes(bytes), f64::from_le_bytes(bytes).is_finite());
+                        winners(bytes, width, f64::NEG_INFINITY, read, labels, scores)
                     } else {
-                        winners(bytes, width, |bytes| f32::from_le_bytes(bytes).into(), labels, scores)
+                        let read = |bytes| (f32::from_le_bytes(bytes), f32::from_le_bytes(bytes).is_finite());
+                        winners(bytes, width, f32::NEG_INFINITY, read, labels, scores)
                     };
                     seen = MAX_ROWS * width;
                 }
@@ -217,31 +221,65 @@ fn elements<const SIZE: usize, T>(bytes: &[u8], read: impl Fn([u8; SIZE]) -> T, 
     }
 }
 
-/// Counts the best element of each row as its label; how many elements are no numbers.
-fn winners<const SIZE: usize>(
+/// Counts the best element of each row as its label; how many elements are no numbers. `lowest` is below all of them.
+fn winners<const SIZE: usize, T: Copy + PartialOrd + Into<f64>>(
     bytes: &[u8],
     width: usize,
-    read: impl Fn([u8; SIZE]) -> f64,
+    lowest: T,
+    read: impl Fn([u8; SIZE]) -> (T, bool),
     labels: &mut Labels,
     scores: &mut Scores,
 ) -> u64 {
     let mut nonfinite = 0;
     for row in bytes.as_chunks::<SIZE>().0.chunks_exact(width).take(MAX_ROWS) {
-        let (mut winner, mut best) = (0, f64::NEG_INFINITY);
-        for (index, bytes) in row.iter().enumerate() {
-            let score = read(*bytes);
-            nonfinite += u64::from(!score.is_finite());
-            if score > best {
-                (winner, best) = (index, score);
+        let (winner, best) = if width < LANES {
+            let (mut winner, mut best) = (0, lowest);
+            for (index, bytes) in row.iter().enumerate() {
+                let (score, is_finite) = read(*bytes);
+                nonfinite += u64::from(!is_finite);
+                if score > best {
+                    (winner, best) = (index, score);
+                }
             }
-        }
+            (winner, best)
+        } else {
+            wide_winner(row, lowest, &read, &mut nonfinite)
+        };
         // A row without a number has no winner.
-        if best > f64::NEG_INFINITY {
+        if best > lowest {
             labels.class(winner as i64);
-            scores.add(best);
+            scores.add(best.into());
         }
     }
     nonfinite
+}
+
+/// The first of the best elements of a row, and where it is. Side by side the processor compares several at a time: of
+/// 1024 classes that takes a seventh of the instructions.
+fn wide_winner<const SIZE: usize, T: Copy + PartialOrd>(
+    row: &[[u8; SIZE]],
+    lowest: T,
+    read: &impl Fn([u8; SIZE]) -> (T, bool),
+    nonfinite: &mut u64,
+) -> (usize, T) {
+    let (mut bests, mut odd) = ([lowest; LANES], [0_u32; LANES]);
+    let (groups, rest) = row.as_chunks::<LANES>();
+    let mut look = |group: &[[u8; SIZE]]| {
+        for ((bytes, best), odd) in group.iter().zip(&mut bests).zip(&mut odd) {
+            let (score, is_finite) = read(*bytes);
+            *best = if score > *best { score } else { *best };
+            *odd += u32::from(!is_finite);
+        }
+    };
+    groups.iter().for_each(|group| look(group));
+    look(rest);
+    *nonfinite += u64::from(odd.iter().sum::<u32>());
+    let best = bests.into_iter().fold(lowest, |best, score| if score > best { score } else { best });
+    let is_best = |bytes: &[u8; SIZE]| read(*bytes).0 == best;
+    // Without a branch for each, for the same reason.
+    let holds = |group: &[[u8; SIZE]; LANES]| group.iter().fold(false, |found, bytes| found | is_best(bytes));
+    let before = groups.iter().position(holds).unwrap_or(groups.len()) * LANES;
+    (before + row[before..].iter().position(is_best).unwrap_or(0), best)
 }
 
 /// How many elements are no numbers, of those whose `turn` it is.
