@@ -77,9 +77,8 @@ def metric(server, series):
 
 def sent_and_done(server):
     """How many requests of `plus` were counted as answered over gRPC."""
-    return metric(
-        server, 'tidegate_requests_total{model="plus",version="1",protocol="grpc",code="ok"}'
-    )
+    labels = 'model="plus",version="1",protocol="grpc",code="ok",variant="stable"'
+    return metric(server, f"tidegate_requests_total{{{labels}}}")
 
 
 # --- the stock clients --------------------------------------------------------------
