@@ -322,3 +322,26 @@ async fn what_cannot_be_read_of_one_model_is_kept_and_the_others_are_known() {
     let kept: String = state.query_row("SELECT standing FROM model WHERE name = 'm'", [], |row| row.get(0)).unwrap();
     assert_eq!(kept, "{\"split\": 7}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_operator_can_abort_without_a_disk() {
+    let place = Place::new("", "scale = 1.0");
+    place.repository.put("m", "2", "scale = 2.0");
+    let running = start(&place.config).await;
+    let plan = json!({ "to": "1", "steps": [50, 100], "every": "1h" });
+    assert_eq!(ask(&running, "POST", "rollout", &plan).await.status, 200);
+    reaches(&running, "canary").await;
+    let holder = rusqlite::Connection::open(place.config.data.as_ref().unwrap().join("state.sqlite")).unwrap();
+    holder.execute_batch("BEGIN IMMEDIATE").unwrap();
+    assert_eq!(ask(&running, "POST", "rollout/pause", &json!({})).await.status, 503);
+    assert_eq!(ask(&running, "POST", "rollout/abort", &json!({})).await.status, 200);
+    for _ in 0..20 {
+        assert_eq!(running.infer("m", &[1.0]).await.values(), [2.0]);
+    }
+    holder.execute_batch("ROLLBACK").unwrap();
+    eventually("the abort is written down", async || {
+        let log = running.ops("/admin/v1/audit?model=m").await.1;
+        log["entries"].as_array().is_some_and(|entries| entries.iter().any(|entry| entry["action"] == "aborted"))
+    })
+    .await;
+}

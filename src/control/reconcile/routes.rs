@@ -3,12 +3,12 @@
 use serde_json::json;
 
 use super::{Progress, Reconciler, Rollouts, Tracked, promote};
-use crate::control::tracked::TrackedVersion;
 use crate::{
     control::{
         command::{Asked, Change},
         standing::{ByHand, PassedOver, Split, Standing},
         store::Entry,
+        tracked::TrackedVersion,
     },
     error::{Code, Error},
     id::{ModelName, Version},
@@ -70,10 +70,7 @@ impl Reconciler {
             let message = format!("rollout '{}' to version '{}' runs; abort it first", running.id, running.candidate);
             return Err(Error::new(Code::Conflict, message));
         }
-        if standing.split.is_some() {
-            let message = "its requests are divided by hand; clear that first (tidegate rollout overrides clear MODEL)";
-            return Err(Error::new(Code::Conflict, message));
-        }
+        check_undivided(&standing)?;
         if !model.found.iter().any(|found| found.version == *to) {
             let known: Vec<&str> = model.found.iter().map(|found| found.version.as_str()).collect();
             let to = crate::id::shorten(to.as_str());
@@ -325,6 +322,12 @@ fn conclude(name: &ModelName, model: &Tracked, rollouts: &Rollouts, standing: &m
     standing.stable = Some(winner.clone());
 }
 
+/// A rollout and shares by hand would both say who gets what.
+fn check_undivided(standing: &Standing) -> Result<(), Error> {
+    let message = "its requests are divided by hand; clear that first (tidegate rollout overrides clear MODEL)";
+    if standing.split.is_some() { Err(Error::new(Code::Conflict, message)) } else { Ok(()) }
+}
+
 fn tell(
     name: &ModelName,
     model: &Tracked,
@@ -333,10 +336,7 @@ fn tell(
     asked: &Asked,
     command: Command,
 ) -> Result<(Standing, Entry), Error> {
-    if standing.split.is_some() {
-        let message = "its requests are divided by hand; clear that first (tidegate rollout overrides clear MODEL)";
-        return Err(Error::new(Code::Conflict, message));
-    }
+    check_undivided(&standing)?;
     let before = standing.clone();
     let rollout = standing
         .rollout
