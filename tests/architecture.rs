@@ -22,7 +22,7 @@ const LAYERS: [(u8, &[&str]); 12] = [
 ];
 
 /// The only places (files, or folders and the file of the same name) that may name a foreign crate.
-const HOMES: [(&str, &[&str]); 24] = [
+const HOMES: [(&str, &[&str]); 29] = [
     ("ort", &["backend/onnx"]),
     ("libc", &["priority", "heap"]),
     ("half", &["backend/onnx", "model/warmup", "api/codec", "observe/compare"]),
@@ -35,8 +35,13 @@ const HOMES: [(&str, &[&str]); 24] = [
     ("base64", &["api"]),
     ("twox_hash", &["rollout/route", "source/local"]),
     ("rusqlite", &["control/store"]),
-    ("sha2", &["control/store"]),
-    ("tempfile", &["control/upload", "backend/onnx/shared", "backend/onnx/testing"]),
+    ("sha2", &["control/store", "source/digest"]),
+    ("md5", &["source/digest"]),
+    ("sha1", &["source/digest"]),
+    ("object_store", &["source/object"]),
+    ("reqwest", &["source"]),
+    ("async_trait", &["source"]),
+    ("tempfile", &["control/upload", "source/cache", "backend/onnx/shared", "backend/onnx/testing"]),
     ("axum", &["api", "server"]),
     ("hyper_util", &["api/listen", "cli"]),
     ("socket2", &["api/listen"]),
