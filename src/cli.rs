@@ -61,7 +61,7 @@ enum Command {
 /// environment, the environment over the file.
 #[derive(Args)]
 struct ServeArgs {
-    /// Folder of models: <NAME>/<VERSION>/model.onnx [default: ./models]
+    /// Folder of models: <NAME>/<VERSION>/model.onnx; or s3://BUCKET/PREFIX, gs://…, az://… [default: ./models]
     #[arg(long, value_name = "PATH")]
     models: Option<PathBuf>,
     #[command(flatten)]
@@ -78,6 +78,9 @@ struct ServeArgs {
     /// Folder for the server's own files [default: .tidegate inside the models folder]
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
+    /// Folder for what is fetched from elsewhere [default: cache inside the folder for the server's own files]
+    #[arg(long, value_name = "DIR")]
+    cache: Option<PathBuf>,
     /// How the folder of models is followed [default: watch]
     #[arg(long, value_name = "MODE")]
     model_control: Option<ModelControl>,
@@ -180,8 +183,10 @@ impl ServeArgs {
         set("allow_model_upload", self.allow_model_upload.then(|| true.into()));
         set("token", self.token.clone().map(Value::from));
         set("strict_readiness", self.strict_readiness.then(|| true.into()));
-        let level = self.log_level.as_ref();
-        set("log", level.map(|level| Value::Table(Table::from_iter([("level".to_owned(), level.clone().into())]))));
+        let within = |key: &str, value: Value| Value::Table(Table::from_iter([(key.to_owned(), value)]));
+        let cache = self.cache.as_ref().map(path).transpose()?;
+        set("cache", cache.map(|directory| within("directory", directory)));
+        set("log", self.log_level.as_ref().map(|level| within("level", level.clone().into())));
         Ok(table)
     }
 }
@@ -237,7 +242,7 @@ async fn attend(server: &Server, config: &Config) -> anyhow::Result<()> {
             _ = changes.changed(), if !announced => {
                 let catalog = server.catalog().load();
                 if catalog.complete {
-                    announce(&catalog, config, server.rest);
+                    announce(&catalog, server);
                     announced = true;
                 }
             }
@@ -245,7 +250,8 @@ async fn attend(server: &Server, config: &Config) -> anyhow::Result<()> {
     }
 }
 
-fn announce(catalog: &Catalog, config: &Config, rest: SocketAddr) {
+fn announce(catalog: &Catalog, server: &Server) {
+    let rest = server.rest;
     for (name, deployment) in &catalog.deployments {
         for entry in &deployment.entries {
             let reason = if entry.reason.is_empty() { String::new() } else { format!(" ({})", entry.reason) };
@@ -257,7 +263,7 @@ fn announce(catalog: &Catalog, config: &Config, rest: SocketAddr) {
     }
     let host = if rest.ip().is_unspecified() { format!("localhost:{}", rest.port()) } else { rest.to_string() };
     let sample = catalog.serving().find_map(|version| {
-        let sample = config.models.join(version.name.as_str()).join("request.json");
+        let sample = server.models.join(version.name.as_str()).join("request.json");
         sample.is_file().then(|| (version.name.clone(), sample))
     });
     match sample {

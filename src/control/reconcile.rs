@@ -248,7 +248,8 @@ impl Reconciler {
             // At start, and of what an operator asks for, nobody has watched the files yet; their age says as much.
             // Whoever asks for a load says that they are complete; should they change all the same, they settle before
             // the next try.
-            let settled = since.elapsed() >= SETTLE_TIME
+            let settled = self.settings.is_mirror
+                || since.elapsed() >= SETTLE_TIME
                 || ((first_pass || *needed) && fingerprint.older_than(SETTLE_TIME))
                 || (fresh && awaited);
             if settled {

@@ -72,6 +72,8 @@ pub struct Cache {
     /// One permit for each connection that fetches.
     connections: Semaphore,
     connections_at_most: usize,
+    /// Bytes of the parts in which files are fetched.
+    part: u64,
     /// Held while a content is fetched, by what names it, so that nobody fetches it beside.
     fetching: Mutex<HashMap<String, Weak<tokio::sync::Mutex<()>>>>,
     /// Held while contents get or lose a link, so that none is evicted between the look at it and its use.
@@ -110,6 +112,7 @@ impl Cache {
             max_bytes: config.max_bytes,
             connections: Semaphore::new(config.connections.max(1)),
             connections_at_most: config.connections.max(1),
+            part: partial::PART,
             fetching: Mutex::default(),
             linking: Mutex::default(),
             _lock: lock,
@@ -203,3 +206,6 @@ fn write_atomically(scratch: &Path, path: &Path, bytes: &[u8]) -> io::Result<()>
 fn is_unused(metadata: &fs::Metadata) -> bool {
     metadata.nlink() == 1
 }
+
+#[cfg(test)]
+pub(super) mod tests;

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -53,8 +54,8 @@ impl Default for FollowConfig {
 }
 
 /// Which versions of a model are wanted, of those that there are in ascending order, as its settings (in the folder
-/// given) say. Who asks for none of those that are published already keeps them all the same.
-pub type Select = Box<dyn Fn(&std::path::Path, &[Version]) -> Vec<Version> + Send + Sync>;
+/// given) say. Those that are published already stay all the same, as long as they are at their place.
+pub type Select = Box<dyn Fn(&Path, &ModelName, &[Version]) -> Vec<Version> + Send + Sync>;
 
 /// One source and its mirror.
 pub struct Follower {
@@ -204,8 +205,14 @@ impl Follower {
             let result = self.publish_beside(name, &model.beside).await;
             self.note(&key, None, &revision, result.map(|_| ()));
         }
-        let offered: Vec<Version> = model.versions.iter().map(|remote| remote.version.clone()).collect();
-        let mut wanted = (self.select)(&self.mirror.models().join(name.as_str()), &offered);
+        // What is never taken leaves the version before it wanted, as one that fails to load does in a folder.
+        let is_hopeless = |remote: &&RemoteVersion| {
+            let failed = self.failed.get(&(name.clone(), remote.version.to_string()));
+            failed.is_some_and(|failed| failed.revision == remote.revision && failed.again.is_none())
+        };
+        let hopeful = model.versions.iter().filter(|remote| !is_hopeless(remote));
+        let offered: Vec<Version> = hopeful.map(|remote| remote.version.clone()).collect();
+        let mut wanted = (self.select)(&self.mirror.models().join(name.as_str()), name, &offered);
         wanted.extend(model.default.clone());
         for remote in &model.versions {
             let published = self.mirror.manifest(name, &remote.version);
@@ -367,3 +374,6 @@ fn backed_off(interval: Duration, most: Duration, failures: u32) -> Duration {
 fn jittered(pause: Duration) -> Duration {
     pause.mul_f64(rand::rng().random_range(0.9..1.1))
 }
+
+#[cfg(test)]
+mod tests;

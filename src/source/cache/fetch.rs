@@ -56,7 +56,7 @@ impl Cache {
         }
         // Without a name nothing says that what comes now goes with what came before.
         let resumable = file.digest.is_some() || !names.is_empty();
-        let mut partial = Partial::open(&self.root.join("partial"), &key, file.size, resumable)?;
+        let mut partial = Partial::open(&self.root.join("partial"), &key, file.size, self.part, resumable)?;
         fetched.fetch_add(partial.bytes(), Ordering::Relaxed);
         let result = self.complete(source, file, &mut partial, fetched).await;
         if let Err(SourceError::Corrupt { .. } | SourceError::Changed { .. } | SourceError::Refused { .. }) = &result {

@@ -24,16 +24,17 @@ pub(super) struct Partial {
     list: PathBuf,
     file: File,
     size: u64,
+    part: u64,
     there: BTreeSet<u64>,
     notes: File,
 }
 
 impl Partial {
-    /// Opens what is there of the file that goes by `key`; nothing counts unless `resumable`.
-    pub(super) fn open(folder: &Path, key: &str, size: u64, resumable: bool) -> Result<Self, SourceError> {
+    /// Opens what is there of the file that goes by `key`, in parts of `part` bytes; nothing counts unless `resumable`.
+    pub(super) fn open(folder: &Path, key: &str, size: u64, part: u64, resumable: bool) -> Result<Self, SourceError> {
         let (path, list) = (folder.join(key), folder.join(format!("{key}.parts")));
         let opened = || -> io::Result<Self> {
-            let header = format!("{} {size} {PART}", boot()?);
+            let header = format!("{} {size} {part}", boot()?);
             let text = fs::read_to_string(&list).unwrap_or_default();
             let mut lines = text.lines();
             let known = resumable && lines.next() == Some(&header) && fs::metadata(&path)?.len() == size;
@@ -50,7 +51,7 @@ impl Partial {
             let mut notes = File::create(&list)?;
             let lines: String = there.iter().map(|part| format!("{part}\n")).collect();
             notes.write_all(format!("{header}\n{lines}").as_bytes())?;
-            Ok(Self { path: path.clone(), list: list.clone(), file, size, there, notes })
+            Ok(Self { path: path.clone(), list: list.clone(), file, size, part, there, notes })
         };
         opened().map_err(|error| {
             // A file that could not be made as long as it is to be takes room that is wanted elsewhere.
@@ -61,13 +62,18 @@ impl Partial {
 
     /// The parts that are not there.
     pub(super) fn missing(&self) -> Vec<(u64, Range<u64>)> {
-        let parts = (0..self.size.div_ceil(PART)).filter(|part| !self.there.contains(part));
-        parts.map(|part| (part, part * PART..((part + 1) * PART).min(self.size))).collect()
+        let missing = (0..self.size.div_ceil(self.part)).filter(|part| !self.there.contains(part));
+        missing.map(|part| (part, self.range(part))).collect()
     }
 
     /// Bytes that are there, in whole parts.
     pub(super) fn bytes(&self) -> u64 {
-        self.there.iter().map(|part| ((part + 1) * PART).min(self.size) - part * PART).sum()
+        self.there.iter().map(|part| self.range(*part)).map(|range| range.end - range.start).sum()
+    }
+
+    fn range(&self, part: u64) -> Range<u64> {
+        let start = (part * self.part).min(self.size);
+        start..(start + self.part).min(self.size)
     }
 
     /// Writes to the file, from whichever task.
@@ -84,7 +90,7 @@ impl Partial {
     /// Up to where no byte is missing.
     pub(super) fn contiguous(&self) -> u64 {
         let missing = (0..).find(|part| !self.there.contains(part)).unwrap_or_default();
-        (missing * PART).min(self.size)
+        (missing * self.part).min(self.size)
     }
 
     /// Forgets all of it.
