@@ -7,7 +7,7 @@ import threading
 
 import boto3
 import pytest
-from infer import ask
+from infer import Question, rest_json
 from models import plus
 from moto.server import DomainDispatcherApplication, create_backend_app
 from server import eventually
@@ -80,7 +80,7 @@ def bucket(monkeypatch):
 
 
 def answers(server, model="plus", number=1):
-    answer = ask(server, "rest_json", model, tensor("x", "FP32", [1, 1], [number]))
+    answer = rest_json(server, Question(model, [tensor("x", "FP32", [1, 1], [number])]))
     return None if answer.error else answer.outputs["y"].data[0]
 
 

@@ -178,6 +178,8 @@ impl Part {
             let result = self.read(&mut position, range.end).await;
             failed = if position > before { 1 } else { failed + 1 };
             match result {
+                // A connection that breaks when every byte has come has done its work.
+                Err(SourceError::Unavailable { .. }) if position == range.end => return Ok(()),
                 Err(SourceError::Unavailable { .. } | SourceError::Corrupt { .. })
                     if failed < TRIES && position < range.end =>
                 {
