@@ -18,6 +18,7 @@ use crate::{
     error::{Code, Error},
     id::ModelName,
     metrics::{DropReason, Phases, VersionMetrics},
+    priority,
     tensor::{self, Tensor},
 };
 
@@ -333,6 +334,9 @@ pub(super) fn run(queue: &Queue, shift: u64, counts: bool) -> Option<Box<dyn Ses
     loop {
         match queue.take(shift) {
             Ok(Taken { mut session, start, batch }) => {
+                if !counts {
+                    priority::give_way();
+                }
                 let Done { start, rows, took } = execute(queue, session.as_mut(), start, batch);
                 queue.give_back(session, Some(Done { start, rows, took: took.filter(|_| counts) }));
             }
