@@ -7,10 +7,11 @@ import threading
 from contextlib import suppress
 
 import numpy as np
+import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 
-from models import plus
+from models import flat, plus
 from server import eventually, run
 from wire import call
 
@@ -162,3 +163,28 @@ def ask_until(server, stop):
     while not stop.is_set():
         with suppress(OSError):
             call(server.rest, "POST", "/v2/models/plus/infer", body.encode())
+
+
+@pytest.mark.parametrize("candidate, status", [(plus(2, "FP64"), 200), (flat(), 400)])
+def test_shapes_without_types_have_those_of_the_version_that_answers(repository, serve, candidate, status):
+    """Requests that are drawn once they are read, by a number of the server's own."""
+    repository.add("plus", plus(1), settings='[rollout]\non_new_version = "hold"\n')
+    server = serve(repository.path)
+    repository.add("plus", candidate, version="2")
+    path = "/admin/v1/models/plus"
+
+    def states():
+        return [version["state"] for version in call(server.ops, "GET", path).json()["versions"]]
+
+    eventually(lambda: states() == ["ready", "ready"])
+    split = {"stable": "1", "canary": {"version": "2", "percent": 50}}
+    assert call(server.ops, "PUT", f"{path}/route", json.dumps(split).encode()).status == 200
+    answers = set()
+    for shape, key in [("/v1/models/plus:predict", "instances"), ("/models/plus/invocations", "inputs")] * 20:
+        body = json.dumps({key: [[0.1]]}).encode()
+        reply = call(server.rest, "POST", shape, body, {"content-type": "application/json"})
+        answers.add((shape, reply.headers["x-tidegate-version"], reply.status))
+    shapes = {shape for shape, *_ in answers}
+    assert answers == {(shape, version, found) for shape in shapes for version, found in [("1", 200), ("2", status)]}
+    failed = call(server.ops, "GET", "/metrics").body.decode().count('version="2",protocol="rest",code="invalid_argument"')
+    assert failed == (status == 400), "a version that refuses what the other takes is counted with it"

@@ -90,7 +90,7 @@ pub(super) async fn exchange<A: Send + 'static, B: Arriving>(
     app: &Arc<App>,
     named: Result<Named, RestError>,
     arrival: Arrival<B>,
-    read: impl FnOnce(&Question) -> Result<(InferCall, A), Error> + Send + 'static,
+    read: impl Fn(&Question) -> Result<(InferCall, A), Error> + Send + 'static,
     write: impl FnOnce(&InferReply<'_>, &InferCall, A) -> Result<Reply, Error> + Send + 'static,
 ) -> Response<Payload> {
     let client = app.clients.of(&arrival.headers, arrival.peer.as_ref());
@@ -116,7 +116,7 @@ async fn try_exchange<A: Send + 'static, B: Arriving>(
     named: &Named,
     arrival: Arrival<B>,
     record: &mut Record,
-    read: impl FnOnce(&Question) -> Result<(InferCall, A), Error> + Send + 'static,
+    read: impl Fn(&Question) -> Result<(InferCall, A), Error> + Send + 'static,
     write: impl FnOnce(&InferReply<'_>, &InferCall, A) -> Result<Reply, Error> + Send + 'static,
 ) -> Result<Response<Payload>, RestError> {
     let Arrival { headers, body, peer } = arrival;
@@ -134,24 +134,43 @@ async fn try_exchange<A: Send + 'static, B: Arriving>(
     let is_long = body.len() > aside && (encoding != Encoding::Identity || json_length(&headers, &body) > aside);
     let reach = Reach::of(app, &headers, peer.as_ref());
     let mut question = Question { headers, body, version: target.version.clone(), limit };
-    let look = move || {
-        let asked = compression::decode_body(encoding, std::mem::take(&mut question.body), limit).map(|body| {
-            question.body = body;
-            let asked = read(&question).and_then(|(mut call, asked)| {
-                let places = reach.fetch(&mut call, limit)?;
-                Ok((check_size(call, limit)?, places, asked))
-            });
-            asked.map_err(|error| error.of_model(question.version.name.as_str()))
+    let read = move |question: &Question| {
+        let asked = read(question).and_then(|(mut call, asked)| {
+            let places = reach.fetch(&mut call, limit)?;
+            Ok((check_size(call, limit)?, places, asked))
         });
-        (asked.flatten(), question.headers)
+        asked.map_err(|error| error.of_model(question.version.name.as_str()))
+    };
+    let look = move || {
+        let body = compression::decode_body(encoding, std::mem::take(&mut question.body), limit);
+        let asked = body.and_then(|body| {
+            question.body = body;
+            read(&question)
+        });
+        (asked, question, read)
     };
     let latest = after(record.started(), waits);
-    let (asked, headers) = if is_long { app.aside.run(latest, look).await? } else { look() };
-    let (mut call, places, asked) = asked?;
+    let (asked, mut question, read) = if is_long { app.aside.run(latest, look).await? } else { look() };
+    let (mut call, mut places, mut asked) = asked?;
     if !call.id.is_empty() {
         record.request_id.clone_from(&call.id);
     }
     record.draw(&mut target, &call);
+    if !Arc::ptr_eq(&target.version, &question.version)
+        && target.version.signature.inputs != question.version.signature.inputs
+    {
+        // Shapes without types have those of the version that answers.
+        question.version = target.version.clone();
+        let look = move || (read(&question), question);
+        let again;
+        (again, question) = if is_long { app.aside.run(latest, look).await? } else { look() };
+        // What only the first version can read, the one that was drawn refuses.
+        if let Ok(again) = again {
+            (call, places, asked) = again;
+        }
+    }
+    let headers = std::mem::take(&mut question.headers);
+    drop(question);
 
     let names: Vec<Arc<str>> = call.outputs.iter().map(|output| output.name.clone()).collect();
     let urgency = urgency(record, &call, latest);
