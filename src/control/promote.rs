@@ -36,6 +36,8 @@ const ABSENCE: Duration = Duration::from_secs(3);
 const KNOWN: u64 = 100;
 /// The share of the stable version's answers that the objective lets pass.
 const OBJECTIVE: f64 = 0.95;
+/// Where that is less, answers come as late as the machine has other things to do, and not as the version computes.
+const LEAST_OBJECTIVE: Duration = Duration::from_millis(1);
 
 /// Now, as rollouts count time.
 pub(super) fn now() -> Moment {
@@ -317,7 +319,7 @@ fn usual_latency(version: &Arc<ModelVersion>) -> Option<Duration> {
     let latency = version.tally.window(Way::Stable).latency;
     let known = latency.total() >= KNOWN;
     let seconds = latency.quantile(OBJECTIVE).filter(|_| known)?;
-    Some(Duration::from_secs_f64(seconds))
+    Some(Duration::from_secs_f64(seconds).max(LEAST_OBJECTIVE))
 }
 
 /// How often the judge looks in the rollout's phase.
