@@ -58,6 +58,8 @@ pub(super) enum Progress {
     Settling {
         fingerprint: Fingerprint,
         since: Instant,
+        /// Why it did not load so far; then these files are tried again.
+        failed: Option<String>,
     },
     Loading {
         fingerprint: Fingerprint,
@@ -247,6 +249,9 @@ impl TrackedVersion {
             }
             (Some(_), Progress::Gone) => (State::Ready, "serves until its successor is ready".to_owned()),
             (Some((version, _)), _) => (State::Ready, note(version)),
+            (None, Progress::Settling { failed: Some(failed), .. }) => {
+                (State::Settling, format!("waiting for another try: {failed}"))
+            }
             (None, Progress::Settling { .. }) => (State::Settling, "waiting for its files to be complete".to_owned()),
             (None, Progress::Loading { .. }) => (State::Loading, String::new()),
             (None, Progress::Failed { error, .. }) => (State::Failed, error.message.clone()),
