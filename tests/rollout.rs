@@ -149,7 +149,9 @@ async fn is_given_up(plan: &str, script: &str, because: &str) -> Value {
     // It is not tried again, also after a restart, until its files change.
     Arc::into_inner(running).unwrap().stop().await;
     let running = start(&place.config).await;
-    tokio::time::sleep(Duration::from_millis(1500)).await;
+    // A look at the repository that finds another model has looked at this one.
+    place.repository.put("other", "1", "");
+    eventually("the repository was looked at", async || running.infer("other", &[1.0]).await.status == 200).await;
     assert_eq!(running.infer("m", &[1.0]).await.body["model_version"], "1");
     let status = rollout(&running).await;
     assert_eq!(status["phase"], "aborted", "{status}");
