@@ -13,6 +13,7 @@ pub mod shadow;
 use shadow::Shadows;
 
 use crate::{
+    backend::Signature,
     error::{Code, Error},
     id::ModelName,
     metrics::{Protocol, Way},
@@ -21,6 +22,7 @@ use crate::{
         catalog::{Catalog, CatalogReader, Deployment},
         schedule::Urgency,
     },
+    observe::copies::Shed,
     rollout::route::{Choice, Sticky, Variant},
     tensor::Tensor,
 };
@@ -240,6 +242,20 @@ fn named(version: Option<&str>) -> Option<&str> {
 }
 
 impl Target {
+    /// Whether the version is drawn by what the body says.
+    pub fn is_undrawn(&self) -> bool {
+        self.undrawn.is_some()
+    }
+
+    /// Makes no copy for a candidate that would read the request otherwise than `signature`, and counts that.
+    ///
+    /// It is for requests that have no types of their own: those that they have, they have from `signature`.
+    pub fn shadow_if_read_like(&mut self, signature: &Signature) {
+        if let Some(candidate) = self.shadow.take_if(|candidate| !candidate.signature.is_read_like(signature)) {
+            candidate.tally.shed(Shed::Untyped);
+        }
+    }
+
     /// To the variant that was asked for by name.
     fn force(&mut self, deployment: &Deployment, variant: &str) -> Result<(), Error> {
         let name = &self.version.name;

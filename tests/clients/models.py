@@ -121,12 +121,12 @@ def identity(datatype, shape=("rows", "columns")):
     )
 
 
-def plus(number, datatype="FP32"):
+def plus(number, datatype="FP32", width=1):
     """x → y = x + number: tells which version answered."""
     return model(
         [helper.make_node("Add", ["x", "number"], ["y"])],
-        [value("x", datatype, ["rows", 1])],
-        [value("y", datatype, ["rows", 1])],
+        [value("x", datatype, ["rows", width])],
+        [value("y", datatype, ["rows", width])],
         {"number": helper.tensor_dtype_to_np_dtype(ELEMENT_TYPES[datatype]).type(number)},
     )
 

@@ -165,26 +165,50 @@ def ask_until(server, stop):
             call(server.rest, "POST", "/v2/models/plus/infer", body.encode())
 
 
-@pytest.mark.parametrize("candidate, status", [(plus(2, "FP64"), 200), (flat(), 400)])
-def test_shapes_without_types_have_those_of_the_version_that_answers(repository, serve, candidate, status):
+def one_number(server, shape):
+    """Asks with a shape that has no types."""
+    path, key = {"V1": ("/v1/models/plus:predict", "instances"), "MLflow": ("/models/plus/invocations", "inputs")}[shape]
+    body = json.dumps({key: [[0.1]]}).encode()
+    return call(server.rest, "POST", path, body, {"content-type": "application/json"})
+
+
+def states(server):
+    return [version["state"] for version in call(server.ops, "GET", "/admin/v1/models/plus").json()["versions"]]
+
+
+def test_shapes_without_types_have_those_of_the_version_that_answers(repository, serve):
     """Requests that are drawn once they are read, by a number of the server's own."""
     repository.add("plus", plus(1), settings='[rollout]\non_new_version = "hold"\n')
     server = serve(repository.path)
-    repository.add("plus", candidate, version="2")
-    path = "/admin/v1/models/plus"
-
-    def states():
-        return [version["state"] for version in call(server.ops, "GET", path).json()["versions"]]
-
-    eventually(lambda: states() == ["ready", "ready"])
+    repository.add("plus", plus(2, "FP64"), version="2")
+    eventually(lambda: states(server) == ["ready", "ready"])
     split = {"stable": "1", "canary": {"version": "2", "percent": 50}}
-    assert call(server.ops, "PUT", f"{path}/route", json.dumps(split).encode()).status == 200
+    assert call(server.ops, "PUT", "/admin/v1/models/plus/route", json.dumps(split).encode()).status == 200
     answers = set()
-    for shape, key in [("/v1/models/plus:predict", "instances"), ("/models/plus/invocations", "inputs")] * 20:
-        body = json.dumps({key: [[0.1]]}).encode()
-        reply = call(server.rest, "POST", shape, body, {"content-type": "application/json"})
-        answers.add((shape, reply.headers["x-tidegate-version"], reply.status))
-    shapes = {shape for shape, *_ in answers}
-    assert answers == {(shape, version, found) for shape in shapes for version, found in [("1", 200), ("2", status)]}
-    failed = call(server.ops, "GET", "/metrics").body.decode().count('version="2",protocol="rest",code="invalid_argument"')
-    assert failed == (status == 400), "a version that refuses what the other takes is counted with it"
+    for shape in ["V1", "MLflow"] * 20:
+        reply = one_number(server, shape)
+        assert reply.status == 200, reply.body
+        answers.add((shape, reply.headers["x-tidegate-version"], reply.json()["predictions"][0][0]))
+    assert answers == {(shape, *answer) for shape in ["V1", "MLflow"] for answer in [("1", 1.1), ("2", 2.1)]}
+
+
+@pytest.mark.parametrize("datatype, because", [("FP64", "shape"), ("INT64", "integer")])
+def test_what_only_the_stable_version_would_take_is_the_candidates_fault(repository, serve, datatype, because):
+    repository.add("plus", plus(1), settings='[rollout]\non_new_version = "hold"\n')
+    server = serve(repository.path)
+    repository.add("plus", plus(2, datatype, width=2), version="2")
+    eventually(lambda: states(server) == ["ready", "ready"])
+    tell(server, "start", "plus", "--to", "2", "--steps", "50,100", "--every", "2s")
+    refusals = set()
+
+    def is_given_up():
+        reply = one_number(server, "V1")
+        assert (reply.status, reply.headers["x-tidegate-version"]) in [(200, "1"), (400, "2")], reply.body
+        if reply.status == 400:
+            refusals.add(reply.json()["error"])
+        return status(server)["phase"] == "aborted"
+
+    eventually(is_given_up)
+    assert "requests failed" in status(server)["history"][-1]["reason"]
+    assert len(refusals) == 1, refusals
+    assert because in refusals.pop()

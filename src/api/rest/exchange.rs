@@ -3,7 +3,7 @@
 //! Long messages are unpacked, read and written on a thread of their own: a JSON of 19 MiB takes 0.1 s to read, in
 //! which the I/O thread has other connections to serve.
 
-use std::{sync::Arc, time::Duration};
+use std::{cell::Cell, sync::Arc, time::Duration};
 
 use axum::{body::Body, extract::Request, response::IntoResponse};
 use bytes::Bytes;
@@ -24,8 +24,9 @@ use crate::{
         shared_memory::Reach,
         urgency,
     },
+    backend::Signature,
     engine,
-    error::Error,
+    error::{Code, Error},
     metrics::Protocol,
     model::ModelVersion,
     tensor::Tensor,
@@ -54,10 +55,20 @@ pub(super) struct Question {
     pub(super) headers: HeaderMap,
     /// Whole and unpacked.
     pub(super) body: Bytes,
-    /// The version that was found for it.
-    pub(super) version: Arc<ModelVersion>,
     /// `limits.max_message_bytes`.
     pub(super) limit: usize,
+    /// The version that it is read for.
+    version: Arc<ModelVersion>,
+    /// Whether it takes its types from there.
+    untyped: Cell<bool>,
+}
+
+impl Question {
+    /// What the version takes, for what the request does not say itself.
+    pub(super) fn signature(&self) -> &Signature {
+        self.untyped.set(true);
+        &self.version.signature
+    }
 }
 
 /// `POST …/infer`, the Open Inference Protocol's own shape.
@@ -70,7 +81,7 @@ pub(super) async fn infer<B: Arriving>(
     let read = |question: &Question| {
         let length = body::number_header(&question.headers, &HEADER_LENGTH, "Inference-Header-Content-Length")?;
         let call = match length {
-            Some(0) => codec::decode_raw(&question.body, &question.version.signature),
+            Some(0) => codec::decode_raw(&question.body, question.signature()),
             length => codec::decode_json(&question.body, length),
         };
         Ok((call?, ()))
@@ -133,7 +144,8 @@ async fn try_exchange<A: Send + 'static, B: Arriving>(
     let aside = app.limits.max_inline_bytes;
     let is_long = body.len() > aside && (encoding != Encoding::Identity || json_length(&headers, &body) > aside);
     let reach = Reach::of(app, &headers, peer.as_ref());
-    let mut question = Question { headers, body, version: target.version.clone(), limit };
+    let mut question = Question { headers, body, limit, version: target.version.clone(), untyped: Cell::new(false) };
+    let undrawn = target.is_undrawn();
     let read = move |question: &Question| {
         let asked = read(question).and_then(|(mut call, asked)| {
             let places = reach.fetch(&mut call, limit)?;
@@ -147,6 +159,10 @@ async fn try_exchange<A: Send + 'static, B: Arriving>(
             question.body = body;
             read(&question)
         });
+        if !(undrawn && question.untyped.get()) {
+            // It is not read again; and what is long goes where it does not keep connections waiting.
+            question.body = Bytes::new();
+        }
         (asked, question, read)
     };
     let latest = after(record.started(), waits);
@@ -156,17 +172,23 @@ async fn try_exchange<A: Send + 'static, B: Arriving>(
         record.request_id.clone_from(&call.id);
     }
     record.draw(&mut target, &call);
-    if !Arc::ptr_eq(&target.version, &question.version)
-        && target.version.signature.inputs != question.version.signature.inputs
-    {
-        // Shapes without types have those of the version that answers.
-        question.version = target.version.clone();
-        let look = move || (read(&question), question);
-        let again;
-        (again, question) = if is_long { app.aside.run(latest, look).await? } else { look() };
-        // What only the first version can read, the one that was drawn refuses.
-        if let Ok(again) = again {
-            (call, places, asked) = again;
+    let mut refusal = None;
+    if question.untyped.get() {
+        target.shadow_if_read_like(&question.version.signature);
+        if !target.version.signature.is_read_like(&question.version.signature) {
+            question.version = target.version.clone();
+            let look = move || (read(&question), question);
+            let again;
+            (again, question) = if is_long { app.aside.run(latest, look).await? } else { look() };
+            let fits = |call: &InferCall| {
+                let version = &target.version;
+                version.signature.arrange(version.name.as_str(), call.inputs.clone())
+            };
+            match again.and_then(|again| fits(&again.0).map(|_| again)) {
+                Ok(again) => (call, places, asked) = again,
+                // It refuses what was read for the first version as well, and is to blame for that, as the other takes it.
+                Err(error) => refusal = Some(error),
+            }
         }
     }
     let headers = std::mem::take(&mut question.headers);
@@ -180,7 +202,11 @@ async fn try_exchange<A: Send + 'static, B: Arriving>(
     let outputs = app.engine.infer(&mut target, request).await;
     // It may have run on the successor of the version that was found first.
     record.aim(&target);
-    let outputs = classify(&target.version, &call.outputs, outputs?)?;
+    let outputs = outputs.map_err(|error| match refusal {
+        Some(refusal) if error.code == Code::InvalidArgument => refusal,
+        _ => error,
+    })?;
+    let outputs = classify(&target.version, &call.outputs, outputs)?;
     places.fill(&outputs).map_err(|error| error.of_model(target.version.name.as_str()))?;
 
     let spelled = |output: &&Tensor| encoding != Encoding::Identity || !call.wants_binary(&output.name);
