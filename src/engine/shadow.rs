@@ -131,7 +131,7 @@ impl Shadows {
         let thread = std::thread::Builder::new().name("shadow".to_owned()).spawn(move || {
             priority::step_back();
             // With the runtime end the copies that still wait.
-            runtime.block_on(stopped.run_until_cancelled(relay::relayed(worker.run())));
+            runtime.block_on(relay::relayed(stopped.run_until_cancelled(worker.run())));
         });
         Ok((Self { config, copies, busy }, ShadowThread { thread: thread.map_err(failed)?, stop }))
     }
@@ -220,12 +220,13 @@ impl ShadowCopy {
         priority::give_way();
         let start = Instant::now();
         let answer = ask(candidate, inputs, start + max_wait).await;
+        let took = start.elapsed();
         priority::give_way();
-        let count = |failure| candidate.metrics.request(*protocol, Way::Shadow, failure, start.elapsed());
+        let count = |failure| candidate.metrics.request(*protocol, Way::Shadow, failure, took);
         match answer {
             Ok(outputs) => {
                 count(None);
-                candidate.tally.answered(Way::Shadow, start.elapsed(), &outputs);
+                candidate.tally.answered(Way::Shadow, took, &outputs);
                 candidate.tally.compared(&self.live, &outputs);
             }
             Err(Refused::Draining(_)) => candidate.tally.shed(Shed::Late),
