@@ -226,9 +226,10 @@ impl Record {
 
     /// From here on the request counts for `target`.
     pub fn aim(&mut self, target: &Target) {
-        let known = self.version.as_ref().is_some_and(|version| Arc::ptr_eq(version, &target.version));
-        // Only a draw leads to the same version another way, and says whether it is sticky.
-        if known && self.drawn.sticky == target.sticky {
+        let drawn = &self.drawn;
+        let alike =
+            (drawn.way, drawn.sticky, drawn.variant.as_ref()) == (target.way, target.sticky, Some(&target.variant));
+        if alike && self.version.as_ref().is_some_and(|version| Arc::ptr_eq(version, &target.version)) {
             return;
         }
         self.version = Some(target.version.clone());

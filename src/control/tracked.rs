@@ -248,6 +248,9 @@ impl TrackedVersion {
                 (State::Ready, format!("its new files failed to load: {error}"))
             }
             (Some(_), Progress::Gone) => (State::Ready, "serves until its successor is ready".to_owned()),
+            (Some(_), Progress::Settling { failed: Some(failed), .. }) => {
+                (State::Ready, format!("its new files wait for another try: {failed}"))
+            }
             (Some((version, _)), _) => (State::Ready, note(version)),
             (None, Progress::Settling { failed: Some(failed), .. }) => {
                 (State::Settling, format!("waiting for another try: {failed}"))

@@ -20,7 +20,7 @@ use std::{
     time::Instant,
 };
 
-use http::HeaderMap;
+use http::{HeaderMap, HeaderName, HeaderValue};
 use prost::Message;
 use tokio::time::Sleep;
 use tokio_stream::Stream;
@@ -173,7 +173,7 @@ impl Answers {
             None => String::new(),
             Some(error) if self.errors_end_the_stream => {
                 self.give_up();
-                return Err(error.into());
+                return Err(with_metadata(error.into(), response));
             }
             Some(error) => {
                 response.id = id;
@@ -231,6 +231,18 @@ impl Answers {
             Some(Err(Error::new(Code::DeadlineExceeded, "the deadline of the stream passed").into()))
         })
     }
+}
+
+/// A status with what its answer would have said in parameters.
+fn with_metadata(mut status: Status, response: ModelInferResponse) -> Status {
+    for (name, parameter) in response.parameters {
+        if let Some(ParameterChoice::StringParam(text)) = parameter.parameter_choice
+            && let (Ok(name), Ok(text)) = (HeaderName::try_from(name), HeaderValue::try_from(text))
+        {
+            status.metadata_mut().as_mut().insert(name, text);
+        }
+    }
+    status
 }
 
 fn set(response: &mut ModelInferResponse, name: &str, value: ParameterChoice) {
