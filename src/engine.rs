@@ -13,6 +13,7 @@ pub mod shadow;
 use shadow::Shadows;
 
 use crate::{
+    backend::Signature,
     error::{Code, Error},
     id::ModelName,
     metrics::{Protocol, Way},
@@ -21,6 +22,7 @@ use crate::{
         catalog::{Catalog, CatalogReader, Deployment},
         schedule::Urgency,
     },
+    observe::copies::Shed,
     rollout::route::{Choice, Sticky, Variant},
     tensor::Tensor,
 };
@@ -159,33 +161,40 @@ impl Engine {
     ///
     /// # Errors
     /// `InvalidArgument` for inputs or outputs that do not fit the model, else what the queue or the run says.
-    pub async fn infer(&self, target: &mut Target, request: Request<'_>) -> Result<Vec<Tensor>, Error> {
-        let mut underway = Underway { target, started: request.started, over: false };
-        let answer = self.run(underway.target, request).await;
-        underway.over = true;
-        let Underway { target, started, .. } = &underway;
-        let tally = &target.version.tally;
-        match answer {
-            Ok((outputs, chosen)) => {
-                tally.answered(target.way, started.elapsed(), &outputs);
-                Ok(select(outputs, &chosen))
-            }
-            Err(Failed { error, blames_client }) => {
-                if !blames_client {
-                    tally.failed(target.way);
+    pub fn infer(
+        &self,
+        target: &mut Target,
+        mut request: Request<'_>,
+    ) -> impl Future<Output = Result<Vec<Tensor>, Error>> {
+        // Not an `async fn`, which keeps what it is given twice.
+        async move {
+            let mut underway = Underway { target, started: request.started, over: false };
+            let answer = self.run(underway.target, &mut request).await;
+            underway.over = true;
+            let Underway { target, started, .. } = &underway;
+            let tally = &target.version.tally;
+            match answer {
+                Ok((outputs, chosen)) => {
+                    tally.answered(target.way, started.elapsed(), &outputs);
+                    Ok(select(outputs, &chosen))
                 }
-                Err(error)
+                Err(Failed { error, blames_client }) => {
+                    if !blames_client {
+                        tally.failed(target.way);
+                    }
+                    Err(error)
+                }
             }
         }
     }
 
     /// All outputs of the version that ran, and the positions of those that are wanted.
-    async fn run(&self, target: &mut Target, request: Request<'_>) -> Result<(Vec<Tensor>, Vec<usize>), Failed> {
+    async fn run(&self, target: &mut Target, request: &mut Request<'_>) -> Result<(Vec<Tensor>, Vec<usize>), Failed> {
         if request.urgency.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
             let error = Error::new(Code::DeadlineExceeded, "the deadline had passed when the request arrived");
             return Err(Failed { error, blames_client: true });
         }
-        let mut inputs = request.inputs;
+        let mut inputs = std::mem::take(&mut request.inputs);
         // One more look at the catalog makes version changes lossless: a version stops taking requests only after
         // its successor was published.
         for _ in 0..2 {
@@ -240,6 +249,20 @@ fn named(version: Option<&str>) -> Option<&str> {
 }
 
 impl Target {
+    /// Whether the version is drawn by what the body says.
+    pub fn is_undrawn(&self) -> bool {
+        self.undrawn.is_some()
+    }
+
+    /// Makes no copy for a candidate that would read the request otherwise than `signature`, and counts that.
+    ///
+    /// It is for requests that have no types of their own: those that they have, they have from `signature`.
+    pub fn shadow_if_read_like(&mut self, signature: &Signature) {
+        if let Some(candidate) = self.shadow.take_if(|candidate| !candidate.signature.is_read_like(signature)) {
+            candidate.tally.shed(Shed::Untyped);
+        }
+    }
+
     /// To the variant that was asked for by name.
     fn force(&mut self, deployment: &Deployment, variant: &str) -> Result<(), Error> {
         let name = &self.version.name;

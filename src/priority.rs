@@ -1,7 +1,9 @@
 //! How threads share the processor: some take what others leave, some do not insist, some take it at once.
 
-#[cfg(target_os = "linux")]
-use std::time::Duration;
+use std::{
+    cell::Cell,
+    time::{Duration, Instant},
+};
 
 pub mod quota;
 pub mod usage;
@@ -24,6 +26,29 @@ pub fn step_back() {
         if refused == 0 {
             usage::leave_out_this_thread();
         }
+    }
+}
+
+/// How long ago the last offer of a thread must be for another one; so whoever has slept makes one at once.
+const SPELL: Duration = Duration::from_micros(30);
+
+/// Offers the calling thread's place to whoever waits for it, if its last offer is a while ago: for a thread of the idle
+/// class, between two pieces of work.
+///
+/// Whoever wakes up interrupts a thread of the idle class, but when both wake up at the same moment, as they do on a
+/// processor that slept, Linux may begin with the one that has had less of it lately. That is the idle one, and it goes
+/// on for as long as it has something to do, or to the next tick. `iris` on one core, asked by one client over REST with
+/// copies of all requests: of 5,400 times that the I/O thread woke up in 1.5 s, it found itself behind such a thread 102
+/// times, for 190 µs by the median; with offers 6 times in 5,000, for 60 µs. An offer after each copy did no better and
+/// took 4 µs for each, half as much again.
+///
+/// Whoever offers holds nothing that others wait for: as long as somebody takes it and goes on, its next turn is far.
+pub fn give_way() {
+    thread_local!(static OFFERED: Cell<Option<Instant>> = const { Cell::new(None) });
+    let now = Instant::now();
+    if OFFERED.get().is_none_or(|last| now.duration_since(last) >= SPELL) {
+        std::thread::yield_now();
+        OFFERED.set(Some(Instant::now()));
     }
 }
 

@@ -238,6 +238,8 @@ async fn a_stable_version_without_time_does_not_fail_its_successor() {
     let state = async |wanted: &str| version(&running, "m", "2").await["state"] == *wanted;
     eventually("version 2 is loaded", async || state("loading").await).await;
     eventually("its load waits for another try", async || state("settling").await).await;
+    let told = version(&running, "m", "2").await["reason"].as_str().unwrap_or_default().to_owned();
+    assert!(told.starts_with("waiting for another try: ") && told.contains("stable version '1'"), "{told}");
     std::fs::remove_file(&gate).unwrap();
     reason(&running, "m", "2", "ready").await;
     assert_eq!(kept_out(&running).await, Vec::<[String; 3]>::new());

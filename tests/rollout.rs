@@ -130,8 +130,8 @@ async fn a_good_version_takes_over_step_by_step() {
     assert_eq!(model["versions"][0]["state"], "ready", "version 1 stays warm for a rollback: {model}");
 }
 
-/// A candidate that is given up: its script, and what the reason says.
-async fn is_given_up(plan: &str, script: &str, because: &str) {
+/// A candidate that is given up: its script, and what the reason says. What was known of the rollout then.
+async fn is_given_up(plan: &str, script: &str, because: &str) -> Value {
     let place = Place::new(plan, "scale = 1.0");
     let running = Arc::new(start(&place.config).await);
     let load = Load::start(&running, |version, value| version == "2" || value == 1.0);
@@ -149,12 +149,15 @@ async fn is_given_up(plan: &str, script: &str, because: &str) {
     // It is not tried again, also after a restart, until its files change.
     Arc::into_inner(running).unwrap().stop().await;
     let running = start(&place.config).await;
-    tokio::time::sleep(Duration::from_millis(1500)).await;
+    // A look at the repository that finds another model has looked at this one.
+    place.repository.put("other", "1", "");
+    eventually("the repository was looked at", async || running.infer("other", &[1.0]).await.status == 200).await;
     assert_eq!(running.infer("m", &[1.0]).await.body["model_version"], "1");
     let status = rollout(&running).await;
     assert_eq!(status["phase"], "aborted", "{status}");
     place.repository.put("m", "2", "scale = 1.0\nsleep_ms = 0");
     eventually("the mended version is tried", async || rollout(&running).await["id"] == "m/r2").await;
+    status
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -165,6 +168,14 @@ async fn a_version_that_fails_requests_is_given_up() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_version_that_is_too_slow_is_given_up() {
     is_given_up(PLAN, "scale = 1.0\nsleep_ms = 150", "slow:").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_an_objective_the_stable_versions_own_latency_is_one() {
+    let plan = PLAN.replace("latency_objective = \"100ms\"", "");
+    let status = is_given_up(&plan, "scale = 1.0\nsleep_ms = 150", "slow:").await;
+    let objective = status["objective_seconds"].as_f64().unwrap();
+    assert!((0.001..0.15).contains(&objective), "{objective}: 1 ms at least");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -26,6 +26,9 @@ use crate::{
     swap,
 };
 
+/// What answers say of their version.
+const SAID: [&str; 4] = ["x-tidegate-version", "x-tidegate-variant", "x-tidegate-rollout", "x-tidegate-sticky"];
+
 async fn change(running: &Running, method: &str, path: &str, body: Value) -> Reply {
     let request = http::Request::builder().method(method).uri(format!("{}/admin/v1/models/m/{path}", running.ops));
     running.send(request.body(Full::from(Bytes::from(body.to_string()))).unwrap()).await.unwrap()
@@ -41,7 +44,7 @@ fn header<'a>(headers: &'a http::HeaderMap, name: &str) -> &'a str {
     headers.get(name).map_or("", |value| value.to_str().unwrap())
 }
 
-/// What a user gets: over REST, and the same over gRPC.
+/// What a user gets: over REST, and the same over gRPC, alone or on a stream.
 async fn version_for(running: &Running, user: &str) -> String {
     let reply = running.send(running.infer_request("m", &[1.0], &[("x-user-id", user)])).await.unwrap();
     assert_eq!((reply.status, header(&reply.headers, "x-tidegate-sticky")), (200, "true"));
@@ -49,11 +52,20 @@ async fn version_for(running: &Running, user: &str) -> String {
     request.metadata_mut().insert("x-user-id", user.parse().unwrap());
     let answer = running.grpc.clone().model_infer(request).await.unwrap();
     let metadata = answer.metadata().as_ref().clone();
-    for name in ["x-tidegate-version", "x-tidegate-variant", "x-tidegate-rollout", "x-tidegate-sticky"] {
+    for name in SAID {
         assert_eq!(header(&metadata, name), header(&reply.headers, name), "{user}: {name}");
+    }
+    let mut stream = tonic::Request::new(tokio_stream::once(infer_message("m", &[1.0])));
+    stream.metadata_mut().insert("x-user-id", user.parse().unwrap());
+    let mut answers = running.grpc.clone().model_stream_infer(stream).await.unwrap().into_inner();
+    let streamed = answers.message().await.unwrap().unwrap().infer_response.unwrap();
+    for name in SAID {
+        let said = streamed.parameters[name].parameter_choice.clone();
+        assert_eq!(said, Some(ParameterChoice::StringParam(header(&metadata, name).to_owned())), "{user}: {name}");
     }
     let version = header(&reply.headers, "x-tidegate-version").to_owned();
     assert_eq!(reply.body["model_version"], version.as_str());
+    assert_eq!(streamed.model_version, version);
     assert_eq!(answer.into_inner().model_version, version);
     let variant = if version == "2" { "canary" } else { "stable" };
     assert_eq!(header(&reply.headers, "x-tidegate-variant"), variant);

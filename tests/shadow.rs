@@ -2,6 +2,7 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
+use serde_json::json;
 use tidegate::{
     config::Config,
     model::ModelVersion,
@@ -155,6 +156,11 @@ async fn inputs_that_do_not_fit_the_candidate_are_failures_of_its_own() {
     assert_eq!(model.ask(1.0).await, 1.0);
     let found = model.comparison(2).await;
     assert_eq!((found.agreement.compared, found.agreement.failed), (0, 2));
+    // Without names and types of its own, a request has those of the version that answers it.
+    let reply = model.running.post("/v1/models/m:predict", json!({ "instances": [1.0] }), &[]).await;
+    assert_eq!((reply.status, &reply.body["predictions"]), (200, &json!([1.0])));
+    let found = model.comparison(3).await;
+    assert_eq!((found.agreement.failed, found.missing), (2, Missing { untyped: 1, ..Missing::default() }));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -125,7 +125,7 @@ async fn a_failure_stands_in_its_place_and_the_stream_goes_on() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_first_failure_ends_the_stream_of_whoever_asks_for_that() {
-    let repository = Repository::with("m", "");
+    let repository = Repository::with("m", "refuse = 9.0");
     let running = start(&config(&repository)).await;
     for value in ["true", "false"] {
         let mut call = Call::open_with(&running, |request| {
@@ -146,6 +146,14 @@ async fn the_first_failure_ends_the_stream_of_whoever_asks_for_that() {
             call.expect(3).await;
         }
     }
+    let mut call = Call::open_with(&running, |request| {
+        request.metadata_mut().insert("triton_grpc_error", "true".parse().unwrap());
+    })
+    .await;
+    call.ask("m", 9);
+    let status = call.next().await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+    assert_eq!(status.metadata().get("x-tidegate-version").unwrap(), "1", "who refused it");
     running.stop().await;
 }
 

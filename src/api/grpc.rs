@@ -86,22 +86,31 @@ impl Service {
     }
 
     /// Runs a call on `target`, or on its successor.
-    async fn run(
+    fn run(
         &self,
         mut target: Target,
-        call: InferCall,
+        mut call: InferCall,
         latest: Option<Instant>,
         record: &mut Record,
-    ) -> Result<Answered, Error> {
-        let urgency = urgency(record, &call, latest);
-        let names: Vec<Arc<str>> = call.outputs.iter().map(|output| output.name.clone()).collect();
-        let (started, protocol) = (record.started(), record.protocol());
-        let request = engine::Request { inputs: call.inputs, outputs: &names, urgency, started, protocol };
-        let outputs = self.app.engine.infer(&mut target, request).await;
-        // It may have run on the successor of the version that was found first.
-        record.aim(&target);
-        let outputs = classify(&target.version, &call.outputs, outputs?)?;
-        Ok(Answered { version: target.version, id: call.id, wanted: call.outputs, outputs })
+    ) -> impl Future<Output = Result<Answered, Error>> {
+        // Not an `async fn`, which keeps what it is given twice.
+        async move {
+            let urgency = urgency(record, &call, latest);
+            let names: Vec<Arc<str>> = call.outputs.iter().map(|output| output.name.clone()).collect();
+            let (started, protocol) = (record.started(), record.protocol());
+            let request = engine::Request {
+                inputs: std::mem::take(&mut call.inputs),
+                outputs: &names,
+                urgency,
+                started,
+                protocol,
+            };
+            let outputs = self.app.engine.infer(&mut target, request).await;
+            // It may have run on the successor of the version that was found first.
+            record.aim(&target);
+            let outputs = classify(&target.version, &call.outputs, outputs?)?;
+            Ok(Answered { version: target.version, id: call.id, wanted: call.outputs, outputs })
+        }
     }
 }
 

@@ -226,9 +226,13 @@ impl Record {
 
     /// From here on the request counts for `target`.
     pub fn aim(&mut self, target: &Target) {
-        if !self.version.as_ref().is_some_and(|version| Arc::ptr_eq(version, &target.version)) {
-            self.version = Some(target.version.clone());
+        let drawn = &self.drawn;
+        let alike =
+            (drawn.way, drawn.sticky, drawn.variant.as_ref()) == (target.way, target.sticky, Some(&target.variant));
+        if alike && self.version.as_ref().is_some_and(|version| Arc::ptr_eq(version, &target.version)) {
+            return;
         }
+        self.version = Some(target.version.clone());
         self.drawn = Drawn {
             way: target.way,
             variant: Some(target.variant.clone()),
@@ -239,21 +243,29 @@ impl Record {
 
     /// Says in an answer's headers which version it is from, once one was chosen.
     pub fn mark(&self, headers: &mut HeaderMap) {
+        self.tell(|name, text| {
+            // Those that come with nearly every answer are not copied.
+            let usual = ["stable", "canary", "true", "false"].into_iter().find(|usual| *usual == text);
+            // Versions, variants and models have no letter that a header could not have.
+            if let Some(value) = usual.map(HeaderValue::from_static).or_else(|| HeaderValue::from_str(text).ok()) {
+                headers.insert(name, value);
+            }
+        });
+    }
+
+    /// Tells which version an answer is from, once one was chosen, under the names that headers have.
+    pub fn tell(&self, mut tell: impl FnMut(&'static HeaderName, &str)) {
         let (Some(version), Drawn { variant: Some(variant), rollout, sticky, .. }) = (&self.version, &self.drawn)
         else {
             return;
         };
-        let mut say = |name: &HeaderName, value: &str| {
-            // Versions, variants and models have no letter that a header could not have.
-            headers.extend(HeaderValue::from_str(value).ok().map(|value| (name.clone(), value)));
-        };
-        say(&VERSION, version.version.as_str());
-        say(&VARIANT, variant.as_str());
+        tell(&VERSION, version.version.as_str());
+        tell(&VARIANT, variant.as_str());
         if let Some(rollout) = rollout {
-            say(&ROLLOUT, rollout);
+            tell(&ROLLOUT, rollout);
         }
         if let Some(sticky) = sticky {
-            say(&STICKY, if *sticky { "true" } else { "false" });
+            tell(&STICKY, if *sticky { "true" } else { "false" });
         }
     }
 

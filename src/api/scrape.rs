@@ -10,7 +10,7 @@ use crate::{
         ModelVersion,
         catalog::{Catalog, Deployment},
     },
-    observe::copies::{Comparison, OutputComparison},
+    observe::copies::{Comparison, Missing, OutputComparison},
     rollout::{self, Phase, Rollout, judge::Finding},
 };
 
@@ -69,7 +69,8 @@ fn show_copies(version: &ModelVersion, page: &mut Page) {
         mean_difference: numbers(output, output.mean_abs),
         cosine: output.mean_cosine,
     });
-    let missing = [("full", found.missing.full), ("busy", found.missing.busy), ("late", found.missing.late)];
+    let Missing { full, busy, late, untyped } = found.missing;
+    let missing = [("full", full), ("busy", busy), ("late", late), ("untyped", untyped)];
     page.copies(&CopiesCompared {
         model: version.name.as_str(),
         version: version.version.as_str(),

@@ -64,6 +64,14 @@ impl TensorSpec {
 }
 
 impl Signature {
+    /// Whether what names no types of its own, or no inputs, is the same tensors for both.
+    pub fn is_read_like(&self, other: &Self) -> bool {
+        let alike = |(one, other): (&TensorSpec, &TensorSpec)| {
+            (&one.name, one.dtype, one.shape.len()) == (&other.name, other.dtype, other.shape.len())
+        };
+        self.inputs.len() == other.inputs.len() && self.inputs.iter().zip(&other.inputs).all(alike)
+    }
+
     /// Puts `inputs` into the order of the signature, optional ones left out, and checks names, types and shapes.
     ///
     /// # Errors

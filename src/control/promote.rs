@@ -36,6 +36,8 @@ const ABSENCE: Duration = Duration::from_secs(3);
 const KNOWN: u64 = 100;
 /// The share of the stable version's answers that the objective lets pass.
 const OBJECTIVE: f64 = 0.95;
+/// Where that is less, answers come as late as the machine has other things to do, and not as the version computes.
+const LEAST_OBJECTIVE: Duration = Duration::from_millis(1);
 
 /// Now, as rollouts count time.
 pub(super) fn now() -> Moment {
@@ -258,7 +260,7 @@ impl Rollouts {
             _ => return None,
         };
         if rollout.objective.is_none() {
-            rollout.objective = stable.and_then(usual_latency);
+            rollout.objective = stable.and_then(|stable| usual_latency(&stable.tally.window(Way::Stable)));
         }
         let now = Instant::now();
         let look = managed.look.take_if(|look| look.since == rollout.since);
@@ -313,11 +315,10 @@ impl Mark {
 }
 
 /// What most of a version's answers take at most, once enough of them are known.
-fn usual_latency(version: &Arc<ModelVersion>) -> Option<Duration> {
-    let latency = version.tally.window(Way::Stable).latency;
-    let known = latency.total() >= KNOWN;
-    let seconds = latency.quantile(OBJECTIVE).filter(|_| known)?;
-    Some(Duration::from_secs_f64(seconds))
+fn usual_latency(window: &Window) -> Option<Duration> {
+    let known = window.latency.total() >= KNOWN;
+    let seconds = window.latency.quantile(OBJECTIVE).filter(|_| known)?;
+    Some(Duration::from_secs_f64(seconds).max(LEAST_OBJECTIVE))
 }
 
 /// How often the judge looks in the rollout's phase.
@@ -328,4 +329,23 @@ fn interval(rollout: &Rollout) -> Duration {
         _ => Some(rollout.plan.watch),
     };
     (shortest.unwrap_or(LOOK) / LOOKS).clamp(SHORTEST_LOOK, LOOK)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{backend::Signature, observe::Tally};
+
+    #[test]
+    fn what_is_usual_is_known_from_enough_answers_and_no_less_than_a_millisecond() {
+        let usual = |count: u64, took: Duration| {
+            let tally = Tally::new(&Signature::default());
+            (0..count).for_each(|_| tally.answered(Way::Stable, took, &[]));
+            usual_latency(&tally.window(Way::Stable))
+        };
+        assert_eq!(usual(KNOWN - 1, Duration::from_millis(20)), None);
+        assert_eq!(usual(KNOWN, Duration::from_micros(50)), Some(LEAST_OBJECTIVE));
+        let found = usual(KNOWN, Duration::from_millis(20)).unwrap();
+        assert!((Duration::from_millis(18)..Duration::from_millis(25)).contains(&found), "{found:?}");
+    }
 }

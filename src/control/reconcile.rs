@@ -237,7 +237,7 @@ impl Reconciler {
                 tracked.progress = if serves {
                     Progress::Done { fingerprint }
                 } else {
-                    Progress::Settling { fingerprint, since: Instant::now() }
+                    Progress::Settling { fingerprint, since: Instant::now(), failed: None }
                 };
             }
             let Progress::Settling { since, .. } = &tracked.progress else { continue };
@@ -384,7 +384,7 @@ impl Reconciler {
             && after != fingerprint
         {
             tracing::info!(model = %name, %version, "its files changed while they were read; loading again");
-            tracked.progress = Progress::Settling { fingerprint: after, since: Instant::now() };
+            tracked.progress = Progress::Settling { fingerprint: after, since: Instant::now(), failed: None };
             // Without watching, the first look is all there is; it shall know of the files as they are now.
             self.specs.remove(&name);
             let first_look = self.first_scan.as_mut().and_then(|scan| scan.get_mut(&name));
@@ -406,7 +406,8 @@ impl Reconciler {
             }
             Err(error) if let Some(pause) = error.retry_after => {
                 tracing::warn!(model = %name, %version, %error, "loading failed for now");
-                tracked.progress = Progress::Settling { fingerprint, since: Instant::now() + pause };
+                let failed = Some(error.message);
+                tracked.progress = Progress::Settling { fingerprint, since: Instant::now() + pause, failed };
             }
             Err(error) => {
                 tracing::error!(model = %name, %version, %error, "loading failed");

@@ -59,6 +59,8 @@ pub(super) enum Progress {
     Settling {
         fingerprint: Fingerprint,
         since: Instant,
+        /// Why it did not load so far; then these files are tried again.
+        failed: Option<String>,
     },
     Loading {
         fingerprint: Fingerprint,
@@ -247,7 +249,13 @@ impl TrackedVersion {
                 (State::Ready, format!("its new files failed to load: {error}"))
             }
             (Some(_), Progress::Gone) => (State::Ready, "serves until its successor is ready".to_owned()),
+            (Some(_), Progress::Settling { failed: Some(failed), .. }) => {
+                (State::Ready, format!("its new files wait for another try: {failed}"))
+            }
             (Some((version, _)), _) => (State::Ready, note(version)),
+            (None, Progress::Settling { failed: Some(failed), .. }) => {
+                (State::Settling, format!("waiting for another try: {failed}"))
+            }
             (None, Progress::Settling { .. }) => (State::Settling, "waiting for its files to be complete".to_owned()),
             (None, Progress::Loading { .. }) => (State::Loading, String::new()),
             (None, Progress::Failed { error, .. }) => (State::Failed, error.message.clone()),

@@ -30,7 +30,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     error::{Code, Error},
     metrics::{Protocol, Way},
-    model::{ModelVersion, Refused, batcher::Client, schedule::Urgency},
+    model::{ModelVersion, Refused, batcher::Client, relay, schedule::Urgency},
     observe::copies::Shed,
     priority::{
         self, quota,
@@ -122,7 +122,7 @@ impl Shadows {
     pub fn start(config: &ShadowConfig) -> Result<(Self, ShadowThread), Error> {
         let failed = |error: std::io::Error| Error::internal(format!("cannot start thread shadow: {error}"));
         // With I/O, though there is none: such a runtime is woken by a write to the kernel and not through a lock.
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+        let runtime = relay::gathering_runtime().build().map_err(failed)?;
         let (copies, left) = unbounded_channel();
         let (stop, busy) = (CancellationToken::new(), Arc::new(AtomicBool::new(false)));
         let config = Arc::new(config.clone());
@@ -131,7 +131,7 @@ impl Shadows {
         let thread = std::thread::Builder::new().name("shadow".to_owned()).spawn(move || {
             priority::step_back();
             // With the runtime end the copies that still wait.
-            runtime.block_on(stopped.run_until_cancelled(worker.run()));
+            runtime.block_on(relay::relayed(stopped.run_until_cancelled(worker.run())));
         });
         Ok((Self { config, copies, busy }, ShadowThread { thread: thread.map_err(failed)?, stop }))
     }
@@ -217,13 +217,16 @@ impl ShadowCopy {
     async fn run(mut self, max_wait: Duration) {
         let inputs = std::mem::take(&mut self.inputs);
         let Self { candidate, protocol, .. } = &self;
+        priority::give_way();
         let start = Instant::now();
         let answer = ask(candidate, inputs, start + max_wait).await;
-        let count = |failure| candidate.metrics.request(*protocol, Way::Shadow, failure, start.elapsed());
+        let took = start.elapsed();
+        priority::give_way();
+        let count = |failure| candidate.metrics.request(*protocol, Way::Shadow, failure, took);
         match answer {
             Ok(outputs) => {
                 count(None);
-                candidate.tally.answered(Way::Shadow, start.elapsed(), &outputs);
+                candidate.tally.answered(Way::Shadow, took, &outputs);
                 candidate.tally.compared(&self.live, &outputs);
             }
             Err(Refused::Draining(_)) => candidate.tally.shed(Shed::Late),
@@ -270,6 +273,7 @@ impl Worker {
             if ended {
                 return;
             }
+            priority::give_way();
             let busy = self.load.is_high(Instant::now(), usage::used);
             self.busy.store(busy, Ordering::Relaxed);
             for copy in handful.drain(..) {

@@ -322,7 +322,8 @@ pub const FAMILIES: [Family; 35] = [
         of: Of::Version,
         kind: Kind::Counter,
         labels: "reason",
-        help: "Copies without an answer: full (as many waited as may), busy (the processor was), or late",
+        help: "Copies without an answer: full (as many waited as may), busy (the processor was), late, or untyped (the \
+               request had the types of the live version, and the candidate takes others)",
     },
     Family {
         name: SHADOW_MAX_DIFFERENCE,

@@ -97,8 +97,7 @@ impl Crew {
                 } else {
                     priority::be_patient();
                 }
-                // What runs take in the idle class depends on all others, and is not to be expected of them later.
-                let session = executor::run(&queue, shift, !background);
+                let session = executor::run(&queue, shift, background);
                 if session.is_some() {
                     // Giving a large session's memory back takes milliseconds that requests of other models need.
                     priority::step_back();

@@ -61,8 +61,16 @@ pub fn runtime() -> Builder {
     builder
 }
 
-/// Does `work` on the calling thread, whose requests go through a relay of its own meanwhile; for what a [`runtime`]
-/// blocks on.
+/// The runtime of a thread that gathers requests like an I/O thread, but has executors run every one of them; to be built.
+/// So whatever becomes of a run, the thread goes on.
+pub fn gathering_runtime() -> Builder {
+    let mut builder = Builder::new_current_thread();
+    builder.enable_all().on_thread_park(tell);
+    builder
+}
+
+/// Does `work` on the calling thread, whose requests go through a relay of its own meanwhile; for what a
+/// [`runtime`] or a [`gathering_runtime`] blocks on.
 pub async fn relayed<F: Future>(work: F) -> F::Output {
     let relay = Arc::new(Relay::default());
     HERE.set(Some(Here { relay: relay.clone(), untold: Untold::new(), requests: 0 }));

@@ -24,6 +24,8 @@ pub enum Shed {
     Busy,
     /// The answer did not come in time, or the version was unloaded before it came.
     Late,
+    /// The request has the types of the version that answered it, and this one takes others.
+    Untyped,
 }
 
 /// Copies without an answer, by reason.
@@ -32,6 +34,13 @@ pub struct Missing {
     pub full: u64,
     pub busy: u64,
     pub late: u64,
+    pub untyped: u64,
+}
+
+impl Missing {
+    pub fn all(&self) -> u64 {
+        self.full + self.busy + self.late + self.untyped
+    }
 }
 
 /// How a version's answers to copies compare with the live ones, since it was loaded.
@@ -69,7 +78,7 @@ pub struct OutputComparison {
 #[derive(Default)]
 pub(super) struct Copies {
     /// Those that are shed are counted by I/O threads, which nobody may hold up.
-    shed: [AtomicU64; 3],
+    shed: [AtomicU64; 4],
     /// What waits for an answer.
     waiting: AtomicUsize,
     bytes: AtomicUsize,
@@ -155,7 +164,7 @@ impl Tally {
         let missing = self.missing();
         let answered = self.copies.answered.lock();
         let Answered { compared, disagreed, failed, .. } = *answered;
-        Agreement { compared, disagreed, failed, missing: missing.full + missing.busy + missing.late }
+        Agreement { compared, disagreed, failed, missing: missing.all() }
     }
 
     /// Everything there is to say of copies.
@@ -168,7 +177,12 @@ impl Tally {
 
     fn missing(&self) -> Missing {
         let count = |reason: Shed| self.copies.shed[reason as usize].load(Ordering::Relaxed);
-        Missing { full: count(Shed::Full), busy: count(Shed::Busy), late: count(Shed::Late) }
+        Missing {
+            full: count(Shed::Full),
+            busy: count(Shed::Busy),
+            late: count(Shed::Late),
+            untyped: count(Shed::Untyped),
+        }
     }
 }
 
@@ -247,11 +261,12 @@ mod tests {
         tally.compared(&[scores(0), value(1.0)], &[scores(2), value(f32::NAN)]);
         tally.compared(&[scores(0), value(1.0)], &[value(1.0)]);
         tally.copy_failed();
-        [Shed::Full, Shed::Busy, Shed::Busy, Shed::Late].into_iter().for_each(|reason| tally.shed(reason));
+        let sheds = [Shed::Full, Shed::Busy, Shed::Busy, Shed::Late, Shed::Untyped];
+        sheds.into_iter().for_each(|reason| tally.shed(reason));
         let found = tally.comparison();
-        let agreement = Agreement { compared: 4, disagreed: 3, failed: 1, missing: 4 };
+        let agreement = Agreement { compared: 4, disagreed: 3, failed: 1, missing: 5 };
         assert_eq!((found.agreement, tally.agreement()), (agreement, agreement));
-        assert_eq!(found.missing, Missing { full: 1, busy: 2, late: 1 });
+        assert_eq!(found.missing, Missing { full: 1, busy: 2, late: 1, untyped: 1 });
         assert_eq!(found.unlike.as_deref(), Some("output 'scores' is missing"));
         let [scores, value] = &found.outputs[..] else { panic!("{found:?}") };
         assert_eq!((&*scores.output, &*value.output), ("scores", "value"));

@@ -317,11 +317,14 @@ fn distribution(stable: Option<&Answers>, candidate: &Answers, margin: f64) -> V
         Some(found) => {
             let finding = if found.certain() > margin { Finding::Worse } else { Finding::Good };
             let Divergence { bits, by_chance } = found;
-            let reason = format!(
-                "{metric}: {bits:.3} bits from the stable version's, of which {by_chance:.3} may be chance; \
-                 {margin:.3} may be"
-            );
-            (finding, reason)
+            let reason = if stable.is_some_and(|stable| !alike(&stable.kind, &candidate.kind)) {
+                "one version answers with labels and the other with values".to_owned()
+            } else {
+                format!(
+                    "{bits:.3} bits from the stable version's, of which {by_chance:.3} may be chance; {margin:.3} may be"
+                )
+            };
+            (finding, format!("{metric}: {reason}"))
         }
     };
     let candidate = divergence.map(|divergence| divergence.bits);
@@ -340,8 +343,19 @@ fn divergence(stable: &Kind, candidate: &Kind) -> Option<Divergence> {
             let side = |index: usize| both.iter().map(|counts| counts[index]).collect::<Vec<u64>>();
             Divergence::between(&side(0), &side(1))
         }
-        // One gives labels where the other gives values.
-        _ => Some(Divergence { bits: 1.0, by_chance: 0.0 }),
+        // Nothing that one of them answers is anything that the other does.
+        _ => (answers(stable) > 0 && answers(candidate) > 0).then_some(Divergence { bits: 1.0, by_chance: 0.0 }),
+    }
+}
+
+fn alike(stable: &Kind, candidate: &Kind) -> bool {
+    std::mem::discriminant(stable) == std::mem::discriminant(candidate)
+}
+
+fn answers(kind: &Kind) -> u64 {
+    match kind {
+        Kind::Values(values) => values.total(),
+        Kind::Labels { counts, other } => counts.values().sum::<u64>() + other,
     }
 }
 
@@ -419,6 +433,12 @@ mod tests {
         let answered = |answers| Window { answers, ..window(1_000, 0) };
         assert_eq!(finding(answered(values(1.05)), answered(values(1.2))), Finding::Good);
         assert_eq!(finding(answered(values(1.05)), answered(values(2.0))), Finding::Worse);
+        // Labels in place of values are worse, once there are some.
+        let labelled = |count: u64| {
+            vec![Answers { output: "y".into(), kind: Kind::Labels { counts: [("0".into(), count)].into(), other: 0 } }]
+        };
+        assert_eq!(finding(answered(values(1.05)), answered(labelled(0))), Finding::Inconclusive);
+        assert_eq!(finding(answered(values(1.05)), answered(labelled(1))), Finding::Worse);
     }
 
     #[test]

@@ -69,7 +69,8 @@ pub struct Settings {
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub rollback_window: Duration,
-    /// What answers should take at most. Default: the stable version's p95 when the rollout starts.
+    /// What answers should take at most. Default: the stable version's p95 when the rollout starts, and 1 ms at least,
+    /// as below that the machine decides.
     #[serde(with = "humantime_serde::option", skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub latency_objective: Option<Duration>,

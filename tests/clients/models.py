@@ -121,13 +121,13 @@ def identity(datatype, shape=("rows", "columns")):
     )
 
 
-def plus(number):
+def plus(number, datatype="FP32", width=1):
     """x → y = x + number: tells which version answered."""
     return model(
         [helper.make_node("Add", ["x", "number"], ["y"])],
-        [value("x", "FP32", ["rows", 1])],
-        [value("y", "FP32", ["rows", 1])],
-        {"number": np.float32(number)},
+        [value("x", datatype, ["rows", width])],
+        [value("y", datatype, ["rows", width])],
+        {"number": helper.tensor_dtype_to_np_dtype(ELEMENT_TYPES[datatype]).type(number)},
     )
 
 

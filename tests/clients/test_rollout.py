@@ -7,10 +7,11 @@ import threading
 from contextlib import suppress
 
 import numpy as np
+import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 
-from models import plus
+from models import flat, plus
 from server import eventually, run
 from wire import call
 
@@ -162,3 +163,52 @@ def ask_until(server, stop):
     while not stop.is_set():
         with suppress(OSError):
             call(server.rest, "POST", "/v2/models/plus/infer", body.encode())
+
+
+def one_number(server, shape):
+    """Asks with a shape that has no types."""
+    path, key = {"V1": ("/v1/models/plus:predict", "instances"), "MLflow": ("/models/plus/invocations", "inputs")}[shape]
+    body = json.dumps({key: [[0.1]]}).encode()
+    return call(server.rest, "POST", path, body, {"content-type": "application/json"})
+
+
+def states(server):
+    return [version["state"] for version in call(server.ops, "GET", "/admin/v1/models/plus").json()["versions"]]
+
+
+def test_shapes_without_types_have_those_of_the_version_that_answers(repository, serve):
+    """Requests that are drawn once they are read, by a number of the server's own."""
+    repository.add("plus", plus(1), settings='[rollout]\non_new_version = "hold"\n')
+    server = serve(repository.path)
+    repository.add("plus", plus(2, "FP64"), version="2")
+    eventually(lambda: states(server) == ["ready", "ready"])
+    split = {"stable": "1", "canary": {"version": "2", "percent": 50}}
+    assert call(server.ops, "PUT", "/admin/v1/models/plus/route", json.dumps(split).encode()).status == 200
+    answers = set()
+    for shape in ["V1", "MLflow"] * 20:
+        reply = one_number(server, shape)
+        assert reply.status == 200, reply.body
+        answers.add((shape, reply.headers["x-tidegate-version"], reply.json()["predictions"][0][0]))
+    assert answers == {(shape, *answer) for shape in ["V1", "MLflow"] for answer in [("1", 1.1), ("2", 2.1)]}
+
+
+@pytest.mark.parametrize("datatype, because", [("FP64", "shape"), ("INT64", "integer")])
+def test_what_only_the_stable_version_would_take_is_the_candidates_fault(repository, serve, datatype, because):
+    repository.add("plus", plus(1), settings='[rollout]\non_new_version = "hold"\n')
+    server = serve(repository.path)
+    repository.add("plus", plus(2, datatype, width=2), version="2")
+    eventually(lambda: states(server) == ["ready", "ready"])
+    tell(server, "start", "plus", "--to", "2", "--steps", "50,100", "--every", "2s")
+    refusals = set()
+
+    def is_given_up():
+        reply = one_number(server, "V1")
+        assert (reply.status, reply.headers["x-tidegate-version"]) in [(200, "1"), (400, "2")], reply.body
+        if reply.status == 400:
+            refusals.add(reply.json()["error"])
+        return status(server)["phase"] == "aborted"
+
+    eventually(is_given_up)
+    assert "requests failed" in status(server)["history"][-1]["reason"]
+    assert len(refusals) == 1, refusals
+    assert because in refusals.pop()

@@ -101,6 +101,14 @@ def test_every_answer_is_the_final_one(server, asked):
         assert parameters[FINAL].bool_param is True
 
 
+def test_answers_say_which_version_they_are_from(server):
+    with Stream(server) as stream:
+        stream.ask("plus", 1)
+        parameters = stream.expect(1).get_response().parameters
+        told = {name: parameters[name].string_param for name in parameters if name.startswith("x-tidegate-")}
+        assert told == {"x-tidegate-version": "1", "x-tidegate-variant": "stable"}
+
+
 def test_answers_keep_the_order_and_requests_do_not_wait(server):
     before = sent_and_done(server)
     with Stream(server) as stream:

@@ -58,57 +58,61 @@ impl Call {
     }
 
     /// Answers the call; `router` knows the long way.
-    pub(in crate::api) async fn answer(
+    pub(in crate::api) fn answer(
         self,
         request: Request<Incoming>,
         app: Arc<App>,
         router: Router,
         peer: Peer,
-    ) -> Result<Response<Payload>, Infallible> {
+    ) -> impl Future<Output = Result<Response<Payload>, Infallible>> + Send {
         let (parts, body) = request.into_parts();
-        let client = app.clients.of(&parts.headers, Some(&peer));
-        let mut record = Record::start(&app, Protocol::Grpc, &parts.headers, client);
-        let latest = after(record.started(), self.timeout);
-        let gathering = gather(Paced::new(body, app.limits.body_timeout), app.limits.max_message_bytes);
-        let gathered = match latest {
-            None => gathering.await.map_err(edge::broken),
-            // In a box, or every call's future would have room for two.
-            Some(latest) => match tokio::time::timeout_at((latest + EDGE_GRACE).into(), Box::pin(gathering)).await {
-                Ok(gathered) => gathered.map_err(edge::broken),
-                Err(_) => Err(edge::too_late()),
-            },
-        };
-        let service = Service { app };
-        let caller = Caller { headers: &parts.headers, peer: Some(&peer) };
-        let answer = match gathered {
-            Ok(Gathered::Message(message)) => match read(&service.app, &message, caller, &mut record) {
-                Ok(Some((target, call))) => {
-                    drop((parts, router, message));
-                    service.run(target, call, latest, &mut record).await.and_then(|answered| answered.write())
+        async move {
+            let client = app.clients.of(&parts.headers, Some(&peer));
+            let mut record = Record::start(&app, Protocol::Grpc, &parts.headers, client);
+            let latest = after(record.started(), self.timeout);
+            let gathering = gather(Paced::new(body, app.limits.body_timeout), app.limits.max_message_bytes);
+            let gathered = match latest {
+                None => gathering.await.map_err(edge::broken),
+                // In a box, or every call's future would have room for two.
+                Some(latest) => {
+                    match tokio::time::timeout_at((latest + EDGE_GRACE).into(), Box::pin(gathering)).await {
+                        Ok(gathered) => gathered.map_err(edge::broken),
+                        Err(_) => Err(edge::too_late()),
+                    }
                 }
-                // The compiler's types read it, or say what is wrong with it.
-                Ok(None) => {
-                    let reach = Reach::of(&service.app, &parts.headers, Some(&peer));
-                    Box::pin(in_full(&service, message, latest, caller, &reach, &mut record)).await
-                }
+            };
+            let service = Service { app };
+            let caller = Caller { headers: &parts.headers, peer: Some(&peer) };
+            let answer = match gathered {
+                Ok(Gathered::Message(message)) => match read(&service.app, &message, caller, &mut record) {
+                    Ok(Some((target, call))) => {
+                        drop((parts, router, message));
+                        service.run(target, call, latest, &mut record).await.and_then(|answered| answered.write())
+                    }
+                    // The compiler's types read it, or say what is wrong with it.
+                    Ok(None) => {
+                        let reach = Reach::of(&service.app, &parts.headers, Some(&peer));
+                        Box::pin(in_full(&service, message, latest, caller, &reach, &mut record)).await
+                    }
+                    Err(error) => Err(error),
+                },
+                Ok(Gathered::Other(body)) => return Box::pin(reroute(router, parts, body, record, peer)).await,
                 Err(error) => Err(error),
-            },
-            Ok(Gathered::Other(body)) => return Box::pin(reroute(router, parts, body, record, peer)).await,
-            Err(error) => Err(error),
-        };
-        let failure = answer.as_ref().err().map(|error| error.code);
-        let mut response = match answer {
-            Ok(pieces) => {
-                let mut response = Response::new(Payload::from(pieces));
-                let headers = response.headers_mut();
-                headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-                response
-            }
-            Err(error) => Status::from(error).into_http(),
-        };
-        record.mark(response.headers_mut());
-        record.finish(failure);
-        Ok(response)
+            };
+            let failure = answer.as_ref().err().map(|error| error.code);
+            let mut response = match answer {
+                Ok(pieces) => {
+                    let mut response = Response::new(Payload::from(pieces));
+                    let headers = response.headers_mut();
+                    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+                    response
+                }
+                Err(error) => Status::from(error).into_http(),
+            };
+            record.mark(response.headers_mut());
+            record.finish(failure);
+            Ok(response)
+        }
     }
 }
 

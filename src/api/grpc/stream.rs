@@ -20,7 +20,7 @@ use std::{
     time::Instant,
 };
 
-use http::HeaderMap;
+use http::{HeaderMap, HeaderName, HeaderValue};
 use prost::Message;
 use tokio::time::Sleep;
 use tokio_stream::Stream;
@@ -80,7 +80,8 @@ pub(super) struct Answers {
 /// A request on its way.
 struct Running {
     id: String,
-    answer: AbortOnDropHandle<(Result<ModelInferResponse, Error>, Held)>,
+    /// What went wrong, and the answer in its place.
+    answer: AbortOnDropHandle<(Option<Error>, ModelInferResponse, Held)>,
 }
 
 impl Answers {
@@ -138,10 +139,15 @@ impl Answers {
         let (headers, peer) = (self.headers.clone(), self.peer);
         let answer = AbortOnDropHandle::new(tokio::spawn(async move {
             let caller = Caller { headers: &headers, peer: peer.as_ref() };
-            let answer = service.infer(message, latest, caller, &reach, &mut record).await;
-            held.change(answer.as_ref().map_or(0, Message::encoded_len));
-            record.finish(answer.as_ref().err().map(|error| error.code));
-            (answer, held)
+            let (failure, mut response) = match service.infer(message, latest, caller, &reach, &mut record).await {
+                Ok(response) => (None, response),
+                Err(error) => (Some(error), ModelInferResponse::default()),
+            };
+            // One call's metadata cannot tell them for all answers.
+            record.tell(|name, text| set(&mut response, name.as_str(), ParameterChoice::StringParam(text.to_owned())));
+            held.change(response.encoded_len());
+            record.finish(failure.as_ref().map(|error| error.code));
+            (failure, response, held)
         }));
         self.running.push_back(Running { id, answer });
     }
@@ -160,18 +166,21 @@ impl Answers {
     fn answer(
         &mut self,
         id: String,
-        answer: Result<ModelInferResponse, Error>,
+        failure: Option<Error>,
+        mut response: ModelInferResponse,
     ) -> Result<ModelStreamInferResponse, Status> {
-        let (error_message, mut response) = match answer {
-            Ok(response) => (String::new(), response),
-            Err(error) if self.errors_end_the_stream => {
+        let error_message = match failure {
+            None => String::new(),
+            Some(error) if self.errors_end_the_stream => {
                 self.give_up();
-                return Err(error.into());
+                return Err(with_metadata(error.into(), response));
             }
-            Err(error) => (error.message, ModelInferResponse { id, ..ModelInferResponse::default() }),
+            Some(error) => {
+                response.id = id;
+                error.message
+            }
         };
-        let last = InferParameter { parameter_choice: Some(ParameterChoice::BoolParam(true)) };
-        response.parameters.insert(FINAL.to_owned(), last);
+        set(&mut response, FINAL, ParameterChoice::BoolParam(true));
         Ok(ModelStreamInferResponse { error_message, infer_response: Some(response) })
     }
 
@@ -202,12 +211,12 @@ impl Stream for Answers {
         };
         let id = std::mem::take(&mut oldest.id);
         this.running.pop_front();
-        let answer = match joined {
-            Ok((answer, _held)) => answer,
+        let (failure, response) = match joined {
+            Ok((failure, response, _held)) => (failure, response),
             // It has panicked, which the log tells.
-            Err(_) => Err(Error::internal("the request broke down")),
+            Err(_) => (Some(Error::internal("the request broke down")), ModelInferResponse::default()),
         };
-        Poll::Ready(Some(this.answer(id, answer)))
+        Poll::Ready(Some(this.answer(id, failure, response)))
     }
 }
 
@@ -222,6 +231,22 @@ impl Answers {
             Some(Err(Error::new(Code::DeadlineExceeded, "the deadline of the stream passed").into()))
         })
     }
+}
+
+/// A status with what its answer would have said in parameters.
+fn with_metadata(mut status: Status, response: ModelInferResponse) -> Status {
+    for (name, parameter) in response.parameters {
+        if let Some(ParameterChoice::StringParam(text)) = parameter.parameter_choice
+            && let (Ok(name), Ok(text)) = (HeaderName::try_from(name), HeaderValue::try_from(text))
+        {
+            status.metadata_mut().as_mut().insert(name, text);
+        }
+    }
+    status
+}
+
+fn set(response: &mut ModelInferResponse, name: &str, value: ParameterChoice) {
+    response.parameters.insert(name.to_owned(), InferParameter { parameter_choice: Some(value) });
 }
 
 /// Bytes counted in a total for as long as this lives.

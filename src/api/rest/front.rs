@@ -26,16 +26,18 @@ impl Call {
     }
 
     /// Answers the request.
-    pub(in crate::api) async fn answer(
+    pub(in crate::api) fn answer(
         self,
         request: Request<Incoming>,
         app: Arc<App>,
         peer: Peer,
-    ) -> Result<Response<Payload>, Infallible> {
+    ) -> impl Future<Output = Result<Response<Payload>, Infallible>> + Send {
         let (parts, body) = request.into_parts();
         let arrival = Arrival { headers: parts.headers, body, peer: Some(peer) };
-        let response = infer(&app, Ok(self.0), arrival).await;
-        Ok(say_goodbye(&app, response))
+        async move {
+            let response = infer(&app, Ok(self.0), arrival).await;
+            Ok(say_goodbye(&app, response))
+        }
     }
 }
 

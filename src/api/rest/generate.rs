@@ -47,7 +47,7 @@ async fn answer(
     let non_finite = app.json_nonfinite;
     let read = |question: &Question| {
         let document = Document::parse(&question.body)?;
-        Ok((generate::read(&document, &question.version.signature, question.limit)?, ()))
+        Ok((generate::read(&document, question.signature(), question.limit)?, ()))
     };
     let write = move |outputs: &InferReply<'_>, _: &InferCall, ()| generate::write(outputs, non_finite).map(reply);
     exchange(app, named, request.into(), read, write).await.map(axum::body::Body::new)

@@ -77,7 +77,7 @@ fn only_model(catalog: &Catalog) -> Result<Named, Error> {
 async fn answer(app: &Arc<App>, named: Result<Named, RestError>, request: Request) -> Response {
     let non_finite = app.json_nonfinite;
     let read = |question: &Question| {
-        let signature = &question.version.signature;
+        let signature = question.signature();
         match content(&question.headers)? {
             Content::Csv => invocations::read_csv(&question.body, signature, question.limit),
             Content::Json => invocations::read_json(&Document::parse(&question.body)?, signature, question.limit),

@@ -91,7 +91,7 @@ async fn predict(app: &Arc<App>, named: Result<Named, RestError>, request: Reque
     let non_finite = app.json_nonfinite;
     let read = |question: &Question| {
         let document = Document::parse(&question.body)?;
-        predict::read(&document, &question.version.signature, question.limit)
+        predict::read(&document, question.signature(), question.limit)
     };
     let write = move |outputs: &InferReply<'_>, _: &InferCall, format: Format| {
         predict::write(outputs, format, non_finite).map(Reply::json)
