@@ -12,7 +12,7 @@ use clap::{Args, Parser, Subcommand};
 use toml::{Table, Value};
 
 use crate::{
-    api::admin::documents::ModelStatus,
+    api::admin::documents::{ModelStatus, SourceStatus},
     backend::{Backends, onnx::OnnxRuntime},
     config::{self, Config},
     control::{
@@ -26,6 +26,7 @@ use crate::{
 
 mod ask;
 mod audit;
+mod cache;
 mod print;
 mod rollout;
 
@@ -51,6 +52,8 @@ enum Command {
     Rollout(Box<rollout::RolloutArgs>),
     /// Show what was changed by whom and why, or verify the log of it.
     Audit(audit::AuditArgs),
+    /// Show, check or empty what is kept of models that are elsewhere.
+    Cache(cache::CacheArgs),
     /// Exit with 0 when a running server is ready, else with 1.
     Health(OpsArgs),
     /// Show the configuration.
@@ -156,6 +159,7 @@ fn obey(command: Command) -> anyhow::Result<ExitCode> {
         Command::Models(args) => models(&args),
         Command::Rollout(args) => rollout::run(&args),
         Command::Audit(args) => audit::run(&args),
+        Command::Cache(args) => cache::run(&args),
         Command::Health(args) => health(&args),
         Command::Config(ConfigArgs { action: Some(ConfigAction::Convert { file }), .. }) => convert(&file),
         Command::Config(ConfigArgs { action: None, .. }) => {
@@ -296,7 +300,8 @@ fn convert(file: &Path) -> anyhow::Result<ExitCode> {
 }
 
 fn models(args: &ModelsArgs) -> anyhow::Result<ExitCode> {
-    let answer = Ops::new(&args.server)?.get("/admin/v1/models")?;
+    let ops = Ops::new(&args.server)?;
+    let answer = ops.get("/admin/v1/models")?;
     if args.json {
         say_json(&answer.read::<serde_json::Value>()?)?;
         return Ok(ExitCode::SUCCESS);
@@ -313,7 +318,32 @@ fn models(args: &ModelsArgs) -> anyhow::Result<ExitCode> {
             say(format_args!("{:<24} {:<10} {:<10} {problem}", model.name, "-", State::Failed.as_str()))?;
         }
     }
+    let sources: Vec<SourceStatus> = ops.get("/admin/v1/sources")?.read()?;
+    sources.iter().try_for_each(source)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// How a place stands that models are mirrored from.
+fn source(source: &SourceStatus) -> anyhow::Result<()> {
+    let uri = &source.uri;
+    match (&source.away_since, &source.error, &source.answered) {
+        (Some(since), Some(error), _) => say(format_args!("\n{uri} is out of reach since {since}: {error}"))?,
+        (_, _, Some(answered)) => say(format_args!("\n{uri} answered {answered}"))?,
+        _ => say(format_args!("\n{uri} was not looked at yet"))?,
+    }
+    let named = |model: &str, version: &Option<String>| match version {
+        Some(version) => format!("version {version} of {model}"),
+        None => format!("settings of {model}"),
+    };
+    for one in &source.fetching {
+        let (what, fetched, total) = (named(&one.model, &one.version), one.fetched_bytes, one.total_bytes);
+        say(format_args!("  {what}: {fetched} of {total} bytes fetched since {}", one.since))?;
+    }
+    for one in &source.problems {
+        let what = named(&one.model, &one.version);
+        say(format_args!("  {what} is not mirrored since {}: {}", one.since, one.error))?;
+    }
+    Ok(())
 }
 
 fn health(args: &OpsArgs) -> anyhow::Result<ExitCode> {

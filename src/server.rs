@@ -132,6 +132,7 @@ impl Server {
             engine: Engine::new(reader, shadows),
             commands,
             metrics: metrics.clone(),
+            sources: mirroring.iter().map(Mirroring::status).collect(),
             logging,
             limits: config.limits.clone(),
             clients: Clients::new(config.queue.client_header.as_deref())?,

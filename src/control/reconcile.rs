@@ -281,7 +281,8 @@ impl Reconciler {
 
     /// What the model's settings are. Without watching, changes to the file wait until the model is looked at again.
     fn spec(&mut self, name: &ModelName, found: &FoundModel) -> Result<ModelSpec, Error> {
-        let read = || ModelSpec::read(&found.settings, name);
+        let is_mirror = self.settings.is_mirror;
+        let read = || ModelSpec::read(&found.settings, name)?.checked_for(is_mirror);
         match self.ordered.overrides.get(name) {
             Some(ordered) => Ok(ordered.spec.clone()),
             None if self.settings.control == ModelControl::Watch => read(),

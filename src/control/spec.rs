@@ -120,6 +120,17 @@ impl ModelSpec {
     }
 
     /// # Errors
+    /// When settings that came from elsewhere name a place on this machine to write to.
+    pub fn checked_for(self, is_mirror: bool) -> Result<Self, Error> {
+        match self.options.optimized_model {
+            Some(_) if is_mirror => Err(Error::invalid(
+                "options.optimized_model is not taken from settings that are mirrored: it writes to this machine's disk",
+            )),
+            _ => Ok(self),
+        }
+    }
+
+    /// # Errors
     /// What is wrong, naming the key.
     pub fn from_toml(text: &str) -> Result<Self, String> {
         let spec: ModelSpec = toml::from_str(text).map_err(|error| error.to_string())?;

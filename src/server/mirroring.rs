@@ -8,11 +8,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::Config,
-    control,
+    control, priority,
     source::{
         self, SourceUri,
         cache::Cache,
-        follow::{Follower, Select},
+        follow::{Follower, Select, SharedStatus},
     },
 };
 
@@ -46,17 +46,29 @@ impl Mirroring {
         Ok(Self { models: follower.mirror().models(), follower, is_filled })
     }
 
+    /// What others see of it.
+    pub fn status(&self) -> SharedStatus {
+        self.follower.status()
+    }
+
     /// Follows from now on.
     ///
     /// # Errors
     /// When there is no thread to be had.
     pub fn start(self) -> anyhow::Result<Mirrors> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            // These are the threads that hash; the one that fetches is below.
+            .thread_name("sources-hash")
+            .on_thread_start(priority::be_patient)
+            .build()?;
         let cancel = CancellationToken::new();
         let (filled, mirrored) = watch::channel(self.is_filled);
         let follower = self.follower.run(cancel.clone(), filled);
-        let thread =
-            std::thread::Builder::new().name("sources".to_owned()).spawn(move || runtime.block_on(follower))?;
+        let thread = std::thread::Builder::new().name("sources".to_owned()).spawn(move || {
+            priority::be_patient();
+            runtime.block_on(follower);
+        })?;
         Ok(Mirrors { thread, cancel, mirrored })
     }
 }

@@ -64,7 +64,7 @@ pub trait Source: Send + Sync {
 pub fn open(uri: &SourceUri) -> Result<Arc<dyn Source>, SourceError> {
     match uri.scheme() {
         Scheme::S3 | Scheme::Gs | Scheme::Az => Ok(Arc::new(object::Bucket::open(uri)?)),
-        scheme => Err(SourceError::Uri(format!("source '{uri}': {scheme:?} cannot be mirrored"))),
+        _ => Err(SourceError::Uri(format!("source '{uri}': expected s3://, gs:// or az://, or a folder"))),
     }
 }
 

@@ -10,7 +10,7 @@ import pytest
 from infer import Question, rest_json
 from models import plus
 from moto.server import DomainDispatcherApplication, create_backend_app
-from server import eventually
+from server import eventually, run
 from tensors import tensor
 from werkzeug.serving import make_server
 from wire import call
@@ -109,6 +109,19 @@ def test_a_bucket_is_served_and_followed(bucket, serve):
     assert server.stop() == 0
 
 
+def listed(server):
+    """What `tidegate models` says."""
+    return run("models", "--ops", server.ops, home=server.home).stdout
+
+
+def gauge(server, name):
+    """A metric of the bucket."""
+    page = call(server.ops, "GET", "/metrics").body.decode()
+    series = next(line for line in page.splitlines() if line.startswith(f"tidegate_source_{name}{{"))
+    assert 'source="s3://models"' in series
+    return float(series.rsplit(" ", 1)[1])
+
+
 def test_a_prefix_may_be_a_single_model(bucket, serve):
     bucket.put("team/plus/7/model.onnx", plus(1))
     server = serve("s3://models/team/plus/", config=CONFIG)
@@ -121,16 +134,78 @@ def test_a_restart_without_the_bucket_serves_from_the_cache(bucket, serve):
     cache = ["--cache", "cache"]
     server = serve("s3://models", config=CONFIG, flags=cache)
     assert answers(server) == 2
+    assert gauge(server, "up") == 1
     bucket.close()
     eventually(lambda: log_has(server, "out of reach"), SOON)
     assert answers(server) == 2
+    assert gauge(server, "up") == 0
     assert server.stop() == 0
     assert (server.home / "cache" / "blobs").is_dir()
 
     server = serve("s3://models", config=CONFIG, flags=cache)
     assert answers(server) == 2
     eventually(lambda: log_has(server, "out of reach"), SOON)
+    assert "s3://models is out of reach since 20" in listed(server)
+    (status,) = json.loads(call(server.ops, "GET", "/admin/v1/sources").body)
+    assert status["uri"] == "s3://models" and status["failures"] > 0 and status["away_since"] and status["error"]
     assert server.stop() == 0
+
+
+def test_a_problem_is_shown_until_it_is_over(bucket, serve):
+    bucket.put("plus/1/model.onnx", plus(1))
+    server = serve("s3://models", config=CONFIG)
+    assert "s3://models answered 20" in listed(server)
+    bucket.put("plus/2/model.onnx", plus(10))
+    bucket.put("plus/2/weights.pkl", b"")
+    eventually(lambda: gauge(server, "problems") == 1, SOON)
+    assert "version 2 of plus is not mirrored since 20" in listed(server)
+    bucket.client.delete_object(Bucket="models", Key="plus/2/weights.pkl")
+    eventually(lambda: answers(server) == 11, SOON)
+    assert gauge(server, "problems") == 0
+    assert "not mirrored" not in listed(server)
+
+
+def test_settings_from_a_bucket_do_not_write_to_this_machine(bucket, serve, tmp_path):
+    bucket.put("plus/1/model.onnx", plus(1))
+    bucket.put("evil/1/model.onnx", plus(2))
+    bucket.put("evil/model.toml", f'[options]\noptimized_model = "{tmp_path}/written.onnx"\n'.encode())
+    server = serve("s3://models", config=CONFIG)
+    assert answers(server) == 2
+    assert answers(server, "evil") is None
+    assert "options.optimized_model is not taken from settings that are mirrored" in listed(server)
+    assert not (tmp_path / "written.onnx").exists()
+
+
+def test_the_cache_is_listed_checked_and_emptied(bucket, serve):
+    bucket.put("plus/1/model.onnx", plus(1))
+    bucket.put("plus/2/model.onnx", plus(2))
+    # Settings first, so that both versions are wanted.
+    bucket.put("plus/model.toml", b'versions = "all"\n')
+    server = serve("s3://models", config=CONFIG, flags=["--cache", "cache"])
+    eventually(lambda: json.loads(call(server.rest, "GET", "/v2/models/plus").body)["versions"] == ["1", "2"], SOON)
+
+    def cache(action, expected=0):
+        done = run("cache", action, "--cache", "cache", "--json", home=server.home)
+        assert done.returncode == expected, done.stderr
+        return json.loads(done.stdout)
+
+    kept = {version: file for file in cache("ls") for version in file["versions"] or ["settings"]}
+    assert set(kept) == {"plus/1", "plus/2", "settings"} and all(file["used"] for file in kept.values())
+    assert cache("verify") == {"files": 3, "bytes": sum(file["bytes"] for file in kept.values()), "broken": []}
+
+    bucket.client.delete_object(Bucket="models", Key="plus/2/model.onnx")
+    eventually(lambda: not any(file["versions"] == ["plus/2"] for file in cache("ls")), SOON)
+    busy = run("cache", "prune", "--cache", "cache", home=server.home)
+    assert busy.returncode == 1 and "in use by another process" in busy.stderr
+    assert server.stop() == 0
+    assert cache("prune") == {"freed_bytes": kept["plus/2"]["bytes"]}
+    assert len(cache("ls")) == 2
+
+    spoiled = server.home / kept["plus/1"]["path"]
+    spoiled.chmod(0o600)
+    spoiled.write_bytes(spoiled.read_bytes()[::-1])
+    (broken,) = cache("verify", expected=2)["broken"]
+    assert broken["versions"] == ["plus/1"] and kept["plus/1"]["digest"] in broken["error"]
 
 
 def test_bytes_that_change_between_list_and_read_are_refused(bucket, serve):

@@ -244,6 +244,37 @@ impl Mirror {
     }
 }
 
+/// The versions that have each content, by its SHA-256 in hexadecimal, in every mirror of the cache in `root`, also of one
+/// that a server has open.
+///
+/// # Errors
+/// When the folders cannot be read.
+pub fn users(root: &Path) -> Result<BTreeMap<String, Vec<String>>, SourceError> {
+    let mut users: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for (_, mirror) in folders(&root.join("mirrors"))? {
+        for (model, manifests) in folders(&mirror.join("manifests"))? {
+            let versions = manifests.join("versions");
+            // A model may have settings only.
+            let entries = match fs::read_dir(&versions) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                entries => entries.map_err(|error| SourceError::disk(&versions, &error))?,
+            };
+            for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+                let Some(manifest) = read::<Manifest>(&path) else { continue };
+                let version = path.file_stem().unwrap_or_default().to_string_lossy();
+                for stored in manifest.files.into_values() {
+                    users.entry(stored.sha256).or_default().push(format!("{model}/{version}"));
+                }
+            }
+        }
+    }
+    users.values_mut().for_each(|versions| {
+        versions.sort_unstable();
+        versions.dedup();
+    });
+    Ok(users)
+}
+
 impl Staged {
     /// Adds a content as the file `path`.
     ///
