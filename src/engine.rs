@@ -161,12 +161,12 @@ impl Engine {
     ///
     /// # Errors
     /// `InvalidArgument` for inputs or outputs that do not fit the model, else what the queue or the run says.
+    #[expect(clippy::manual_async_fn, reason = "an async fn keeps what it is given twice")]
     pub fn infer(
         &self,
         target: &mut Target,
         mut request: Request<'_>,
     ) -> impl Future<Output = Result<Vec<Tensor>, Error>> {
-        // Not an `async fn`, which keeps what it is given twice.
         async move {
             let mut underway = Underway { target, started: request.started, over: false };
             let answer = self.run(underway.target, &mut request).await;

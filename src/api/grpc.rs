@@ -86,6 +86,7 @@ impl Service {
     }
 
     /// Runs a call on `target`, or on its successor.
+    #[expect(clippy::manual_async_fn, reason = "an async fn keeps what it is given twice")]
     fn run(
         &self,
         mut target: Target,
@@ -93,7 +94,6 @@ impl Service {
         latest: Option<Instant>,
         record: &mut Record,
     ) -> impl Future<Output = Result<Answered, Error>> {
-        // Not an `async fn`, which keeps what it is given twice.
         async move {
             let urgency = urgency(record, &call, latest);
             let names: Vec<Arc<str>> = call.outputs.iter().map(|output| output.name.clone()).collect();

@@ -101,6 +101,7 @@ pub(super) fn infer<B: Arriving>(
 ///
 /// `read` turns the question into tensors and into what `write` must know of it to put the answer into words; errors
 /// of both need not name the model.
+#[expect(clippy::manual_async_fn, reason = "an async fn keeps what it is given twice")]
 pub(super) fn exchange<A: Send + 'static, B: Arriving>(
     app: &Arc<App>,
     named: Result<Named, RestError>,
@@ -108,7 +109,6 @@ pub(super) fn exchange<A: Send + 'static, B: Arriving>(
     read: impl Fn(&Question) -> Result<(InferCall, A), Error> + Send + 'static,
     write: impl FnOnce(&InferReply<'_>, &InferCall, A) -> Result<Reply, Error> + Send + 'static,
 ) -> impl Future<Output = Response<Payload>> {
-    // Not an `async fn`, which keeps what it is given twice.
     async move {
         let client = app.clients.of(&arrival.headers, arrival.peer.as_ref());
         let mut record = Record::start(app, Protocol::Rest, &arrival.headers, client);
