@@ -32,7 +32,7 @@ const HOMES: [(&str, &[&str]); 29] = [
     ("tonic_reflection", &["api/reflection"]),
     ("prost_reflect", &["control/pbtxt", "api/reflection"]),
     ("miette", &["control/pbtxt"]),
-    ("base64", &["api"]),
+    ("base64", &["api", "source/object"]),
     ("twox_hash", &["rollout/route", "source/local"]),
     ("rusqlite", &["control/store"]),
     ("sha2", &["control/store", "source/digest"]),

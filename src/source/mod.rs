@@ -63,8 +63,10 @@ pub trait Source: Send + Sync {
 /// `Uri` when it is a folder, which needs no source, or the environment's settings for it do not do.
 pub fn open(uri: &SourceUri) -> Result<Arc<dyn Source>, SourceError> {
     match uri.scheme() {
-        Scheme::S3 | Scheme::Gs | Scheme::Az => Ok(Arc::new(object::Bucket::open(uri)?)),
-        _ => Err(SourceError::Uri(format!("source '{uri}': expected s3://, gs:// or az://, or a folder"))),
+        Scheme::S3 | Scheme::Gs | Scheme::Az | Scheme::Http | Scheme::Https => Ok(Arc::new(object::Bucket::open(uri)?)),
+        _ => Err(SourceError::Uri(format!(
+            "source '{uri}': expected s3://, gs://, az://, http:// or https://, or a folder"
+        ))),
     }
 }
 

@@ -1,14 +1,18 @@
 //! Object stores: `s3://`, `gs://` and `az://`, with credentials and endpoints from the environment that their own tools
-//! read.
+//! read; and web servers, `http://` and `https://`, that list their folders as WebDAV has it (`PROPFIND`), with the login
+//! that stands in the URI.
 
 use std::{collections::BTreeSet, ops::Range, time::Duration};
 
 use async_trait::async_trait;
+use base64::{Engine, prelude::BASE64_STANDARD};
+use http::{HeaderMap, HeaderValue, header};
 use object_store::{
-    BackoffConfig, ClientConfigKey, Error, GetOptions, GetRange, ObjectMeta, ObjectStore, RetryConfig,
+    BackoffConfig, ClientConfigKey, ClientOptions, Error, GetOptions, GetRange, ObjectMeta, ObjectStore, RetryConfig,
     aws::{AmazonS3Builder, AmazonS3ConfigKey},
     azure::{AzureConfigKey, MicrosoftAzureBuilder},
     gcp::{GoogleCloudStorageBuilder, GoogleConfigKey},
+    http::HttpBuilder,
     path::Path,
 };
 use parking_lot::Mutex;
@@ -71,6 +75,20 @@ impl Bucket {
                     .build()
                     .map(|store| Box::new(store) as Box<dyn ObjectStore>)
             }
+            Scheme::Http | Scheme::Https => {
+                let options = timeouts()
+                    .into_iter()
+                    .fold(ClientOptions::new(), |options, (key, value)| options.with_config(key, value))
+                    .with_allow_http(uri.scheme() == Scheme::Http)
+                    .with_default_headers(login(uri).map_err(wrong)?);
+                let scheme = if uri.scheme() == Scheme::Http { "http" } else { "https" };
+                HttpBuilder::new()
+                    .with_url(format!("{scheme}://{name}"))
+                    .with_client_options(options)
+                    .with_retry(retries())
+                    .build()
+                    .map(|store| Box::new(store) as Box<dyn ObjectStore>)
+            }
             _ => return Err(wrong("it is no object store".to_owned())),
         };
         let store = store.map_err(|error| wrong(chain(&error)))?;
@@ -95,6 +113,39 @@ impl Bucket {
         }
     }
 
+    /// Everything below the prefix.
+    async fn objects(&self) -> Result<Vec<ObjectMeta>, SourceError> {
+        let failed = |error: Error| self.failed(&error, self.uri.authority());
+        let too_many = || SourceError::Senseless {
+            place: self.uri.to_string(),
+            reason: format!("there are more than {MAX_OBJECTS} objects below it"),
+        };
+        let mut objects = Vec::new();
+        if !matches!(self.uri.scheme(), Scheme::Http | Scheme::Https) {
+            let mut listed = self.store.list(Some(&self.prefix));
+            while let Some(object) = listed.next().await {
+                objects.push(object.map_err(failed)?);
+                if objects.len() > MAX_OBJECTS {
+                    return Err(too_many());
+                }
+            }
+            return Ok(objects);
+        }
+        // Many web servers list one folder at a time, and no more.
+        let (mut folders, mut seen) = (vec![self.prefix.clone()], 0);
+        while let Some(folder) = folders.pop() {
+            let listed = self.store.list_with_delimiter(Some(&folder)).await.map_err(failed)?;
+            let inside = |other: &Path| other.prefix_match(&folder).is_some_and(|mut parts| parts.next().is_some());
+            folders.extend(listed.common_prefixes.into_iter().filter(inside));
+            objects.extend(listed.objects);
+            seen += 1;
+            if objects.len() + folders.len() + seen > MAX_OBJECTS {
+                return Err(too_many());
+            }
+        }
+        Ok(objects)
+    }
+
     /// An object as a file, its path beginning at the prefix.
     fn file(&self, object: ObjectMeta) -> Option<RemoteFile> {
         let parts: Vec<_> = object.location.prefix_match(&self.prefix)?.collect();
@@ -109,7 +160,7 @@ impl Bucket {
             size: object.size,
             digest: None,
             location: object.location.to_string(),
-            pin: Some(object.e_tag.unwrap_or_else(|| format!("{WRITTEN}{}", object.last_modified.to_rfc3339()))),
+            pin: Some(object.e_tag.clone().unwrap_or_else(|| written(&object))),
             likeness,
         })
     }
@@ -126,16 +177,7 @@ impl Source for Bucket {
     }
 
     async fn look(&self) -> Result<Look, SourceError> {
-        let mut objects = self.store.list(Some(&self.prefix));
-        let mut files = Vec::new();
-        while let Some(object) = objects.next().await {
-            let object = object.map_err(|error| self.failed(&error, self.uri.authority()))?;
-            files.extend(self.file(object));
-            if files.len() > MAX_OBJECTS {
-                let reason = format!("there are more than {MAX_OBJECTS} objects below it");
-                return Err(SourceError::Senseless { place: self.uri.to_string(), reason });
-            }
-        }
+        let files = self.objects().await?.into_iter().filter_map(|object| self.file(object)).collect();
         let layout = Layout::of(without_folders(files), self.single());
         let look = layout.look();
         *self.seen.lock() = layout;
@@ -158,7 +200,8 @@ impl Source for Bucket {
         };
         let got = self.store.get_opts(&path, options).await.map_err(|error| self.failed(&error, &file.path))?;
         let (place, name) = (self.uri.to_string(), file.path.clone());
-        if got.meta.size != file.size {
+        let is_older = file.pin.as_ref().is_some_and(|pin| !is_tag(&pin) && *pin != written(&got.meta));
+        if got.meta.size != file.size || is_older {
             return Err(SourceError::Changed { what: name });
         }
         Ok(Box::pin(got.into_stream().map(move |bytes| {
@@ -168,6 +211,24 @@ impl Source for Bucket {
             })
         })))
     }
+}
+
+/// What pins an object of a store without tags.
+fn written(object: &ObjectMeta) -> String {
+    format!("{WRITTEN}{}", object.last_modified.to_rfc3339())
+}
+
+/// What a web server wants to see of the URI's login.
+fn login(uri: &SourceUri) -> Result<HeaderMap, String> {
+    let mut headers = HeaderMap::new();
+    if let Some((user, secret)) = uri.login() {
+        let plain = |text| percent_decode_str(text).decode_utf8().map_err(|error| error.to_string());
+        let login = BASE64_STANDARD.encode(format!("{}:{}", plain(user)?, plain(secret)?));
+        let mut value = HeaderValue::try_from(format!("Basic {login}")).map_err(|error| error.to_string())?;
+        value.set_sensitive(true);
+        headers.insert(header::AUTHORIZATION, value);
+    }
+    Ok(headers)
 }
 
 fn retries() -> RetryConfig {
@@ -231,6 +292,6 @@ mod tests {
         assert_eq!(open("s3://iris").unwrap().single(), "iris");
         let error = open("s3://bucket/a/%2e%2e/b").err().unwrap().to_string();
         assert!(error.starts_with("source 's3://bucket/a/%2e%2e/b': "), "{error}");
-        assert!(open("http://host/models").is_err());
+        assert!(open("mlflow://host/models").is_err());
     }
 }

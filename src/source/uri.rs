@@ -16,7 +16,7 @@ pub enum Scheme {
     Gs,
     /// Azure Blob Storage.
     Az,
-    /// A web server whose folders have an index.
+    /// A web server that lists its folders as WebDAV has it.
     Http,
     Https,
     /// An MLflow tracking server over http.
