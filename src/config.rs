@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, bail};
 use schemars::{JsonSchema, generate::SchemaSettings};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value as Json;
 use toml::{Table, Value};
 
@@ -32,6 +32,7 @@ pub struct Config {
     /// The folder of models: `<name>/<version>/model.onnx`. Or where such a repository, or a single model, is mirrored
     /// from: `s3://bucket/prefix`, `gs://…`, `az://container/prefix`, with credentials and endpoints from the
     /// environment (AWS_…, GOOGLE_…, AZURE_…), or `https://host/path` of a web server that speaks WebDAV.
+    #[serde(serialize_with = "without_login")]
     pub models: PathBuf,
     /// Where the server keeps its own files. Default: `.tidegate` inside the models folder, or in the working folder
     /// when the models are mirrored.
@@ -87,6 +88,14 @@ pub struct Config {
     pub shutdown: ShutdownConfig,
     /// What is written to standard error.
     pub log: LogConfig,
+}
+
+/// Writes a place as it may be shown.
+fn without_login<S: Serializer>(models: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    match models.to_str().map(SourceUri::parse) {
+        Some(Ok(uri)) if uri.folder().is_none() => serializer.collect_str(&uri),
+        _ => models.serialize(serializer),
+    }
 }
 
 impl Default for Config {
@@ -386,6 +395,13 @@ mod tests {
         assert_eq!((config.rest.port(), config.grpc.port()), (2, 3));
         assert_eq!(config.queue.max_requests, 7);
         assert_eq!(config.queue.max_bytes, QueueConfig::default().max_bytes);
+    }
+
+    #[test]
+    fn a_login_is_not_shown() {
+        let (config, _) = load("models = \"https://ada:s3cret@host/models\"", &[], "").unwrap();
+        let shown = toml::to_string(&config).unwrap();
+        assert!(shown.contains("models = \"https://host/models\"") && !shown.contains("s3cret"), "{shown}");
     }
 
     #[test]
