@@ -68,6 +68,8 @@ impl Mirroring {
         let thread = std::thread::Builder::new().name("sources".to_owned()).spawn(move || {
             priority::be_patient();
             runtime.block_on(follower);
+            // What hashes or waits for the disk may do so to its end, which nobody waits for.
+            runtime.shutdown_background();
         })?;
         Ok(Mirrors { thread, cancel, mirrored })
     }

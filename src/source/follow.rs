@@ -26,6 +26,7 @@ use super::{
         mirror::{Manifest, Mirror},
     },
     digest,
+    local::{MODEL_FILE, TRITON_FILE},
 };
 use crate::id::{ModelName, Version};
 
@@ -70,8 +71,10 @@ pub struct Follower {
     fresh: BTreeMap<(ModelName, String), (String, Instant)>,
     /// What failed, so that it is not tried at every look.
     failed: BTreeMap<(ModelName, String), Failed>,
-    /// Models and versions that were missing at the last look: once does not count.
-    missing: Vec<(ModelName, Option<String>)>,
+    /// Since when models and versions are missing: once does not count.
+    missing: BTreeMap<(ModelName, Option<String>), tokio::time::Instant>,
+    /// Looks that were answered so far.
+    looks: u32,
 }
 
 /// A try that failed.
@@ -81,6 +84,11 @@ struct Failed {
     /// `None` when the same revision is never tried again.
     again: Option<Instant>,
 }
+
+/// Bytes of a model's settings, which are read whole.
+const MOST_SETTINGS: u64 = 1 << 20;
+/// Looks after which a server is ready although something at the place never settles.
+const PATIENCE: u32 = 15;
 
 /// What name the files beside versions go by, where versions have theirs. It is no version.
 const BESIDE: &str = "";
@@ -106,7 +114,8 @@ impl Follower {
             wake: Arc::default(),
             fresh: BTreeMap::new(),
             failed: BTreeMap::new(),
-            missing: Vec::new(),
+            missing: BTreeMap::new(),
+            looks: 0,
         })
     }
 
@@ -159,17 +168,18 @@ impl Follower {
             tracing::info!(source = %self.source.uri(), away = ?since, "the models' place answers again");
         }
         let settled = self.follow(&look).await;
-        if settled {
+        self.looks = self.looks.saturating_add(1);
+        if settled || self.looks >= PATIENCE {
             mirrored.send_replace(true);
-            return jittered(self.config.interval);
         }
-        self.source.settle_time().min(self.config.interval)
+        jittered(if settled { self.config.interval } else { self.source.settle_time().min(self.config.interval) })
     }
 
-    /// The look, unless it shows nothing where there was something: a prefix mistyped in a policy, or a bucket that
-    /// somebody empties to fill it anew, is no reason to stop serving everything.
+    /// The look, unless it shows nothing of what there was: a prefix mistyped in a policy, or a bucket that somebody
+    /// empties to fill it anew, is no reason to stop serving everything.
     fn plausible(&self, look: Look) -> Result<Look, SourceError> {
-        if look.models.is_empty() && !self.mirror.published()?.is_empty() {
+        let published = self.mirror.published()?;
+        if !published.is_empty() && !published.keys().any(|name| look.models.contains_key(name)) {
             let (place, what) = (self.source.uri().to_string(), "any model".to_owned());
             return Err(SourceError::NotFound { place, what });
         }
@@ -295,6 +305,11 @@ impl Follower {
     }
 
     async fn publish_beside(&self, name: &ModelName, files: &[RemoteFile]) -> Result<bool, SourceError> {
+        let is_settings = |file: &&RemoteFile| [MODEL_FILE, TRITON_FILE].contains(&file.path.as_str());
+        if let Some(file) = files.iter().filter(is_settings).find(|file| file.size > MOST_SETTINGS) {
+            let reason = format!("settings of {} bytes; at most {MOST_SETTINGS} are read", file.size);
+            return Err(SourceError::Refused { file: file.path.clone(), reason });
+        }
         let staged = self.fetch(name, None, files).await?;
         self.mirror.publish_beside(name, &staged, &revision_of(files))
     }
@@ -307,10 +322,9 @@ impl Follower {
         files: &[RemoteFile],
     ) -> Result<super::cache::mirror::Staged, SourceError> {
         super::cache::check_list(files)?;
-        let absent = files.iter().filter(|file| !self.cache.has(self.source.as_ref(), file));
-        self.cache.make_room(absent.map(|file| file.size).sum())?;
+        self.cache.make_room_for(self.source.as_ref(), files)?;
         let fetched = Arc::new(AtomicU64::new(0));
-        let total = files.iter().map(|file| file.size).sum();
+        let total = files.iter().map(|file| file.size).fold(0, u64::saturating_add);
         self.status.fetching(name, version, total, fetched.clone());
         let mut staged = self.mirror.stage()?;
         for file in files {
@@ -322,7 +336,7 @@ impl Follower {
         Ok(staged)
     }
 
-    /// Takes out what two looks in a row do not show.
+    /// Takes out what no look has shown for half an interval.
     fn withdraw(&mut self, look: &Look) -> Result<(), SourceError> {
         let mut missing = Vec::new();
         for (name, versions) in self.mirror.published()? {
@@ -336,8 +350,11 @@ impl Follower {
                 }
             }
         }
-        let before = std::mem::replace(&mut self.missing, missing);
-        for gone in self.missing.iter().filter(|gone| before.contains(gone)) {
+        let now = tokio::time::Instant::now();
+        let since = |gone: &(ModelName, Option<String>)| self.missing.get(gone).copied().unwrap_or(now);
+        self.missing = missing.into_iter().map(|gone| (gone.clone(), since(&gone))).collect();
+        let enough = self.config.interval / 2;
+        for gone in self.missing.iter().filter(|(_, since)| now - **since >= enough).map(|(gone, _)| gone) {
             match gone {
                 (name, None) => self.mirror.withdraw_model(name)?,
                 (name, Some(version)) => {

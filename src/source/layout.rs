@@ -26,12 +26,21 @@ struct Files {
 impl Layout {
     /// Sorts files, whose paths begin at the place's root. They are one model called `single` when versions or settings
     /// lie at the root, and a repository when they lie in folders of it.
+    ///
+    /// Where there is both, it is a repository: somebody has put a stray file beside the models.
     pub fn of(files: Vec<RemoteFile>, single: &str) -> Self {
-        let is_single = files.iter().any(|file| match file.path.split_once('/') {
-            None => is_settings(&file.path) || is_graph(&file.path),
-            // A folder `1` of a repository is a model with versions in it; that of a model has files.
-            Some((first, rest)) => number(first).is_some() && !rest.contains('/'),
-        });
+        let is_of_repository = |file: &RemoteFile| {
+            let mut parts = file.path.split('/');
+            let (model, version) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+            parts.next().is_some() && number(version).is_some() && number(model).is_none()
+        };
+        let is_repository = files.iter().any(is_of_repository);
+        let is_single = !is_repository
+            && files.iter().any(|file| match file.path.split_once('/') {
+                None => is_settings(&file.path) || is_graph(&file.path),
+                // A folder `1` of a repository is a model with versions in it; that of a model has files.
+                Some((first, rest)) => number(first).is_some() && !rest.contains('/'),
+            });
         let mut layout = Self::default();
         if is_single {
             layout.add(single, files);
@@ -170,6 +179,10 @@ mod tests {
         ];
         assert_eq!(sorted(&paths), expected);
         assert_eq!(sorted(&["7/1/model.onnx"]), ["7:  | 1: model.onnx"]);
+        // Strays do not make one model of a repository.
+        for stray in ["test.onnx", "model.toml", "7/notes.txt"] {
+            assert_eq!(sorted(&["m/1/model.onnx", stray]), ["m:  | 1: model.onnx"], "{stray}");
+        }
     }
 
     #[test]

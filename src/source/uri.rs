@@ -72,6 +72,15 @@ impl SourceUri {
             Some((login, _)) if is_web => (Some(login.to_owned()), &rest[login.len() + 1..]),
             _ => (None, rest),
         };
+        let is_bucket = matches!(scheme, Scheme::S3 | Scheme::Gs | Scheme::Az);
+        if is_bucket && authority.contains('@') {
+            return Err(wrong("credentials are taken from the environment only".to_owned()));
+        }
+        // The secret of a login that has a slash in it would be part of the path, and shown.
+        let port = |host: &str| host.rsplit_once(':').map(|(_, port)| port.bytes().all(|digit| digit.is_ascii_digit()));
+        if is_web && path.contains('@') && login.is_none() && port(authority) == Some(false) {
+            return Err(SourceError::Uri("source: a slash in a login must be written as %2F".to_owned()));
+        }
         let rest = rest.trim_end_matches('/');
         if rest.is_empty() || (*scheme != Scheme::Models && rest.starts_with('/')) {
             return Err(wrong(match scheme {
@@ -196,6 +205,11 @@ mod tests {
         assert!(said("https://").contains("expected a host"));
         assert!(said("models:/").contains("expected a model's name"));
         assert!(said("https://host/models?token=1").contains("a query or fragment"));
+        assert!(said("s3://KEY:SECRET@bucket").contains("from the environment only"));
+        assert!(!said("s3://KEY:SECRET@bucket").contains("SECRET"));
+        let error = said("https://ada:p/ss@host/models");
+        assert!(error.contains("%2F") && !error.contains("ss@"), "{error}");
+        assert!(SourceUri::parse("mlflow://host:5000/iris@champion").is_ok());
         assert!(said("s3://bucket/a b").contains("percent-encoded"));
     }
 }

@@ -2,6 +2,7 @@
 //! unused first.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     io::{self, Read},
     os::unix::fs::MetadataExt,
@@ -9,7 +10,7 @@ use std::{
 };
 
 use super::{Cache, is_unused};
-use crate::source::{Digest, SourceError, digest::Hasher};
+use crate::source::{Digest, RemoteFile, Source, SourceError, digest::Hasher};
 
 /// A content, or what is there of one that is being fetched.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,13 +67,21 @@ pub fn verify(kept: &Kept) -> Result<(), SourceError> {
 }
 
 impl Cache {
-    /// Makes room for `bytes` more.
+    /// Makes room for those of the files of `source` that are not here.
     ///
     /// # Errors
     /// `Full` when what is used, with what is to come, is more than the limit; nothing is removed then.
-    pub fn make_room(&self, bytes: u64) -> Result<(), SourceError> {
+    pub fn make_room_for(&self, source: &dyn Source, files: &[RemoteFile]) -> Result<(), SourceError> {
+        let absent = || files.iter().filter(|file| !self.has(source, file));
+        let bytes = absent().map(|file| file.size).fold(0, u64::saturating_add);
+        self.make_room(bytes, &absent().map(|file| self.key(source, file)).collect())
+    }
+
+    /// Makes room for `bytes` more. What is there already of the files that go by the names in `coming` is part of them.
+    pub(super) fn make_room(&self, bytes: u64, coming: &BTreeSet<String>) -> Result<(), SourceError> {
         let _linking = self.linking.lock();
-        let kept = list(&self.root)?;
+        let mut kept = list(&self.root)?;
+        kept.retain(|kept| kept.digest.is_some() || !coming.contains(stem(kept)));
         let total: u64 = kept.iter().map(|kept| kept.size).sum();
         let used: u64 = kept.iter().filter(|kept| !self.is_free(kept)).map(|kept| kept.size).sum();
         if used.saturating_add(bytes) > self.max_bytes {
@@ -112,10 +121,14 @@ impl Cache {
 
     /// Whether it may go: no version uses it, and nobody is fetching it.
     fn is_free(&self, kept: &Kept) -> bool {
-        let key = kept.path.file_stem().and_then(|name| name.to_str()).unwrap_or_default();
-        let is_claimed = || self.fetching.lock().get(key).is_some_and(|claim| claim.strong_count() > 0);
+        let is_claimed = || self.fetching.lock().get(stem(kept)).is_some_and(|claim| claim.strong_count() > 0);
         !kept.used && (kept.digest.is_some() || !is_claimed())
     }
+}
+
+/// What a file that is not complete goes by, and its list of parts.
+fn stem(kept: &Kept) -> &str {
+    kept.path.file_stem().and_then(|name| name.to_str()).unwrap_or_default()
 }
 
 fn describe(path: PathBuf, metadata: &fs::Metadata, digest: Option<Digest>, used: bool) -> Kept {

@@ -73,6 +73,11 @@ impl Cache {
         self.known(file, &names(source, file)).is_some()
     }
 
+    /// What `file` goes by while it is fetched.
+    pub(super) fn key(&self, source: &dyn Source, file: &RemoteFile) -> String {
+        key(source, file, &names(source, file))
+    }
+
     fn known(&self, file: &RemoteFile, names: &[String]) -> Option<Blob> {
         let blob = match file.digest {
             Some(Digest::Sha256(sha256)) => self.blob(sha256),

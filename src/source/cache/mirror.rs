@@ -105,9 +105,10 @@ impl Mirror {
         Ok(published)
     }
 
-    /// What is known of a version.
+    /// What is known of a version that is published.
     pub fn manifest(&self, model: &ModelName, version: &Version) -> Option<Manifest> {
-        read(&self.manifest_path(model, version))
+        let folder = self.models().join(model.as_str()).join(version.as_str());
+        read(&self.manifest_path(model, version)).filter(|_| folder.is_dir())
     }
 
     /// Begins to put a version together.
@@ -140,7 +141,9 @@ impl Mirror {
             files: stored(&staged.files),
         };
         let target = self.models().join(model.as_str()).join(version.as_str());
-        if self.manifest(model, version).is_none_or(|before| before.files != manifest.files) || !target.is_dir() {
+        if self.manifest(model, version).is_none_or(|before| before.files != manifest.files) {
+            // Between the two nobody knows what the folder holds, and after a crash it is published once more.
+            remove(&self.manifest_path(model, version))?;
             let placed = || -> io::Result<()> {
                 sync_folders(staged.folder.path())?;
                 let parent = self.models().join(model.as_str());
@@ -203,8 +206,8 @@ impl Mirror {
     /// # Errors
     /// When the disk fails.
     pub fn withdraw(&self, model: &ModelName, version: &Version) -> Result<(), SourceError> {
-        self.clear(&self.models().join(model.as_str()).join(version.as_str()))?;
-        remove(&self.manifest_path(model, version))
+        remove(&self.manifest_path(model, version))?;
+        self.clear(&self.models().join(model.as_str()).join(version.as_str()))
     }
 
     /// Takes a model out of the repository, with all its versions.
@@ -212,9 +215,9 @@ impl Mirror {
     /// # Errors
     /// When the disk fails.
     pub fn withdraw_model(&self, model: &ModelName) -> Result<(), SourceError> {
-        self.clear(&self.models().join(model.as_str()))?;
         let manifests = self.root.join("manifests").join(model.as_str());
-        fs::remove_dir_all(&manifests).or_else(absent).map_err(|error| SourceError::disk(&manifests, &error))
+        fs::remove_dir_all(&manifests).or_else(absent).map_err(|error| SourceError::disk(&manifests, &error))?;
+        self.clear(&self.models().join(model.as_str()))
     }
 
     /// Moves a folder away and deletes it there.

@@ -37,7 +37,9 @@ impl Partial {
             let header = format!("{} {size} {part}", boot()?);
             let text = fs::read_to_string(&list).unwrap_or_default();
             let mut lines = text.lines();
-            let known = resumable && lines.next() == Some(&header) && fs::metadata(&path)?.len() == size;
+            let known = resumable
+                && lines.next() == Some(&header)
+                && fs::metadata(&path).is_ok_and(|there| there.len() == size);
             // A last line without its end may be the beginning of another number.
             let whole = if text.ends_with('\n') { usize::MAX } else { text.lines().count().saturating_sub(2) };
             let there: BTreeSet<u64> = match known {
@@ -55,7 +57,7 @@ impl Partial {
         };
         opened().map_err(|error| {
             // A file that could not be made as long as it is to be takes room that is wanted elsewhere.
-            let _ = fs::remove_file(&path);
+            let _ = (fs::remove_file(&path), fs::remove_file(&list));
             SourceError::disk(&path, &error)
         })
     }

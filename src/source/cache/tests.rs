@@ -1,7 +1,7 @@
 //! The cache, against a place whose files, failures and lies are the test's.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     ops::Range,
     sync::atomic::{AtomicU64, AtomicUsize, Ordering},
 };
@@ -253,6 +253,27 @@ async fn a_fetch_goes_on_after_a_restart() {
 }
 
 #[tokio::test]
+async fn half_a_file_is_part_of_what_is_to_come_and_may_be_gone() {
+    let mut fixture = Fixture::new();
+    let file = fixture.shelf.put("model.onnx", TEXT);
+    let source: Arc<dyn Source> = fixture.shelf.clone();
+    *fixture.shelf.breaks.lock() = vec![0; 40];
+    fixture.fetch(&file).await.unwrap_err();
+    assert_eq!(fixture.partial(), 2);
+    drop(fixture.cache);
+    fixture.cache = cache(fixture.root.path(), TEXT.len() as u64);
+    fixture.cache.make_room_for(source.as_ref(), std::slice::from_ref(&file)).unwrap();
+    assert_eq!(fixture.partial(), 2);
+
+    // A list of parts without the file, as a crash may leave it.
+    let partial = fs::read_dir(fixture.root.path().join("partial")).unwrap().map(|entry| entry.unwrap().path());
+    partial.filter(|path| path.extension().is_none()).for_each(|path| fs::remove_file(path).unwrap());
+    fixture.shelf.breaks.lock().clear();
+    let blob = fixture.fetch(&file).await.unwrap();
+    assert_eq!(Digest::Sha256(blob.sha256), sha256(TEXT));
+}
+
+#[tokio::test]
 async fn nothing_goes_on_that_nothing_pins() {
     let fixture = Fixture::new();
     let file = RemoteFile { pin: None, ..fixture.shelf.put("model.onnx", TEXT) };
@@ -332,6 +353,12 @@ async fn a_version_is_published_whole_and_found_as_in_any_folder() {
     assert_eq!(fs::read(mirror.models().join("m/1/data/weights")).unwrap(), b"4321");
     assert_eq!(fs::read_dir(fixture.root.path().join("staging")).unwrap().count(), 0);
 
+    // A folder that somebody deleted is published once more.
+    fs::remove_dir_all(mirror.models().join("m/1")).unwrap();
+    assert_eq!(mirror.manifest(&ModelName::parse("m").unwrap(), &Version::parse("1").unwrap()), None);
+    publish(&fixture, &mirror, "1", &[("model.onnx", TEXT), ("data/weights", b"4321")]).await;
+    assert_eq!(fs::read(mirror.models().join("m/1/data/weights")).unwrap(), b"4321");
+
     mirror.withdraw(&ModelName::parse("m").unwrap(), &Version::parse("1").unwrap()).unwrap();
     assert!(!mirror.models().join("m/1").exists());
     assert!(mirror.published().unwrap()[&ModelName::parse("m").unwrap()].is_empty());
@@ -398,11 +425,11 @@ async fn room_is_made_of_what_nothing_uses_the_longest_unused_first() {
         let list = evict::list(fixture.root.path()).unwrap();
         list.iter().map(|kept| fs::read(&kept.path).unwrap()[0]).collect::<std::collections::BTreeSet<u8>>()
     };
-    cache.make_room(50).unwrap();
+    cache.make_room(50, &BTreeSet::new()).unwrap();
     assert_eq!(left().len(), 4);
-    cache.make_room(51).unwrap();
+    cache.make_room(51, &BTreeSet::new()).unwrap();
     assert_eq!(left(), [1, 3, 4].into());
-    let error = cache.make_room(351).unwrap_err();
+    let error = cache.make_room(351, &BTreeSet::new()).unwrap_err();
     assert_eq!(error.to_string(), "the cache has no room for 351 bytes: versions use 100 of its 450 (cache.max_bytes)");
     assert_eq!(left(), [1, 3, 4].into());
     assert_eq!(cache.prune().unwrap(), 200);
