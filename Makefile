@@ -32,7 +32,7 @@ test-rust: setup
 	cargo test --locked --workspace
 
 test-clients: build .venv/clients.installed
-	@deploy/apt.sh promtool=prometheus
+	@deploy/apt.sh promtool=prometheus "nginx=nginx-light libnginx-mod-http-dav-ext"
 	$(PYTHON) -m pytest -q tests/clients
 
 # FUZZ_SECONDS for each target, 15 by default; after test-rust, whose compiled dependencies it shares.

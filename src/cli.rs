@@ -12,7 +12,7 @@ use clap::{Args, Parser, Subcommand};
 use toml::{Table, Value};
 
 use crate::{
-    api::admin::documents::ModelStatus,
+    api::admin::documents::{ModelStatus, SourceStatus},
     backend::{Backends, onnx::OnnxRuntime},
     config::{self, Config},
     control::{
@@ -26,6 +26,7 @@ use crate::{
 
 mod ask;
 mod audit;
+mod cache;
 mod print;
 mod rollout;
 
@@ -51,6 +52,8 @@ enum Command {
     Rollout(Box<rollout::RolloutArgs>),
     /// Show what was changed by whom and why, or verify the log of it.
     Audit(audit::AuditArgs),
+    /// Show, check or empty what is kept of models that are elsewhere.
+    Cache(cache::CacheArgs),
     /// Exit with 0 when a running server is ready, else with 1.
     Health(OpsArgs),
     /// Show the configuration.
@@ -61,7 +64,7 @@ enum Command {
 /// environment, the environment over the file.
 #[derive(Args)]
 struct ServeArgs {
-    /// Folder of models: <NAME>/<VERSION>/model.onnx [default: ./models]
+    /// Folder of models: <NAME>/<VERSION>/model.onnx; or s3://BUCKET/PREFIX, gs://…, az://…, https://… [default: ./models]
     #[arg(long, value_name = "PATH")]
     models: Option<PathBuf>,
     #[command(flatten)]
@@ -78,6 +81,9 @@ struct ServeArgs {
     /// Folder for the server's own files [default: .tidegate inside the models folder]
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
+    /// Folder for what is fetched from elsewhere [default: cache inside the folder for the server's own files]
+    #[arg(long, value_name = "DIR")]
+    cache: Option<PathBuf>,
     /// How the folder of models is followed [default: watch]
     #[arg(long, value_name = "MODE")]
     model_control: Option<ModelControl>,
@@ -153,6 +159,7 @@ fn obey(command: Command) -> anyhow::Result<ExitCode> {
         Command::Models(args) => models(&args),
         Command::Rollout(args) => rollout::run(&args),
         Command::Audit(args) => audit::run(&args),
+        Command::Cache(args) => cache::run(&args),
         Command::Health(args) => health(&args),
         Command::Config(ConfigArgs { action: Some(ConfigAction::Convert { file }), .. }) => convert(&file),
         Command::Config(ConfigArgs { action: None, .. }) => {
@@ -180,8 +187,10 @@ impl ServeArgs {
         set("allow_model_upload", self.allow_model_upload.then(|| true.into()));
         set("token", self.token.clone().map(Value::from));
         set("strict_readiness", self.strict_readiness.then(|| true.into()));
-        let level = self.log_level.as_ref();
-        set("log", level.map(|level| Value::Table(Table::from_iter([("level".to_owned(), level.clone().into())]))));
+        let within = |key: &str, value: Value| Value::Table(Table::from_iter([(key.to_owned(), value)]));
+        let cache = self.cache.as_ref().map(path).transpose()?;
+        set("cache", cache.map(|directory| within("directory", directory)));
+        set("log", self.log_level.as_ref().map(|level| within("level", level.clone().into())));
         Ok(table)
     }
 }
@@ -237,7 +246,7 @@ async fn attend(server: &Server, config: &Config) -> anyhow::Result<()> {
             _ = changes.changed(), if !announced => {
                 let catalog = server.catalog().load();
                 if catalog.complete {
-                    announce(&catalog, config, server.rest);
+                    announce(&catalog, server);
                     announced = true;
                 }
             }
@@ -245,7 +254,8 @@ async fn attend(server: &Server, config: &Config) -> anyhow::Result<()> {
     }
 }
 
-fn announce(catalog: &Catalog, config: &Config, rest: SocketAddr) {
+fn announce(catalog: &Catalog, server: &Server) {
+    let rest = server.rest;
     for (name, deployment) in &catalog.deployments {
         for entry in &deployment.entries {
             let reason = if entry.reason.is_empty() { String::new() } else { format!(" ({})", entry.reason) };
@@ -257,7 +267,7 @@ fn announce(catalog: &Catalog, config: &Config, rest: SocketAddr) {
     }
     let host = if rest.ip().is_unspecified() { format!("localhost:{}", rest.port()) } else { rest.to_string() };
     let sample = catalog.serving().find_map(|version| {
-        let sample = config.models.join(version.name.as_str()).join("request.json");
+        let sample = server.models.join(version.name.as_str()).join("request.json");
         sample.is_file().then(|| (version.name.clone(), sample))
     });
     match sample {
@@ -290,7 +300,8 @@ fn convert(file: &Path) -> anyhow::Result<ExitCode> {
 }
 
 fn models(args: &ModelsArgs) -> anyhow::Result<ExitCode> {
-    let answer = Ops::new(&args.server)?.get("/admin/v1/models")?;
+    let ops = Ops::new(&args.server)?;
+    let answer = ops.get("/admin/v1/models")?;
     if args.json {
         say_json(&answer.read::<serde_json::Value>()?)?;
         return Ok(ExitCode::SUCCESS);
@@ -307,7 +318,32 @@ fn models(args: &ModelsArgs) -> anyhow::Result<ExitCode> {
             say(format_args!("{:<24} {:<10} {:<10} {problem}", model.name, "-", State::Failed.as_str()))?;
         }
     }
+    let sources: Vec<SourceStatus> = ops.get("/admin/v1/sources")?.read()?;
+    sources.iter().try_for_each(source)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// How a place stands that models are mirrored from.
+fn source(source: &SourceStatus) -> anyhow::Result<()> {
+    let uri = &source.uri;
+    match (&source.away_since, &source.error, &source.answered) {
+        (Some(since), Some(error), _) => say(format_args!("\n{uri} is out of reach since {since}: {error}"))?,
+        (_, _, Some(answered)) => say(format_args!("\n{uri} answered {answered}"))?,
+        _ => say(format_args!("\n{uri} was not looked at yet"))?,
+    }
+    let named = |model: &str, version: &Option<String>| match version {
+        Some(version) => format!("version {version} of {model}"),
+        None => format!("settings of {model}"),
+    };
+    for one in &source.fetching {
+        let (what, fetched, total) = (named(&one.model, &one.version), one.fetched_bytes, one.total_bytes);
+        say(format_args!("  {what}: {fetched} of {total} bytes fetched since {}", one.since))?;
+    }
+    for one in &source.problems {
+        let what = named(&one.model, &one.version);
+        say(format_args!("  {what} is not mirrored since {}: {}", one.since, one.error))?;
+    }
+    Ok(())
 }
 
 fn health(args: &OpsArgs) -> anyhow::Result<ExitCode> {

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, bail};
 use schemars::{JsonSchema, generate::SchemaSettings};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value as Json;
 use toml::{Table, Value};
 
@@ -18,6 +18,7 @@ use crate::{
     engine::shadow::ShadowConfig,
     logging::LogConfig,
     model::QueueConfig,
+    source::{SourceUri, cache::CacheConfig, follow::FollowConfig},
 };
 
 /// The file that is read when none is named.
@@ -28,9 +29,13 @@ const ENVIRONMENT_PREFIX: &str = "TIDEGATE_";
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// The folder of models: `<name>/<version>/model.onnx`.
+    /// The folder of models: `<name>/<version>/model.onnx`. Or where such a repository, or a single model, is mirrored
+    /// from: `s3://bucket/prefix`, `gs://…`, `az://container/prefix`, with credentials and endpoints from the
+    /// environment (AWS_…, GOOGLE_…, AZURE_…), or `https://host/path` of a web server that speaks WebDAV.
+    #[serde(serialize_with = "without_login")]
     pub models: PathBuf,
-    /// Where the server keeps its own files. Default: `.tidegate` inside the models folder.
+    /// Where the server keeps its own files. Default: `.tidegate` inside the models folder, or in the working folder
+    /// when the models are mirrored.
     pub data: Option<PathBuf>,
     /// Address of the REST port.
     pub rest: SocketAddr,
@@ -38,6 +43,10 @@ pub struct Config {
     pub grpc: SocketAddr,
     /// Address of the operators' port: metrics, probes, admin.
     pub ops: SocketAddr,
+    /// What is fetched from elsewhere, and kept.
+    pub cache: CacheConfig,
+    /// How places elsewhere are followed.
+    pub follow: FollowConfig,
     /// How the repository is followed: "watch", "explicit" or "none".
     pub model_control: ModelControl,
     /// Models to load with explicit control; "*" is all.
@@ -81,6 +90,14 @@ pub struct Config {
     pub log: LogConfig,
 }
 
+/// Writes a place as it may be shown.
+fn without_login<S: Serializer>(models: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    match models.to_str().map(SourceUri::parse) {
+        Some(Ok(uri)) if uri.folder().is_none() => serializer.collect_str(&uri),
+        _ => models.serialize(serializer),
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         let any = |port| SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port);
@@ -90,6 +107,8 @@ impl Default for Config {
             rest: any(8000),
             grpc: any(8001),
             ops: any(8002),
+            cache: CacheConfig::default(),
+            follow: FollowConfig::default(),
             model_control: ModelControl::default(),
             load_model: Vec::new(),
             allow_model_upload: false,
@@ -179,6 +198,7 @@ impl Config {
             ("shadow.max_requests", self.shadow.max_requests),
             ("shadow.max_bytes", self.shadow.max_bytes),
             ("shared_memory.max_regions", self.shared_memory.max_regions),
+            ("cache.connections", self.cache.connections),
         ];
         if let Some((key, _)) = positive.into_iter().find(|&(_, value)| value == 0) {
             bail!("{key} must be at least 1");
@@ -190,6 +210,8 @@ impl Config {
             ("limits.header_timeout", self.limits.header_timeout),
             ("limits.body_timeout", self.limits.body_timeout),
             ("limits.keepalive_interval", self.limits.keepalive_interval),
+            ("follow.interval", self.follow.interval),
+            ("follow.max_interval", self.follow.max_interval),
         ];
         if let Some((key, _)) = times.into_iter().find(|(_, value)| value.is_zero()) {
             bail!("{key} must be longer than 0s");
@@ -197,6 +219,10 @@ impl Config {
         if !(0.0..=1.0).contains(&self.shadow.max_cpu) {
             bail!("shadow.max_cpu must be 0 to 1, got {}", self.shadow.max_cpu);
         }
+        if self.cache.max_bytes == 0 {
+            bail!("cache.max_bytes must be at least 1");
+        }
+        self.source().context("models")?;
         Clients::new(self.queue.client_header.as_deref())?;
         if self.model_control != ModelControl::Explicit && !self.load_model.is_empty() {
             bail!("load_model needs model_control = \"explicit\"");
@@ -204,9 +230,27 @@ impl Config {
         Ok(())
     }
 
+    /// Where the models are mirrored from; `None` when they are in a folder.
+    ///
+    /// # Errors
+    /// When `models` looks like a URI and is none that is known.
+    pub fn source(&self) -> anyhow::Result<Option<SourceUri>> {
+        // A path that is no text is no URI.
+        let Some(text) = self.models.to_str() else { return Ok(None) };
+        let uri = SourceUri::parse(text)?;
+        Ok(uri.folder().is_none().then_some(uri))
+    }
+
     /// Where the server's own files lie.
     pub fn data_directory(&self) -> PathBuf {
-        self.data.clone().unwrap_or_else(|| self.models.join(".tidegate"))
+        let is_mirrored = matches!(self.source(), Ok(Some(_)));
+        let beside = || if is_mirrored { PathBuf::from(".tidegate") } else { self.models.join(".tidegate") };
+        self.data.clone().unwrap_or_else(beside)
+    }
+
+    /// Where fetched files lie.
+    pub fn cache_directory(&self) -> PathBuf {
+        self.cache.directory.clone().unwrap_or_else(|| self.data_directory().join("cache"))
     }
 }
 
@@ -351,6 +395,13 @@ mod tests {
         assert_eq!((config.rest.port(), config.grpc.port()), (2, 3));
         assert_eq!(config.queue.max_requests, 7);
         assert_eq!(config.queue.max_bytes, QueueConfig::default().max_bytes);
+    }
+
+    #[test]
+    fn a_login_is_not_shown() {
+        let (config, _) = load("models = \"https://ada:s3cret@host/models\"", &[], "").unwrap();
+        let shown = toml::to_string(&config).unwrap();
+        assert!(shown.contains("models = \"https://host/models\"") && !shown.contains("s3cret"), "{shown}");
     }
 
     #[test]

@@ -34,6 +34,8 @@
 //! 6. `api` encodes the answer, counts it, and only then sends it.
 //!
 //! # A version's way
+//! Models that are elsewhere are mirrored into a folder first: `source::follow` looks at a `Source` again and again, has
+//! `source::cache` fetch and verify what is new, and publishes each version by one rename, on a thread of its own.
 //! `control::reconcile` scans the folder (`source::local`), waits until files settle, and has `model::load` load and
 //! warm them on a low-priority thread, as `control::spec` says (from model.toml, or through `control::pbtxt` from
 //! Triton's config.pbtxt). What the author declares of inputs and outputs is a session before the graph's
@@ -61,6 +63,8 @@
 //!   candidate up.
 //! - No live request waits for a copy: what there is no room or processor time for is shed, and counted.
 //! - A request is counted exactly once, before its answer leaves; one that is given up counts as cancelled.
+//! - No request and no pass of the reconciler waits for a registry. What is mirrored was read whole and checked, and no
+//!   path, symlink or pickle of a registry reaches a backend.
 //! - Files are read before they are run: changing them on disk cannot hurt a running version.
 //! - Nothing is told to anybody who did not ask: `main` keeps ONNX Runtime's telemetry off before it is loaded.
 

@@ -25,6 +25,7 @@ mod histogram;
 mod page;
 mod predictions;
 mod rollouts;
+mod sources;
 mod statistics;
 mod version;
 
@@ -33,6 +34,7 @@ use families::{BUILD_INFO, SHARED_MEMORY_BYTES, SHARED_MEMORY_REGIONS, STATE_STO
 pub use page::{Buckets, Page};
 pub use predictions::{OTHER, Predictions, SHOWN_LABELS};
 pub use rollouts::{CopiesCompared, OutputCompared, RolloutStanding};
+pub use sources::SourceStanding;
 pub use statistics::{Statistics, Tally};
 pub use version::VersionMetrics;
 

@@ -4,7 +4,7 @@ use std::{
     fs::{File, TryLockError},
     io::{Read, Seek, Write},
     net::SocketAddr,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -53,6 +53,10 @@ use crate::{
     tensor::Tensor,
 };
 
+mod mirroring;
+
+use mirroring::{Mirroring, Mirrors};
+
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// What versions get to end their runs when the drain timeout is used up.
 const LAST_MOMENT: Duration = Duration::from_secs(1);
@@ -62,6 +66,8 @@ pub struct Server {
     pub rest: SocketAddr,
     pub grpc: SocketAddr,
     pub ops: SocketAddr,
+    /// The folder of models, which may be a mirror.
+    pub models: PathBuf,
     app: Arc<App>,
     stop: mpsc::Sender<Duration>,
     control: JoinHandle<anyhow::Result<usize>>,
@@ -99,11 +105,14 @@ impl Server {
         onnxruntime_version: &str,
         logging: Logging,
     ) -> anyhow::Result<Self> {
-        if !config.models.is_dir() {
+        let source = config.source()?;
+        if source.is_none() && !config.models.is_dir() {
             bail!("the models folder {} does not exist; name another one with --models", config.models.display());
         }
         let data = config.data_directory();
         let mut lock = lock(&data)?;
+        let mirroring = source.map(|uri| Mirroring::open(&uri, config)).transpose()?;
+        let models = mirroring.as_ref().map_or_else(|| config.models.clone(), |mirroring| mirroring.models.clone());
         let uploads = Uploads::open(&data, config.allow_model_upload);
         let rest_port = Port::bind(config.rest, "--rest")?;
         let grpc_port = Port::bind(config.grpc, "--grpc")?;
@@ -115,7 +124,7 @@ impl Server {
         let io_threads = config.io_threads.unwrap_or((cores / 2).max(1));
         let metrics = Metrics::new(env!("CARGO_PKG_VERSION"), onnxruntime_version);
         let (reader, writer) = catalog();
-        let settings = settings(config, cores);
+        let settings = settings(config, models.clone(), mirroring.is_some(), cores);
         let state = SharedStore::open(&data);
         let (commands, orders) = commands(&settings, backends.clone(), uploads, state.clone());
         let (shadows, shadow_thread) = Shadows::start(&config.shadow)?;
@@ -123,6 +132,7 @@ impl Server {
             engine: Engine::new(reader, shadows),
             commands,
             metrics: metrics.clone(),
+            sources: mirroring.iter().map(Mirroring::status).collect(),
             logging,
             limits: config.limits.clone(),
             clients: Clients::new(config.queue.client_header.as_deref())?,
@@ -154,12 +164,13 @@ impl Server {
             writer,
             state,
             shadow_thread,
+            mirroring: mirroring.map(Mirroring::start).transpose()?,
             stops,
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let control =
             std::thread::Builder::new().name("control".to_owned()).spawn(move || runtime.block_on(parts.run()))?;
-        Ok(Self { rest, grpc, ops, app, stop, control, ops_thread, ops_closing, _lock: Lock(lock) })
+        Ok(Self { rest, grpc, ops, models, app, stop, control, ops_thread, ops_closing, _lock: Lock(lock) })
     }
 
     /// What the request path sees of the models.
@@ -187,9 +198,10 @@ impl Server {
     }
 }
 
-fn settings(config: &Config, cores: usize) -> control::Settings {
+fn settings(config: &Config, models: PathBuf, is_mirror: bool, cores: usize) -> control::Settings {
     control::Settings {
-        models: config.models.clone(),
+        models,
+        is_mirror,
         control: config.model_control,
         load_models: config.load_model.clone(),
         profile: config.profile,
@@ -272,6 +284,7 @@ struct Parts {
     writer: CatalogWriter,
     state: SharedStore,
     shadow_thread: ShadowThread,
+    mirroring: Option<Mirrors>,
     stops: mpsc::Receiver<Duration>,
 }
 
@@ -294,7 +307,14 @@ impl Parts {
         let _watcher = watch(&self.settings, kick);
         let (stop_reconciling, stopped) = oneshot::channel();
         let reconciler = Reconciler::new(self.settings, self.loader, self.writer, self.orders, self.state);
-        let reconciling = tokio::spawn(reconciler.run(kicks, stopped));
+        let mirrored = self.mirroring.as_ref().map(Mirrors::mirrored);
+        let reconciling = tokio::spawn(async move {
+            // An empty mirror is not what there is to serve: the server is not ready until it has been filled.
+            if let Some(mirrored) = mirrored {
+                mirrored.await;
+            }
+            reconciler.run(kicks, stopped).await
+        });
 
         // 1 Not ready any more, and serving on until routers have noticed.
         let delay = self.stops.recv().await.unwrap_or_default();
@@ -325,7 +345,11 @@ impl Parts {
                 let _ = joined.await;
             }
         }
-        // 3 Nobody waits for copies, and then the models, in what is left of the time.
+        // 3 Nothing more is fetched.
+        if let Some(mirroring) = self.mirroring.take() {
+            let _ = tokio::task::spawn_blocking(move || mirroring.stop()).await;
+        }
+        // 4 Nobody waits for copies, and then the models, in what is left of the time.
         let _ = tokio::task::spawn_blocking(move || self.shadow_thread.stop()).await;
         let left = deadline.saturating_duration_since(Instant::now()).max(LAST_MOMENT);
         let _ = stop_reconciling.send(left);

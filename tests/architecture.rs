@@ -22,7 +22,7 @@ const LAYERS: [(u8, &[&str]); 12] = [
 ];
 
 /// The only places (files, or folders and the file of the same name) that may name a foreign crate.
-const HOMES: [(&str, &[&str]); 24] = [
+const HOMES: [(&str, &[&str]); 29] = [
     ("ort", &["backend/onnx"]),
     ("libc", &["priority", "heap"]),
     ("half", &["backend/onnx", "model/warmup", "api/codec", "observe/compare"]),
@@ -32,11 +32,16 @@ const HOMES: [(&str, &[&str]); 24] = [
     ("tonic_reflection", &["api/reflection"]),
     ("prost_reflect", &["control/pbtxt", "api/reflection"]),
     ("miette", &["control/pbtxt"]),
-    ("base64", &["api"]),
+    ("base64", &["api", "source/object"]),
     ("twox_hash", &["rollout/route", "source/local"]),
     ("rusqlite", &["control/store"]),
-    ("sha2", &["control/store"]),
-    ("tempfile", &["control/upload", "backend/onnx/shared", "backend/onnx/testing"]),
+    ("sha2", &["control/store", "source/digest"]),
+    ("md5", &["source/digest"]),
+    ("sha1", &["source/digest"]),
+    ("object_store", &["source/object"]),
+    ("reqwest", &["source"]),
+    ("async_trait", &["source"]),
+    ("tempfile", &["control/upload", "source/cache", "backend/onnx/shared", "backend/onnx/testing"]),
     ("axum", &["api", "server"]),
     ("hyper_util", &["api/listen", "cli"]),
     ("socket2", &["api/listen"]),

@@ -34,9 +34,10 @@ pub mod openapi;
 mod overrides;
 mod query;
 pub mod requests;
+mod sources;
 mod told;
 
-use documents::{AuditEntry, AuditPage, Cleared, ModelStatus, OverrideStatus, RolloutStatus};
+use documents::{AuditEntry, AuditPage, Cleared, ModelStatus, OverrideStatus, RolloutStatus, SourceStatus};
 use openapi::Operation;
 use query::Query;
 use requests::{RouteRequest, StartRequest, Why};
@@ -46,6 +47,7 @@ const MODEL: &str = "/admin/v1/models/{model}";
 const ROLLOUT: &str = "/admin/v1/models/{model}/rollout";
 const COMMAND: &str = "/admin/v1/models/{model}/rollout/{command}";
 const ROUTE: &str = "/admin/v1/models/{model}/route";
+const SOURCES: &str = "/admin/v1/sources";
 const OVERRIDES: &str = "/admin/v1/overrides";
 const AUDIT: &str = "/admin/v1/audit";
 
@@ -61,6 +63,12 @@ pub fn operations() -> Vec<Operation> {
         Operation::get::<ModelStatus, _, _>(MODEL, "getModel", "One model with its versions.", model)
             .with_epoch()
             .failing(&[Code::NotFound]),
+        Operation::get::<Vec<SourceStatus>, _, _>(
+            SOURCES,
+            "listSources",
+            "The places that models are mirrored from.",
+            sources::list,
+        ),
         Operation::get::<RolloutStatus, _, _>(ROLLOUT, "getRollout", "A model's rollout, now or the last.", rollout)
             .with_epoch()
             .failing(&[Code::NotFound]),

@@ -21,6 +21,7 @@ use crate::{
     metrics::{Metrics, Protocol, VersionMetrics, Way},
     model::{ModelVersion, batcher::Client, schedule::Urgency},
     rollout::route::Variant,
+    source::follow::SharedStatus,
     tensor::{DType, Tensor},
 };
 
@@ -130,6 +131,8 @@ pub struct App {
     pub engine: Engine,
     pub commands: Commands,
     pub metrics: Arc<Metrics>,
+    /// The places that models are mirrored from.
+    pub sources: Vec<SharedStatus>,
     pub logging: Logging,
     pub limits: LimitsConfig,
     /// Tells apart who shares the queues.

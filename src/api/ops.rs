@@ -77,8 +77,8 @@ async fn document() -> Json<Value> {
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
-    ([(header::CONTENT_TYPE, EXPOSITION)], app.metrics.render(scrape::page(&app.engine.catalog().load())))
-        .into_response()
+    let page = scrape::page(&app.engine.catalog().load(), &app.sources);
+    ([(header::CONTENT_TYPE, EXPOSITION)], app.metrics.render(page)).into_response()
 }
 
 async fn ready(State(app): State<Arc<App>>) -> Response {

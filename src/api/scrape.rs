@@ -1,22 +1,25 @@
-//! What `/metrics` shows of the catalog: how rollouts stand, what versions answered, and whether copies agree.
+//! What `/metrics` shows of the catalog: how rollouts stand, what versions answered, and whether copies agree; and of
+//! the places that models come from.
 //!
 //! Read when somebody scrapes, so that nothing is left of models that went.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::{
-    metrics::{CopiesCompared, OutputCompared, Page, RolloutStanding},
+    metrics::{CopiesCompared, OutputCompared, Page, RolloutStanding, SourceStanding},
     model::{
         ModelVersion,
         catalog::{Catalog, Deployment},
     },
     observe::copies::{Comparison, Missing, OutputComparison},
     rollout::{self, Phase, Rollout, judge::Finding},
+    source::follow::{SharedStatus, Status},
 };
 
-/// Everything there is to show of the catalog now.
-pub(super) fn page(catalog: &Catalog) -> Page {
+/// Everything there is to show of the catalog and of the places now.
+pub(super) fn page(catalog: &Catalog, sources: &[SharedStatus]) -> Page {
     let mut page = Page::default();
+    sources.iter().for_each(|source| show_source(&source.read(), &mut page));
     for (name, deployment) in &catalog.deployments {
         let Deployment { rollout, entries, .. } = deployment;
         if let Some(rollout) = rollout {
@@ -30,6 +33,16 @@ pub(super) fn page(catalog: &Catalog) -> Page {
         }
     }
     page
+}
+
+fn show_source(status: &Status, page: &mut Page) {
+    page.source(&SourceStanding {
+        source: &status.uri,
+        up: status.answered.is_some() && status.away.is_none(),
+        answered: status.answered,
+        problems: status.problems.len(),
+        fetching: status.fetching.values().map(|one| one.total.saturating_sub(one.fetched)).sum(),
+    });
 }
 
 fn show_rollout(model: &str, rollout: &Rollout, page: &mut Page) {

@@ -10,6 +10,8 @@ pub mod store;
 mod tracked;
 pub mod upload;
 
+pub use tracked::wanted;
+
 use std::{path::PathBuf, time::Duration};
 
 use schemars::JsonSchema;
@@ -32,6 +34,8 @@ pub enum ModelControl {
 #[derive(Clone, Debug)]
 pub struct Settings {
     pub models: PathBuf,
+    /// Whether versions come into the folder whole, so that nobody has to wait for the rest of their files.
+    pub is_mirror: bool,
     pub control: ModelControl,
     /// With explicit control, the models to load; `*` is all.
     pub load_models: Vec<String>,

@@ -248,7 +248,8 @@ impl Reconciler {
             // At start, and of what an operator asks for, nobody has watched the files yet; their age says as much.
             // Whoever asks for a load says that they are complete; should they change all the same, they settle before
             // the next try.
-            let settled = since.elapsed() >= SETTLE_TIME
+            let settled = self.settings.is_mirror
+                || since.elapsed() >= SETTLE_TIME
                 || ((first_pass || *needed) && fingerprint.older_than(SETTLE_TIME))
                 || (fresh && awaited);
             if settled {
@@ -280,7 +281,8 @@ impl Reconciler {
 
     /// What the model's settings are. Without watching, changes to the file wait until the model is looked at again.
     fn spec(&mut self, name: &ModelName, found: &FoundModel) -> Result<ModelSpec, Error> {
-        let read = || ModelSpec::read(&found.settings, name);
+        let is_mirror = self.settings.is_mirror;
+        let read = || ModelSpec::read(&found.settings, name)?.checked_for(is_mirror);
         match self.ordered.overrides.get(name) {
             Some(ordered) => Ok(ordered.spec.clone()),
             None if self.settings.control == ModelControl::Watch => read(),

@@ -120,6 +120,32 @@ impl ModelSpec {
     }
 
     /// # Errors
+    /// When settings that came from elsewhere would have ONNX Runtime write to this machine's disk, or take numbers for
+    /// addresses of its memory.
+    pub fn checked_for(self, is_mirror: bool) -> Result<Self, Error> {
+        let refused =
+            |key: &str| Err(Error::invalid(format!("options.{key} is not taken from settings that are mirrored")));
+        let options = &self.options;
+        if !is_mirror {
+            return Ok(self);
+        }
+        if options.optimized_model.is_some() {
+            return refused("optimized_model");
+        }
+        let is_harmless = |key: &&String| {
+            ["session.", "optimization.", "mlas."].iter().any(|start| key.starts_with(start))
+                && !["file", "path", "folder"].iter().any(|place| key.contains(place))
+        };
+        if let Some(key) = options.session_config.keys().find(|key| !is_harmless(key)) {
+            return refused(&format!("session_config.\"{key}\""));
+        }
+        if let Some(key) = options.cuda.keys().find(|key| key.contains("external") || key.contains("stream")) {
+            return refused(&format!("cuda.\"{key}\""));
+        }
+        Ok(self)
+    }
+
+    /// # Errors
     /// What is wrong, naming the key.
     pub fn from_toml(text: &str) -> Result<Self, String> {
         let spec: ModelSpec = toml::from_str(text).map_err(|error| error.to_string())?;
@@ -345,5 +371,24 @@ mod tests {
         assert_eq!(spec.instances(Profile::Throughput, 8), 8);
         assert_eq!(spec.resolved_options(Profile::Throughput).intra_op_threads, Some(1));
         assert_eq!(spec.resolved_options(Profile::Latency).intra_op_threads, None);
+    }
+
+    #[test]
+    fn mirrored_settings_reach_neither_the_disk_nor_memory() {
+        let checked = |text: &str, is_mirror| ModelSpec::from_toml(text).unwrap().checked_for(is_mirror);
+        for key in [
+            "optimized_model = \"/etc/x\"",
+            "session_config = { \"ep.context_file_path\" = \"/etc/x\" }",
+            "session_config = { \"session.model_external_initializers_file_folder_path\" = \"/etc\" }",
+            "cuda = { gpu_external_alloc = \"140000\" }",
+            "cuda = { user_compute_stream = \"140000\" }",
+        ] {
+            let text = format!("[options]\n{key}");
+            assert!(checked(&text, false).is_ok(), "{key}");
+            let error = checked(&text, true).unwrap_err();
+            assert!(error.message.contains("is not taken from settings that are mirrored"), "{error}");
+        }
+        let harmless = "[options]\nsession_config = { \"session.set_denormal_as_zero\" = \"1\" }\ncuda = { gpu_mem_limit = \"1\" }";
+        assert!(checked(harmless, true).is_ok());
     }
 }

@@ -1,6 +1,7 @@
 //! What the reconciler keeps in mind of each model: what serves, and where its newest files are on their way.
 
 use std::{
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -15,7 +16,7 @@ use crate::{
         catalog::{Deployment, Entry, VersionPolicy, insert_in_order},
     },
     rollout::{self, Moment, plan::OnNewVersion},
-    source::local::{Fingerprint, FoundModel, FoundVersion},
+    source::local::{Fingerprint, FoundModel, FoundVersion, MODEL_FILE, TRITON_FILE},
 };
 
 /// Files that did not change for so long are complete, and versions not seen for so long are gone: whoever replaces
@@ -313,7 +314,7 @@ pub(super) fn targets(
     // Broken settings fail each version by name, so that they show wherever versions show.
     let policy = spec.as_ref().map(|spec| spec.versions.clone()).unwrap_or_default();
     let fresh: Vec<&FoundVersion> = sound.iter().copied().filter(|found| passed(found).is_none()).collect();
-    let selected = select(&policy, &fresh);
+    let selected = select(&policy, &fresh, |found| &found.version);
     let needed = standing.needed(now);
     let swaps = spec.as_ref().map_or(OnNewVersion::Swap, |spec| spec.rollout.on_new_version) == OnNewVersion::Swap;
     let place = |version: &Version| found.versions.iter().position(|found| found.version == *version);
@@ -322,7 +323,7 @@ pub(super) fn targets(
     let stays = standing.stable.as_ref().filter(|stable| !swaps || newest <= Some(place(stable)));
     let mut targets = Targets { wanted: Vec::new(), held: Vec::new() };
     let is_in = |list: &[&FoundVersion], found: &FoundVersion| list.iter().any(|other| other.version == found.version);
-    let otherwise = select(&policy, &sound);
+    let otherwise = select(&policy, &sound, |found| &found.version);
     for found in &found.versions {
         let (selected, needed) = (is_in(&selected, found), needed.contains(&found.version));
         let stays = stays == Some(&found.version) && !failed(&found);
@@ -335,14 +336,22 @@ pub(super) fn targets(
     targets
 }
 
+/// Which of the versions `offered`, in ascending order, the settings in a model's folder select; by the default policy
+/// when the settings are broken, so that there is a version for which they can be seen to be.
+pub fn wanted(folder: &Path, model: &ModelName, offered: &[Version]) -> Vec<Version> {
+    let settings = [MODEL_FILE, TRITON_FILE].map(|name| folder.join(name)).into_iter().filter(|path| path.is_file());
+    let policy = ModelSpec::read(&settings.collect::<Vec<_>>(), model).map(|spec| spec.versions).unwrap_or_default();
+    select(&policy, offered, |version| version)
+}
+
 /// What a policy selects of versions in ascending order.
-fn select<'a>(policy: &VersionPolicy, versions: &[&'a FoundVersion]) -> Vec<&'a FoundVersion> {
+fn select<T: Clone>(policy: &VersionPolicy, versions: &[T], version: impl Fn(&T) -> &Version) -> Vec<T> {
     match policy {
-        VersionPolicy::Latest(count) => versions.iter().rev().take(*count).copied().collect(),
+        VersionPolicy::Latest(count) => versions.iter().rev().take(*count).cloned().collect(),
         VersionPolicy::All => versions.to_vec(),
         VersionPolicy::Specific(list) => {
-            let is_listed = |found: &FoundVersion| list.iter().any(|wanted| wanted == found.version.as_str());
-            versions.iter().copied().filter(|found| is_listed(found)).collect()
+            let is_listed = |one: &&T| list.iter().any(|wanted| wanted == version(one).as_str());
+            versions.iter().filter(is_listed).cloned().collect()
         }
     }
 }

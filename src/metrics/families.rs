@@ -19,6 +19,10 @@ pub(super) const GOLDEN_CHECK: &str = "tidegate_golden_check";
 pub(super) const SHARED_MEMORY_REGIONS: &str = "tidegate_shared_memory_regions";
 pub(super) const SHARED_MEMORY_BYTES: &str = "tidegate_shared_memory_bytes";
 pub(super) const STATE_STORED: &str = "tidegate_state_stored";
+pub(super) const SOURCE_UP: &str = "tidegate_source_up";
+pub(super) const SOURCE_ANSWERED: &str = "tidegate_source_last_answer_timestamp_seconds";
+pub(super) const SOURCE_PROBLEMS: &str = "tidegate_source_problems";
+pub(super) const SOURCE_FETCHING: &str = "tidegate_source_fetching_bytes";
 pub(super) const PREDICTIONS: &str = "tidegate_predictions_total";
 pub(super) const PREDICTION_SCORE: &str = "tidegate_prediction_score";
 pub(super) const PREDICTION_VALUE: &str = "tidegate_prediction_value";
@@ -122,7 +126,7 @@ impl Kind {
 }
 
 /// Every family of our own, in the order README lists them.
-pub const FAMILIES: [Family; 35] = [
+pub const FAMILIES: [Family; 39] = [
     Family {
         name: REQUESTS,
         of: Of::Version,
@@ -210,6 +214,34 @@ pub const FAMILIES: [Family; 35] = [
         kind: Kind::Gauge,
         labels: "",
         help: "1 when the server's state could be read or stored when that was tried last, else 0: changes are then refused",
+    },
+    Family {
+        name: SOURCE_UP,
+        of: Of::Server,
+        kind: Kind::Gauge,
+        labels: "source",
+        help: "1 when the place that models are mirrored from answered when it was looked at last, else 0",
+    },
+    Family {
+        name: SOURCE_ANSWERED,
+        of: Of::Server,
+        kind: Kind::Gauge,
+        labels: "source",
+        help: "When that place answered last",
+    },
+    Family {
+        name: SOURCE_PROBLEMS,
+        of: Of::Server,
+        kind: Kind::Gauge,
+        labels: "source",
+        help: "Versions and settings there that could not be mirrored when that was tried last",
+    },
+    Family {
+        name: SOURCE_FETCHING,
+        of: Of::Server,
+        kind: Kind::Gauge,
+        labels: "source",
+        help: "Bytes still to come of the versions that are being fetched",
     },
     Family {
         name: PREDICTIONS,

@@ -1,3 +1,181 @@
-//! Finding model files.
+//! Finding model files: in a folder as they are, elsewhere through a [`Source`] whose versions are mirrored.
+//!
+//! `control` sees folders only. What lies elsewhere is looked at, fetched, verified and published into a folder by
+//! `follow`, with its bytes in `cache`; no request and no pass of the reconciler waits for a registry.
 
+pub mod cache;
+pub mod digest;
+pub mod follow;
+mod layout;
 pub mod local;
+mod object;
+pub mod uri;
+
+use std::{collections::BTreeMap, ops::Range, pin::Pin, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use thiserror::Error;
+use tokio_stream::Stream;
+
+pub use digest::Digest;
+pub use uri::{Scheme, SourceUri};
+
+use crate::id::{ModelName, Version};
+
+/// A place where models and their versions are found, and read from.
+///
+/// Every call may be given up by dropping its future, and says by itself how long it waits for an answer.
+#[async_trait]
+pub trait Source: Send + Sync {
+    /// Where that is, as status and log show it: without credentials.
+    fn uri(&self) -> &SourceUri;
+
+    /// How long a version must stay as it is before it is taken for complete. Registries write versions at once.
+    fn settle_time(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    /// What there is now. The one call that is made again and again, so it is a cheap one.
+    ///
+    /// # Errors
+    /// When the place does not answer, refuses to, or answers what makes no sense. A look at half of a place is an
+    /// error too: what it does not show would be taken for gone.
+    async fn look(&self) -> Result<Look, SourceError>;
+
+    /// The files of a version that a look has shown, as they are at the revision it had then.
+    ///
+    /// # Errors
+    /// As for a look; `Changed` when the version is at another revision meanwhile.
+    async fn artifact(&self, model: &ModelName, version: &RemoteVersion) -> Result<Vec<RemoteFile>, SourceError>;
+
+    /// The bytes `range` of a file, which is never empty and lies within its size.
+    ///
+    /// # Errors
+    /// As for a look; `Changed` when the place knows that the file is another one than was listed. The stream may end
+    /// early or go on for too long: whoever reads counts.
+    async fn read(&self, file: &RemoteFile, range: Range<u64>) -> Result<ByteStream, SourceError>;
+}
+
+/// The source that a URI speaks of.
+///
+/// # Errors
+/// `Uri` when it is a folder, which needs no source, or the environment's settings for it do not do.
+pub fn open(uri: &SourceUri) -> Result<Arc<dyn Source>, SourceError> {
+    match uri.scheme() {
+        Scheme::S3 | Scheme::Gs | Scheme::Az | Scheme::Http | Scheme::Https => Ok(Arc::new(object::Bucket::open(uri)?)),
+        _ => Err(SourceError::Uri(format!(
+            "source '{uri}': expected s3://, gs://, az://, http:// or https://, or a folder"
+        ))),
+    }
+}
+
+/// Bytes as they arrive, in pieces of at most a few hundred KiB.
+pub type ByteStream = Pin<Box<dyn Stream<Item = Result<Bytes, SourceError>> + Send>>;
+
+/// What a place holds at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Look {
+    pub models: BTreeMap<ModelName, RemoteModel>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RemoteModel {
+    /// In ascending order, as the place counts them.
+    pub versions: Vec<RemoteVersion>,
+    /// What the pointer (an alias, tag, stage or branch) points at; `None` when the source follows no pointer.
+    pub default: Option<Version>,
+    /// The files beside the versions: settings, labels, sample requests. Their paths begin at the model's folder.
+    pub beside: Vec<RemoteFile>,
+}
+
+/// A version as a look shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RemoteVersion {
+    pub version: Version,
+    /// Changes whenever the version's files do, and is the same as long as they are: a commit, a digest, or what the
+    /// place's own tags and times of the files come to.
+    pub revision: String,
+}
+
+/// A file of a version, or beside the versions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RemoteFile {
+    /// Below the version's folder, with `/` between its parts. As the place says it: nobody has checked it yet.
+    pub path: String,
+    /// In bytes.
+    pub size: u64,
+    /// What the place says the content is. Without one the content is whatever is read, and pinned by that.
+    pub digest: Option<Digest>,
+    /// Where the source finds the bytes; nobody else reads it.
+    pub location: String,
+    /// What tells this content from a later one at the same location (an ETag, for instance), when the place says it.
+    pub pin: Option<String>,
+    /// Files of this place for which it says the same here, and that have one size, have one content, which is fetched
+    /// once. It is not checked as a digest is; `None` when the place knows no such thing.
+    pub likeness: Option<String>,
+}
+
+/// Why something did not come from a source, or is not taken from it.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum SourceError {
+    /// The URI says nothing that can be followed.
+    #[error("{0}")]
+    Uri(String),
+    /// No answer, or one that says that it went wrong over there.
+    #[error("{place} does not answer: {reason}")]
+    Unavailable { place: String, reason: String },
+    /// An answer that asks for patience.
+    #[error("{place} wants fewer calls: {reason}")]
+    Limited { place: String, reason: String, retry_after: Option<Duration> },
+    /// Credentials are missing, wrong or expired.
+    #[error("{place} refuses: {reason}")]
+    Denied { place: String, reason: String },
+    /// The model, version, alias or file is not there.
+    #[error("{what} is not at {place}")]
+    NotFound { place: String, what: String },
+    /// An answer that cannot be understood.
+    #[error("{place} answers what makes no sense: {reason}")]
+    Senseless { place: String, reason: String },
+    /// It is another one than was listed.
+    #[error("{what} changed while it was read")]
+    Changed { what: String },
+    /// The bytes are not those that were announced.
+    #[error("file '{file}': {reason}")]
+    Corrupt { file: String, reason: String },
+    /// It is never published, whoever vouches for it.
+    #[error("file '{file}' is refused: {reason}")]
+    Refused { file: String, reason: String },
+    /// There is no room for it.
+    #[error("{0}")]
+    Full(String),
+    /// The cache's disk failed.
+    #[error("{what}: {reason}")]
+    Disk { what: String, reason: String },
+}
+
+impl SourceError {
+    /// Whether the same call may well succeed later, with nothing changed at the place but its health.
+    pub fn passes(&self) -> bool {
+        !matches!(self, SourceError::Uri(_) | SourceError::Refused { .. })
+    }
+
+    /// How long the place asks to be left alone.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            SourceError::Limited { retry_after, .. } => *retry_after,
+            _ => None,
+        }
+    }
+
+    /// A failure of the disk at `path`, or the lack of room on it.
+    pub fn disk(path: &std::path::Path, error: &std::io::Error) -> Self {
+        let what = path.display().to_string();
+        match error.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+                SourceError::Full(format!("the disk of the cache is full: {what}: {error}"))
+            }
+            _ => SourceError::Disk { what, reason: error.to_string() },
+        }
+    }
+}

@@ -21,6 +21,7 @@ READABLE = {
     MODEL: "/admin/v1/models/iris",
     "/admin/v1/audit": "/admin/v1/audit?model=iris&limit=1",
     "/admin/v1/overrides": "/admin/v1/overrides",
+    "/admin/v1/sources": "/admin/v1/sources",
 }
 
 

@@ -53,6 +53,46 @@ pub struct ServingStatus {
     pub notes: Vec<String>,
 }
 
+/// A place that models are mirrored from.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+pub struct SourceStatus {
+    /// Its URI, without credentials.
+    pub uri: String,
+    /// When it last answered.
+    pub answered: Option<String>,
+    /// Since when it is out of reach; null when it answered the last look.
+    pub away_since: Option<String>,
+    /// What went wrong with the last look, when it is out of reach.
+    pub error: Option<String>,
+    /// Looks in a row that failed.
+    pub failures: u32,
+    pub fetching: Vec<FetchingStatus>,
+    /// What could not be mirrored when that was tried last.
+    pub problems: Vec<SourceProblem>,
+}
+
+/// A version on its way from a place.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+pub struct FetchingStatus {
+    pub model: String,
+    /// Null for the files beside the versions: settings, labels.
+    pub version: Option<String>,
+    pub fetched_bytes: u64,
+    pub total_bytes: u64,
+    pub since: String,
+}
+
+/// Why a version is not mirrored.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+pub struct SourceProblem {
+    pub model: String,
+    /// Null for the files beside the versions: settings, labels.
+    pub version: Option<String>,
+    pub error: String,
+    /// When it was tried first.
+    pub since: String,
+}
+
 /// How the requests for a model are divided.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct RouteStatus {

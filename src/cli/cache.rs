@@ -1,0 +1,157 @@
+//! `tidegate cache`: what is kept of models that are elsewhere, whether it is whole, and what may go.
+
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::{Context, bail};
+use clap::{Args, Subcommand};
+use serde_json::json;
+use toml::Table;
+
+use super::{
+    ConfigFile,
+    print::{say, say_json},
+};
+use crate::{
+    config::Config,
+    source::{
+        SourceError,
+        cache::{
+            Cache,
+            evict::{self, Kept},
+            mirror,
+        },
+    },
+};
+
+#[derive(Args)]
+pub struct CacheArgs {
+    #[command(subcommand)]
+    action: CacheAction,
+}
+
+#[derive(Subcommand)]
+enum CacheAction {
+    /// List the files in the cache and the versions that use them, also while a server runs
+    Ls(Which),
+    /// Read every file, and say which are not what was fetched, also while a server runs
+    ///
+    /// The exit code is 0 when all are, 2 when some are not, and 1 when the cache cannot be read.
+    Verify(Which),
+    /// Delete the files that no version uses, while no server uses the cache
+    Prune(Which),
+}
+
+#[derive(Args)]
+struct Which {
+    #[command(flatten)]
+    file: ConfigFile,
+    /// The cache [default: as the server's configuration says]
+    #[arg(long, value_name = "DIR")]
+    cache: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// The exit code for files that are not what was fetched.
+const BROKEN: u8 = 2;
+
+/// Runs the command.
+///
+/// # Errors
+/// What keeps the cache from being read or changed.
+pub fn run(args: &CacheArgs) -> anyhow::Result<ExitCode> {
+    match &args.action {
+        CacheAction::Ls(which) => ls(&which.open()?.0, which.json),
+        CacheAction::Verify(which) => verify(&which.open()?.0, which.json),
+        CacheAction::Prune(which) => prune(&which.open()?, which.json),
+    }
+}
+
+impl Which {
+    fn open(&self) -> anyhow::Result<(PathBuf, Config)> {
+        let (config, _) = self.file.load(Table::new())?;
+        let root = self.cache.clone().unwrap_or_else(|| config.cache_directory());
+        if !root.join("blobs").is_dir() {
+            bail!("there is no cache in {}; name another folder with --cache", root.display());
+        }
+        Ok((root, config))
+    }
+}
+
+fn ls(root: &Path, json: bool) -> anyhow::Result<ExitCode> {
+    let (kept, users) = (evict::list(root)?, mirror::users(root)?);
+    let used_by = |kept: &Kept| -> Vec<String> {
+        let digest = kept.digest.map(|digest| digest.hex()).unwrap_or_default();
+        users.get(&digest).cloned().unwrap_or_default()
+    };
+    if json {
+        let shown = kept.iter().map(|kept| {
+            json!({
+                "path": kept.path, "digest": kept.digest.map(|digest| digest.to_string()), "bytes": kept.size,
+                "used": kept.used, "versions": used_by(kept),
+            })
+        });
+        say_json(&shown.collect::<Vec<_>>())?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    say(format_args!("{:<71} {:>14} USED BY", "FILE", "BYTES"))?;
+    for kept in &kept {
+        let name = kept.digest.map_or_else(|| "(not complete)".to_owned(), |digest| digest.to_string());
+        let versions = used_by(kept).join(", ");
+        // The files beside versions are in no list of a version.
+        let versions = if versions.is_empty() && kept.used { "settings" } else { &versions };
+        say(format_args!("{name:<71} {:>14} {versions}", kept.size))?;
+    }
+    let (bytes, used) = (total(&kept, |_| true), total(&kept, |kept| kept.used));
+    say(format_args!("{} files, {bytes} bytes; {used} of them are used", kept.len()))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn total(kept: &[Kept], which: impl Fn(&Kept) -> bool) -> u64 {
+    kept.iter().filter(|kept| which(kept)).map(|kept| kept.size).sum()
+}
+
+fn verify(root: &Path, json: bool) -> anyhow::Result<ExitCode> {
+    let users = mirror::users(root)?;
+    let (mut files, mut bytes, mut broken) = (0, 0, Vec::new());
+    for kept in evict::list(root)?.iter().filter(|kept| kept.digest.is_some()) {
+        match evict::verify(kept) {
+            Ok(()) => {}
+            Err(error @ SourceError::Corrupt { .. }) => {
+                let digest = kept.digest.map(|digest| digest.hex()).unwrap_or_default();
+                broken.push((error.to_string(), users.get(&digest).cloned().unwrap_or_default()));
+            }
+            Err(error) => return Err(error.into()),
+        }
+        files += 1;
+        bytes += kept.size;
+    }
+    if json {
+        let broken = broken.iter().map(|(error, versions)| json!({ "error": error, "versions": versions }));
+        say_json(&json!({ "files": files, "bytes": bytes, "broken": broken.collect::<Vec<_>>() }))?;
+    } else {
+        for (error, versions) in &broken {
+            let versions = if versions.is_empty() { "no version uses it".to_owned() } else { versions.join(", ") };
+            say(format_args!("{error} ({versions})"))?;
+        }
+        let found =
+            if broken.is_empty() { "all as they were fetched".to_owned() } else { format!("{} broken", broken.len()) };
+        say(format_args!("{files} files, {bytes} bytes, {found}"))?;
+    }
+    Ok(if broken.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(BROKEN) })
+}
+
+fn prune((root, config): &(PathBuf, Config), json: bool) -> anyhow::Result<ExitCode> {
+    let hint = || format!("cannot prune {}", root.display());
+    let freed = Cache::open(root, &config.cache).and_then(|cache| cache.prune()).with_context(hint)?;
+    if json {
+        say_json(&json!({ "freed_bytes": freed }))?;
+    } else {
+        say(format_args!("{freed} bytes freed"))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,222 @@
+//! Fetching one content: in parts, over several connections, going on where an earlier try ended.
+
+use std::{
+    fs::File,
+    ops::Range,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
+    time::Duration,
+};
+
+use tokio::{
+    task::{JoinSet, spawn_blocking},
+    time::{sleep, timeout},
+};
+use tokio_stream::StreamExt;
+
+use super::{
+    Blob, Cache,
+    partial::{Partial, write_at},
+    vet,
+};
+use crate::source::{Digest, RemoteFile, Source, SourceError, digest};
+
+/// How long no byte may come before a connection is given up.
+const SILENCE: Duration = Duration::from_secs(30);
+/// Tries in a row of which none brings a byte.
+const TRIES: u32 = 3;
+/// The pause before the second of them; twice as long before the next.
+const PAUSE: Duration = Duration::from_millis(250);
+
+impl Cache {
+    /// Has the content of `file` in the cache, fetching what is missing of it. `fetched` grows by every byte that came,
+    /// or that had come before.
+    ///
+    /// # Errors
+    /// The source's own; `Corrupt` when the content is shorter, longer or another one than was announced; `Refused`
+    /// when it is a pickle; `Full` and `Disk`. What has come stays for the next try, unless it is known to be wrong.
+    pub async fn fetch(
+        self: &Arc<Self>,
+        source: &Arc<dyn Source>,
+        file: &RemoteFile,
+        fetched: &Arc<AtomicU64>,
+    ) -> Result<Blob, SourceError> {
+        vet::path(&file.path)?;
+        let names = names(source.as_ref(), file);
+        let key = key(source.as_ref(), file, &names);
+        let claim = self.claim(&key);
+        let _claimed = claim.lock().await;
+        if let Some(blob) = self.known(file, &names) {
+            fetched.fetch_add(blob.size, Ordering::Relaxed);
+            return Ok(blob);
+        }
+        // Without a name nothing says that what comes now goes with what came before.
+        let resumable = file.digest.is_some() || !names.is_empty();
+        let mut partial = Partial::open(&self.root.join("partial"), &key, file.size, self.part, resumable)?;
+        fetched.fetch_add(partial.bytes(), Ordering::Relaxed);
+        let result = self.complete(source, file, &mut partial, fetched).await;
+        if let Err(SourceError::Corrupt { .. } | SourceError::Changed { .. } | SourceError::Refused { .. }) = &result {
+            partial.discard();
+        }
+        let blob = result?;
+        partial.done();
+        names.iter().for_each(|name| self.remember(name, &blob));
+        Ok(blob)
+    }
+
+    /// Whether the content of `file` is here, so that nothing of it has to be fetched.
+    pub fn has(&self, source: &dyn Source, file: &RemoteFile) -> bool {
+        self.known(file, &names(source, file)).is_some()
+    }
+
+    /// What `file` goes by while it is fetched.
+    pub(super) fn key(&self, source: &dyn Source, file: &RemoteFile) -> String {
+        key(source, file, &names(source, file))
+    }
+
+    fn known(&self, file: &RemoteFile, names: &[String]) -> Option<Blob> {
+        let blob = match file.digest {
+            Some(Digest::Sha256(sha256)) => self.blob(sha256),
+            _ => names.iter().find_map(|name| self.named(name)),
+        };
+        blob.filter(|blob| blob.size == file.size)
+    }
+
+    /// Fetches the missing parts, hashing along, and moves the file to its place.
+    async fn complete(
+        self: &Arc<Self>,
+        source: &Arc<dyn Source>,
+        file: &RemoteFile,
+        partial: &mut Partial,
+        fetched: &Arc<AtomicU64>,
+    ) -> Result<Blob, SourceError> {
+        let disk = |error: std::io::Error| SourceError::disk(&self.root, &error);
+        let (tell, told) = mpsc::channel();
+        let hashing = spawn_blocking(partial.hash(file.digest, &file.path, told));
+        // The hashing thread goes when the sender does; what it then says is heard below.
+        let _ = tell.send(partial.contiguous());
+        let mut missing = partial.missing().into_iter();
+        let mut parts = JoinSet::new();
+        let window = self.connections_at_most;
+        loop {
+            while parts.len() < window
+                && let Some((number, range)) = missing.next()
+            {
+                let part = Part {
+                    cache: self.clone(),
+                    source: source.clone(),
+                    file: file.clone(),
+                    into: partial.writer().map_err(disk)?,
+                    path: partial.path.clone(),
+                    fetched: fetched.clone(),
+                };
+                parts.spawn(async move { part.fetch(range).await.map(|()| number) });
+            }
+            let Some(done) = parts.join_next().await else { break };
+            partial.note(done.map_err(|error| disk(std::io::Error::other(error)))??)?;
+            let _ = tell.send(partial.contiguous());
+        }
+        drop(tell);
+        let sha256 = hashing.await.map_err(|error| disk(std::io::Error::other(error)))??;
+        let blob = Blob { sha256, size: file.size };
+        let (cache, path, name) = (self.clone(), partial.path.clone(), file.path.clone());
+        let adopting = spawn_blocking(move || {
+            let mut content = File::open(&path).map_err(|error| SourceError::disk(&path, &error))?;
+            vet::content(&name, &mut content)?;
+            cache.adopt(&path, &blob)
+        });
+        adopting.await.map_err(|error| disk(std::io::Error::other(error)))??;
+        Ok(blob)
+    }
+}
+
+/// What the place calls the content, as file names in the cache. Digests other than SHA-256 are believed of the place
+/// that gave them only: contents with one MD5 can be made.
+fn names(source: &dyn Source, file: &RemoteFile) -> Vec<String> {
+    let uri = source.uri();
+    let place = format!("{:?} {}", uri.scheme(), uri.authority());
+    let size = file.size.to_string();
+    let named = |kind: &str, texts: &[&str]| digest::of_texts(&[&[kind, &place, &size], texts].concat());
+    let mut names = Vec::new();
+    match file.digest {
+        Some(Digest::Sha256(_)) => return names,
+        Some(digest) => names.push(named("digest", &[&digest.to_string()])),
+        None => {}
+    }
+    names.extend(file.likeness.as_ref().map(|likeness| named("likeness", &[likeness])));
+    names.extend(file.pin.as_ref().map(|pin| named("pin", &[&file.location, pin])));
+    names
+}
+
+/// What the file goes by while it is fetched: the same for all files that have one content, as far as the place says so.
+fn key(source: &dyn Source, file: &RemoteFile, names: &[String]) -> String {
+    match (file.digest, names.first()) {
+        (Some(Digest::Sha256(sha256)), _) => digest::encode(&sha256),
+        (_, Some(name)) => name.clone(),
+        (_, None) => digest::of_texts(&["place", &source.uri().to_string(), &file.location, &file.size.to_string()]),
+    }
+}
+
+/// One part on its way.
+struct Part {
+    cache: Arc<Cache>,
+    source: Arc<dyn Source>,
+    file: RemoteFile,
+    into: File,
+    path: PathBuf,
+    fetched: Arc<AtomicU64>,
+}
+
+impl Part {
+    /// Fetches `range`, going on after failures that may pass at once.
+    async fn fetch(self, range: Range<u64>) -> Result<(), SourceError> {
+        let permit = self.cache.connections.acquire().await;
+        let _permit = permit.map_err(|error| SourceError::Disk { what: "cache".into(), reason: error.to_string() })?;
+        let mut position = range.start;
+        let mut failed = 0;
+        loop {
+            let before = position;
+            let result = self.read(&mut position, range.end).await;
+            failed = if position > before { 1 } else { failed + 1 };
+            match result {
+                // A connection that breaks when every byte has come has done its work.
+                Err(SourceError::Unavailable { .. }) if position == range.end => return Ok(()),
+                Err(SourceError::Unavailable { .. } | SourceError::Corrupt { .. })
+                    if failed < TRIES && position < range.end =>
+                {
+                    sleep(PAUSE * (1 << (failed - 1))).await;
+                }
+                result => return result,
+            }
+        }
+    }
+
+    /// Reads from `position` to `end` in one go, moving `position` along.
+    async fn read(&self, position: &mut u64, end: u64) -> Result<(), SourceError> {
+        let silent = || SourceError::Unavailable {
+            place: self.source.uri().to_string(),
+            reason: format!("no byte of '{}' came in {SILENCE:?}", self.file.path),
+        };
+        let wrong = |reason: String| SourceError::Corrupt { file: self.file.path.clone(), reason };
+        let reading = self.source.read(&self.file, *position..end);
+        let mut stream = timeout(SILENCE, reading).await.map_err(|_| silent())??;
+        while let Some(bytes) = timeout(SILENCE, stream.next()).await.map_err(|_| silent())? {
+            let bytes = bytes?;
+            if bytes.len() as u64 > end - *position {
+                return Err(wrong(format!("more bytes come than the {} that were announced", self.file.size)));
+            }
+            // This waits for the disk when it is slow, and with it everything else that is fetched, and nothing more.
+            write_at(&self.into, &bytes, *position, &self.path)?;
+            *position += bytes.len() as u64;
+            self.fetched.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        }
+        if *position < end {
+            return Err(wrong(format!("it ends after {position} of {} bytes", self.file.size)));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,383 @@
+//! What one source holds, as a repository of models: versions that are published whole by one rename, and what is known
+//! of each of them.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use rustix::{
+    fs::{CWD, RenameFlags, renameat_with},
+    io::Errno,
+};
+use serde::{Deserialize, Serialize};
+use tempfile::TempDir;
+
+use super::{Blob, Cache, time_of, vet, write_atomically};
+use crate::{
+    id::{ModelName, Version},
+    source::{Digest, SourceError, SourceUri, digest},
+};
+
+/// A source's folder in the cache.
+pub struct Mirror {
+    cache: Arc<Cache>,
+    root: PathBuf,
+}
+
+/// What is known of a published version.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Where it is from.
+    pub uri: String,
+    /// The revision it had there.
+    pub revision: String,
+    /// `sha256:` of its files' lines `path NUL sha256 LF`, sorted by path.
+    pub digest: String,
+    /// By path below the version's folder.
+    pub files: BTreeMap<String, Stored>,
+}
+
+/// A file of a published version.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stored {
+    /// In hexadecimal.
+    pub sha256: String,
+    /// In bytes.
+    pub size: u64,
+}
+
+/// What is known of the files beside a model's versions.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Beside {
+    revision: String,
+    files: BTreeMap<String, Stored>,
+}
+
+/// A version that is being put together. Dropped, it leaves nothing.
+pub struct Staged {
+    cache: Arc<Cache>,
+    folder: TempDir,
+    files: BTreeMap<String, Blob>,
+}
+
+impl Mirror {
+    /// The mirror of `uri`, made when there is none yet.
+    ///
+    /// # Errors
+    /// When its folders cannot be made.
+    pub fn open(cache: Arc<Cache>, uri: &SourceUri) -> Result<Self, SourceError> {
+        let uri = uri.to_string();
+        let legible: String =
+            uri.chars().map(|letter| if letter.is_ascii_alphanumeric() { letter } else { '-' }).take(40).collect();
+        let root = cache.root.join("mirrors").join(format!("{legible}-{}", &digest::of_texts(&[&uri])[..12]));
+        for folder in ["models", "manifests"] {
+            let folder = root.join(folder);
+            fs::create_dir_all(&folder).map_err(|error| SourceError::disk(&folder, &error))?;
+        }
+        Ok(Self { cache, root })
+    }
+
+    /// The repository: `<model>/<version>/…`.
+    pub fn models(&self) -> PathBuf {
+        self.root.join("models")
+    }
+
+    /// Every version that is published and of which all is known, by model. What is there without a manifest, after a
+    /// crash, does not show, and is published once more.
+    ///
+    /// # Errors
+    /// When the folders cannot be read.
+    pub fn published(&self) -> Result<BTreeMap<ModelName, BTreeMap<String, Manifest>>, SourceError> {
+        let mut published = BTreeMap::new();
+        for (name, folder) in folders(&self.models())? {
+            let Ok(name) = ModelName::parse(&name) else { continue };
+            let mut versions = BTreeMap::new();
+            for (version, _) in folders(&folder)? {
+                let manifest = Version::parse(&version).ok().and_then(|version| self.manifest(&name, &version));
+                versions.extend(manifest.map(|manifest| (version, manifest)));
+            }
+            published.insert(name, versions);
+        }
+        Ok(published)
+    }
+
+    /// What is known of a version that is published.
+    pub fn manifest(&self, model: &ModelName, version: &Version) -> Option<Manifest> {
+        let folder = self.models().join(model.as_str()).join(version.as_str());
+        read(&self.manifest_path(model, version)).filter(|_| folder.is_dir())
+    }
+
+    /// Begins to put a version together.
+    ///
+    /// # Errors
+    /// When there is no room for a folder.
+    pub fn stage(&self) -> Result<Staged, SourceError> {
+        let staging = self.cache.root.join("staging");
+        let folder = TempDir::new_in(&staging).map_err(|error| SourceError::disk(&staging, &error))?;
+        Ok(Staged { cache: self.cache.clone(), folder, files: BTreeMap::new() })
+    }
+
+    /// Puts what was staged into the repository, in the place of what the version was before; it is seen whole or not
+    /// at all. The same files published again are no change.
+    ///
+    /// # Errors
+    /// When the disk fails; the version is then as it was.
+    pub fn publish(
+        &self,
+        model: &ModelName,
+        version: &Version,
+        staged: Staged,
+        uri: &SourceUri,
+        revision: &str,
+    ) -> Result<Manifest, SourceError> {
+        let manifest = Manifest {
+            uri: uri.to_string(),
+            revision: revision.to_owned(),
+            digest: staged.digest().to_string(),
+            files: stored(&staged.files),
+        };
+        let target = self.models().join(model.as_str()).join(version.as_str());
+        if self.manifest(model, version).is_none_or(|before| before.files != manifest.files) {
+            // Between the two nobody knows what the folder holds, and after a crash it is published once more.
+            remove(&self.manifest_path(model, version))?;
+            let placed = || -> io::Result<()> {
+                sync_folders(staged.folder.path())?;
+                let parent = self.models().join(model.as_str());
+                fs::create_dir_all(&parent)?;
+                place(staged.folder.path(), &target)?;
+                File::open(&parent)?.sync_all()
+            };
+            placed().map_err(|error| SourceError::disk(&target, &error))?;
+        }
+        self.write(&self.manifest_path(model, version), &manifest)?;
+        Ok(manifest)
+    }
+
+    /// Puts the files beside a model's versions there, each by a rename, and takes those away that were there before.
+    /// Whether anything changed.
+    ///
+    /// # Errors
+    /// When the disk fails, or a file's path lies within a version.
+    pub fn publish_beside(&self, model: &ModelName, staged: &Staged, revision: &str) -> Result<bool, SourceError> {
+        let path = self.beside_path(model);
+        let before: Beside = read(&path).unwrap_or_default();
+        let files = stored(&staged.files);
+        let now = Beside { revision: revision.to_owned(), files };
+        if before.files == now.files {
+            self.write(&path, &now)?;
+            return Ok(false);
+        }
+        // Until all is in its place, the list names what may be there, and no revision.
+        let mut meanwhile = Beside { revision: String::new(), files: before.files };
+        meanwhile.files.extend(now.files.clone());
+        self.write(&path, &meanwhile)?;
+        let folder = self.models().join(model.as_str());
+        for name in staged.files.keys() {
+            let first = name.split('/').next().unwrap_or_default();
+            if name.contains('/') && Version::parse(first).is_ok_and(|version| version.number().is_some()) {
+                let reason = "it lies within a version and is not of it".to_owned();
+                return Err(SourceError::Refused { file: name.clone(), reason });
+            }
+            let (from, to) = (staged.folder.path().join(name), folder.join(name));
+            let placed = || -> io::Result<()> {
+                fs::create_dir_all(to.parent().unwrap_or(&folder))?;
+                fs::rename(&from, &to)
+            };
+            placed().map_err(|error| SourceError::disk(&to, &error))?;
+        }
+        for name in meanwhile.files.keys().filter(|name| !now.files.contains_key(*name)) {
+            remove(&folder.join(name))?;
+        }
+        self.write(&path, &now)?;
+        Ok(true)
+    }
+
+    /// The revision that the files beside a model's versions had at their place, when all of them are here.
+    pub fn beside_revision(&self, model: &ModelName) -> Option<String> {
+        read::<Beside>(&self.beside_path(model)).map(|beside| beside.revision)
+    }
+
+    /// Takes a version out of the repository, at once and whole.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub fn withdraw(&self, model: &ModelName, version: &Version) -> Result<(), SourceError> {
+        remove(&self.manifest_path(model, version))?;
+        self.clear(&self.models().join(model.as_str()).join(version.as_str()))
+    }
+
+    /// Takes a model out of the repository, with all its versions.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub fn withdraw_model(&self, model: &ModelName) -> Result<(), SourceError> {
+        let manifests = self.root.join("manifests").join(model.as_str());
+        fs::remove_dir_all(&manifests).or_else(absent).map_err(|error| SourceError::disk(&manifests, &error))?;
+        self.clear(&self.models().join(model.as_str()))
+    }
+
+    /// Moves a folder away and deletes it there.
+    fn clear(&self, folder: &Path) -> Result<(), SourceError> {
+        let cleared = || -> io::Result<()> {
+            let away = TempDir::new_in(self.cache.root.join("staging"))?;
+            fs::rename(folder, away.path().join("gone")).or_else(absent)?;
+            away.close()
+        };
+        cleared().map_err(|error| SourceError::disk(folder, &error))
+    }
+
+    fn manifest_path(&self, model: &ModelName, version: &Version) -> PathBuf {
+        self.root.join("manifests").join(model.as_str()).join("versions").join(format!("{version}.json"))
+    }
+
+    fn beside_path(&self, model: &ModelName) -> PathBuf {
+        self.root.join("manifests").join(model.as_str()).join("beside.json")
+    }
+
+    fn write(&self, path: &Path, value: &impl Serialize) -> Result<(), SourceError> {
+        let written = || -> io::Result<()> {
+            fs::create_dir_all(path.parent().unwrap_or(&self.root))?;
+            write_atomically(&self.cache.root.join("staging"), path, &serde_json::to_vec_pretty(value)?)
+        };
+        written().map_err(|error| SourceError::disk(path, &error))
+    }
+}
+
+/// The versions that have each content, by its SHA-256 in hexadecimal, in every mirror of the cache in `root`, also of one
+/// that a server has open.
+///
+/// # Errors
+/// When the folders cannot be read.
+pub fn users(root: &Path) -> Result<BTreeMap<String, Vec<String>>, SourceError> {
+    let mut users: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for (_, mirror) in folders(&root.join("mirrors"))? {
+        for (model, manifests) in folders(&mirror.join("manifests"))? {
+            let versions = manifests.join("versions");
+            // A model may have settings only.
+            let entries = match fs::read_dir(&versions) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                entries => entries.map_err(|error| SourceError::disk(&versions, &error))?,
+            };
+            for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+                let Some(manifest) = read::<Manifest>(&path) else { continue };
+                let version = path.file_stem().unwrap_or_default().to_string_lossy();
+                for stored in manifest.files.into_values() {
+                    users.entry(stored.sha256).or_default().push(format!("{model}/{version}"));
+                }
+            }
+        }
+    }
+    users.values_mut().for_each(|versions| {
+        versions.sort_unstable();
+        versions.dedup();
+    });
+    Ok(users)
+}
+
+impl Staged {
+    /// Adds a content as the file `path`.
+    ///
+    /// # Errors
+    /// `Refused` when the path leaves the folder or is a pickle's; `Disk` when the disk fails.
+    pub fn add(&mut self, path: &str, blob: &Blob) -> Result<(), SourceError> {
+        vet::path(path)?;
+        let target = self.folder.path().join(path);
+        let from = self.cache.blob_path(&blob.sha256);
+        let added = || -> io::Result<()> {
+            fs::create_dir_all(target.parent().unwrap_or(self.folder.path()))?;
+            let _linking = self.cache.linking.lock();
+            link(&from, &target, blob)
+        };
+        added().map_err(|error| SourceError::disk(&target, &error))?;
+        self.files.insert(path.to_owned(), *blob);
+        Ok(())
+    }
+
+    /// What stands for the version.
+    pub fn digest(&self) -> Digest {
+        digest::of_artifact(self.files.iter().map(|(path, blob)| (path.as_str(), &blob.sha256)))
+    }
+}
+
+fn stored(files: &BTreeMap<String, Blob>) -> BTreeMap<String, Stored> {
+    let one = |(path, blob): (&String, &Blob)| {
+        (path.clone(), Stored { sha256: digest::encode(&blob.sha256), size: blob.size })
+    };
+    files.iter().map(one).collect()
+}
+
+/// A second name for a content; a copy where the file system gives no more of those.
+fn link(from: &Path, to: &Path, blob: &Blob) -> io::Result<()> {
+    match fs::hard_link(from, to) {
+        Err(error)
+            if matches!(
+                Errno::from_io_error(&error),
+                Some(Errno::MLINK | Errno::PERM | Errno::OPNOTSUPP | Errno::XDEV)
+            ) =>
+        {
+            fs::copy(from, to)?;
+            // The mode of a copy forbids to open it for writing; its time may be set all the same.
+            File::open(to)?.set_modified(time_of(&blob.sha256))
+        }
+        result => result,
+    }
+}
+
+/// Puts the folder `from` where `to` is, and what was there where `from` was.
+fn place(from: &Path, to: &Path) -> io::Result<()> {
+    match renameat_with(CWD, from, CWD, to, RenameFlags::EXCHANGE) {
+        // Nothing is there to be exchanged.
+        Err(Errno::NOENT) => fs::rename(from, to),
+        // The file system cannot exchange. For a moment there is nothing; who looks then waits before it believes so.
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+            let away = from.with_extension("before");
+            fs::rename(to, &away).or_else(absent)?;
+            fs::rename(from, to)?;
+            fs::rename(&away, from).or_else(absent)
+        }
+        result => result.map_err(Into::into),
+    }
+}
+
+fn sync_folders(folder: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            sync_folders(&entry.path())?;
+        }
+    }
+    File::open(folder)?.sync_all()
+}
+
+fn folders(root: &Path) -> Result<Vec<(String, PathBuf)>, SourceError> {
+    let listed = || -> io::Result<Vec<(String, PathBuf)>> {
+        let mut folders = Vec::new();
+        for entry in fs::read_dir(root)? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                folders.extend(entry.file_name().into_string().ok().map(|name| (name, entry.path())));
+            }
+        }
+        Ok(folders)
+    };
+    listed().map_err(|error| SourceError::disk(root, &error))
+}
+
+fn read<T: for<'de> Deserialize<'de>>(path: &Path) -> Option<T> {
+    let bytes = fs::read(path).ok()?;
+    serde_json::from_slice(&bytes)
+        .inspect_err(|error| tracing::warn!(file = %path.display(), %error, "is made anew"))
+        .ok()
+}
+
+fn remove(path: &Path) -> Result<(), SourceError> {
+    fs::remove_file(path).or_else(absent).map_err(|error| SourceError::disk(path, &error))
+}
+
+fn absent(error: io::Error) -> io::Result<()> {
+    if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) }
+}

@@ -1,0 +1,469 @@
+//! The cache, against a place whose files, failures and lies are the test's.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    ops::Range,
+    sync::atomic::{AtomicU64, AtomicUsize, Ordering},
+};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use tempfile::TempDir;
+
+use super::{mirror::Mirror, *};
+use crate::{
+    id::{ModelName, Version},
+    source::{ByteStream, Look, RemoteFile, RemoteModel, RemoteVersion, Source, SourceUri, local},
+};
+
+/// A place in memory.
+pub struct Shelf {
+    uri: SourceUri,
+    pub look: Mutex<Result<Look, SourceError>>,
+    /// By model and version.
+    pub artifacts: Mutex<HashMap<(String, String), Vec<RemoteFile>>>,
+    /// By location.
+    pub bytes: Mutex<BTreeMap<String, Vec<u8>>>,
+    /// Bytes that a read gives before its connection breaks; the next reads are whole again.
+    pub breaks: Mutex<Vec<u64>>,
+    /// Whether every read breaks at once.
+    pub away: std::sync::atomic::AtomicBool,
+    /// Bytes that went out.
+    pub read: AtomicU64,
+    pub reads: AtomicUsize,
+}
+
+impl Shelf {
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self {
+            uri: SourceUri::parse("s3://shelf/models").unwrap(),
+            look: Mutex::new(Ok(Look::default())),
+            artifacts: Mutex::default(),
+            bytes: Mutex::default(),
+            breaks: Mutex::default(),
+            away: false.into(),
+            read: AtomicU64::new(0),
+            reads: AtomicUsize::new(0),
+        })
+    }
+
+    /// A file at `path`, pinned by its bytes.
+    pub fn put(&self, path: &str, bytes: &[u8]) -> RemoteFile {
+        let location = format!("{path}#{}", self.bytes.lock().len());
+        self.bytes.lock().insert(location.clone(), bytes.to_vec());
+        RemoteFile {
+            path: path.into(),
+            size: bytes.len() as u64,
+            digest: None,
+            location,
+            pin: Some("v1".into()),
+            likeness: None,
+        }
+    }
+
+    /// A version of a model, at a revision of its own.
+    pub fn version(&self, model: &str, version: &str, files: Vec<RemoteFile>) {
+        let revision = files.iter().map(|file| file.location.as_str()).collect::<String>();
+        self.artifacts.lock().insert((model.into(), version.into()), files);
+        let mut look = self.look.lock();
+        let look = look.get_or_insert_default();
+        let found = look.models.entry(ModelName::parse(model).unwrap()).or_default();
+        let version = Version::parse(version).unwrap();
+        found.versions.retain(|remote| remote.version != version);
+        found.versions.push(RemoteVersion { version, revision });
+        found.versions.sort_by_key(|remote| remote.version.number());
+    }
+
+    pub fn change(&self, change: impl FnOnce(&mut BTreeMap<ModelName, RemoteModel>)) {
+        change(&mut self.look.lock().get_or_insert_default().models);
+    }
+}
+
+/// `Result::get_or_insert_default`, which there is for options only.
+trait GetOrInsert {
+    fn get_or_insert_default(&mut self) -> &mut Look;
+}
+
+impl GetOrInsert for Result<Look, SourceError> {
+    fn get_or_insert_default(&mut self) -> &mut Look {
+        if self.is_err() {
+            *self = Ok(Look::default());
+        }
+        self.as_mut().unwrap()
+    }
+}
+
+#[async_trait]
+impl Source for Shelf {
+    fn uri(&self) -> &SourceUri {
+        &self.uri
+    }
+
+    async fn look(&self) -> Result<Look, SourceError> {
+        self.look.lock().clone()
+    }
+
+    async fn artifact(&self, model: &ModelName, version: &RemoteVersion) -> Result<Vec<RemoteFile>, SourceError> {
+        Ok(self.artifacts.lock()[&(model.to_string(), version.version.to_string())].clone())
+    }
+
+    async fn read(&self, file: &RemoteFile, range: Range<u64>) -> Result<ByteStream, SourceError> {
+        self.reads.fetch_add(1, Ordering::Relaxed);
+        let broken = SourceError::Unavailable { place: "shelf".into(), reason: "connection reset".into() };
+        if self.away.load(Ordering::Relaxed) {
+            return Err(broken);
+        }
+        let bytes = self.bytes.lock()[&file.location].clone();
+        let (start, end) = (range.start.min(bytes.len() as u64), range.end.min(bytes.len() as u64));
+        // A place that sends too much begins right, and does not stop.
+        let end = if bytes.len() as u64 > file.size && range.end == file.size { bytes.len() as u64 } else { end };
+        let mut bytes = bytes[start as usize..end as usize].to_vec();
+        let breaks = self.breaks.lock().pop();
+        if let Some(kept) = breaks {
+            bytes.truncate(kept as usize);
+        }
+        self.read.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        let mut pieces: Vec<Result<Bytes, SourceError>> =
+            bytes.chunks(3).map(|piece| Ok(Bytes::copy_from_slice(piece))).collect();
+        pieces.extend(breaks.map(|_| Err(broken)));
+        Ok(Box::pin(tokio_stream::iter(pieces)))
+    }
+}
+
+/// A cache with parts of eight bytes.
+pub fn cache(root: &Path, max_bytes: u64) -> Arc<Cache> {
+    let config = CacheConfig { directory: None, max_bytes, connections: 2 };
+    let mut cache = Cache::open(root, &config).unwrap();
+    cache.part = 8;
+    Arc::new(cache)
+}
+
+struct Fixture {
+    shelf: Arc<Shelf>,
+    cache: Arc<Cache>,
+    root: TempDir,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let root = tempfile::tempdir().unwrap();
+        Self { shelf: Shelf::new(), cache: cache(root.path(), 1 << 20), root }
+    }
+
+    async fn fetch(&self, file: &RemoteFile) -> Result<Blob, SourceError> {
+        let source: Arc<dyn Source> = self.shelf.clone();
+        self.cache.fetch(&source, file, &Arc::default()).await
+    }
+
+    fn read(&self) -> u64 {
+        self.shelf.read.load(Ordering::Relaxed)
+    }
+
+    /// Names of what lies in `partial`.
+    fn partial(&self) -> usize {
+        fs::read_dir(self.root.path().join("partial")).unwrap().count()
+    }
+
+    fn blobs(&self) -> Vec<evict::Kept> {
+        evict::list(self.root.path()).unwrap().into_iter().filter(|kept| kept.digest.is_some()).collect()
+    }
+}
+
+const TEXT: &[u8] = b"the quick brown fox jumps over the lazy dog";
+
+fn sha256(text: &[u8]) -> Digest {
+    let mut hasher = digest::Hasher::new(None, 0);
+    hasher.update(text);
+    Digest::Sha256(hasher.finish("").unwrap())
+}
+
+#[tokio::test]
+async fn a_file_comes_in_parts_and_is_kept_by_its_digest() {
+    let fixture = Fixture::new();
+    for text in [TEXT, b"", b"12345678", b"123456789"] {
+        let blob = fixture.fetch(&fixture.shelf.put("model.onnx", text)).await.unwrap();
+        assert_eq!(Digest::Sha256(blob.sha256), sha256(text));
+        assert_eq!(fs::read(fixture.cache.blob_path(&blob.sha256)).unwrap(), text);
+    }
+    assert_eq!((fixture.partial(), fixture.blobs().len()), (0, 4));
+    assert_eq!(fixture.shelf.reads.load(Ordering::Relaxed), TEXT.len().div_ceil(8) + 1 + 2);
+    fixture.blobs().iter().for_each(|kept| evict::verify(kept).unwrap());
+}
+
+#[tokio::test]
+async fn what_was_fetched_is_not_fetched_again() {
+    let fixture = Fixture::new();
+    let file = fixture.shelf.put("model.onnx", TEXT);
+    fixture.fetch(&file).await.unwrap();
+    let read = fixture.read();
+    assert_eq!(read, TEXT.len() as u64);
+    fixture.fetch(&file).await.unwrap();
+    let named = RemoteFile { digest: Some(sha256(TEXT)), location: "elsewhere".into(), ..file.clone() };
+    fixture.fetch(&named).await.unwrap();
+    assert_eq!(fixture.read(), read);
+    // The same place, and no longer the same content.
+    let later = RemoteFile { pin: Some("v2".into()), ..file };
+    fixture.fetch(&later).await.unwrap();
+    assert_eq!(fixture.read(), 2 * read);
+    assert_eq!(fixture.blobs().len(), 1);
+}
+
+#[tokio::test]
+async fn files_that_are_alike_are_fetched_once_even_at_a_time() {
+    let fixture = Fixture::new();
+    let alike = |path: &str| RemoteFile { likeness: Some("same".into()), ..fixture.shelf.put(path, TEXT) };
+    let (one, other) = (alike("a"), alike("b"));
+    let (one, other) = tokio::join!(fixture.fetch(&one), fixture.fetch(&other));
+    assert_eq!(one.unwrap(), other.unwrap());
+    assert_eq!(fixture.read(), TEXT.len() as u64);
+}
+
+#[tokio::test]
+async fn a_broken_connection_is_taken_up_where_it_broke() {
+    let fixture = Fixture::new();
+    let file = fixture.shelf.put("model.onnx", TEXT);
+    *fixture.shelf.breaks.lock() = vec![0, 5, 2, 7];
+    fixture.fetch(&file).await.unwrap();
+    assert_eq!(fixture.read(), TEXT.len() as u64);
+}
+
+#[tokio::test]
+async fn a_fetch_goes_on_after_a_restart() {
+    let mut fixture = Fixture::new();
+    let file = fixture.shelf.put("model.onnx", TEXT);
+    // Two connections: the first two parts come whole, then nothing does.
+    let source: Arc<dyn Source> = fixture.shelf.clone();
+    let fetched = Arc::new(AtomicU64::new(0));
+    *fixture.shelf.breaks.lock() = vec![0; 40];
+    fixture.shelf.breaks.lock().extend([8, 8]);
+    let error = fixture.cache.fetch(&source, &file, &fetched).await.unwrap_err();
+    assert!(matches!(&error, SourceError::Unavailable { reason, .. } if reason == "connection reset"), "{error}");
+    let came = fixture.read();
+    assert!(came >= 8, "{came}");
+    assert_eq!((fixture.partial(), fixture.blobs().len()), (2, 0));
+
+    drop(fixture.cache);
+    fixture.cache = cache(fixture.root.path(), 1 << 20);
+    fixture.shelf.breaks.lock().clear();
+    let fetched = Arc::new(AtomicU64::new(0));
+    let blob = fixture.cache.fetch(&source, &file, &fetched).await.unwrap();
+    assert_eq!(Digest::Sha256(blob.sha256), sha256(TEXT));
+    assert_eq!(fetched.load(Ordering::Relaxed), TEXT.len() as u64);
+    assert!(fixture.read() < came + TEXT.len() as u64, "{} bytes were read", fixture.read());
+}
+
+#[tokio::test]
+async fn half_a_file_is_part_of_what_is_to_come_and_may_be_gone() {
+    let mut fixture = Fixture::new();
+    let file = fixture.shelf.put("model.onnx", TEXT);
+    let source: Arc<dyn Source> = fixture.shelf.clone();
+    *fixture.shelf.breaks.lock() = vec![0; 40];
+    fixture.fetch(&file).await.unwrap_err();
+    assert_eq!(fixture.partial(), 2);
+    drop(fixture.cache);
+    fixture.cache = cache(fixture.root.path(), TEXT.len() as u64);
+    fixture.cache.make_room_for(source.as_ref(), std::slice::from_ref(&file)).unwrap();
+    assert_eq!(fixture.partial(), 2);
+
+    // A list of parts without the file, as a crash may leave it.
+    let partial = fs::read_dir(fixture.root.path().join("partial")).unwrap().map(|entry| entry.unwrap().path());
+    partial.filter(|path| path.extension().is_none()).for_each(|path| fs::remove_file(path).unwrap());
+    fixture.shelf.breaks.lock().clear();
+    let blob = fixture.fetch(&file).await.unwrap();
+    assert_eq!(Digest::Sha256(blob.sha256), sha256(TEXT));
+}
+
+#[tokio::test]
+async fn nothing_goes_on_that_nothing_pins() {
+    let fixture = Fixture::new();
+    let file = RemoteFile { pin: None, ..fixture.shelf.put("model.onnx", TEXT) };
+    *fixture.shelf.breaks.lock() = vec![0; 40];
+    fixture.shelf.breaks.lock().extend([8, 8]);
+    fixture.fetch(&file).await.unwrap_err();
+    fixture.shelf.breaks.lock().clear();
+    let before = fixture.read();
+    fixture.fetch(&file).await.unwrap();
+    assert_eq!(fixture.read(), before + TEXT.len() as u64);
+}
+
+#[tokio::test]
+async fn bytes_that_are_not_what_was_announced_are_not_kept() {
+    let fixture = Fixture::new();
+    let file = fixture.shelf.put("model.onnx", TEXT);
+    let cases = [
+        (RemoteFile { digest: Some(sha256(b"other")), ..file.clone() }, "expected sha256:"),
+        (RemoteFile { digest: Digest::from_hex("md5", &"0".repeat(32)), ..file.clone() }, "got md5:77add1d5f41223d5"),
+        (RemoteFile { size: 60, ..file.clone() }, "it ends after 43 of 60 bytes"),
+        (RemoteFile { size: 40, ..file.clone() }, "more bytes come than the 40 that were announced"),
+    ];
+    for (file, said) in cases {
+        let error = fixture.fetch(&file).await.unwrap_err();
+        assert!(matches!(&error, SourceError::Corrupt { file, .. } if file == "model.onnx"), "{error}");
+        assert!(error.to_string().contains(said), "{error}");
+        assert_eq!((fixture.partial(), fixture.blobs().len()), (0, 0));
+    }
+}
+
+#[tokio::test]
+async fn pickles_are_not_kept_by_name_or_content() {
+    let fixture = Fixture::new();
+    let error = fixture.fetch(&fixture.shelf.put("model.pkl", TEXT)).await.unwrap_err();
+    assert!(error.to_string().starts_with("file 'model.pkl' is refused"), "{error}");
+    assert_eq!(fixture.read(), 0);
+    let pickle = b"\x80\x04\x95\x0a\x00\x00\x00\x00\x00\x00\x00}\x94\x8c\x01a\x94K\x01s.";
+    let error = fixture.fetch(&fixture.shelf.put("model.onnx", pickle)).await.unwrap_err();
+    assert!(error.to_string().starts_with("file 'model.onnx' is refused: it holds a pickle"), "{error}");
+    assert!(!error.passes());
+    assert_eq!((fixture.partial(), fixture.blobs().len()), (0, 0));
+}
+
+/// Publishes `files` as a version of `m`.
+async fn publish(fixture: &Fixture, mirror: &Mirror, version: &str, files: &[(&str, &[u8])]) -> mirror::Manifest {
+    let mut staged = mirror.stage().unwrap();
+    for (path, text) in files {
+        let blob = fixture.fetch(&fixture.shelf.put(path, text)).await.unwrap();
+        staged.add(path, &blob).unwrap();
+    }
+    let (model, version) = (ModelName::parse("m").unwrap(), Version::parse(version).unwrap());
+    mirror.publish(&model, &version, staged, fixture.shelf.uri(), "r").unwrap()
+}
+
+#[tokio::test]
+async fn a_version_is_published_whole_and_found_as_in_any_folder() {
+    let fixture = Fixture::new();
+    let mirror = Mirror::open(fixture.cache.clone(), fixture.shelf.uri()).unwrap();
+    let scan = || local::scan(&mirror.models(), |name| name.ends_with(".onnx")).unwrap()["m"].versions.clone();
+    let first = publish(&fixture, &mirror, "1", &[("model.onnx", TEXT), ("data/weights", b"1234")]).await;
+    assert_eq!(fs::read(mirror.models().join("m/1/data/weights")).unwrap(), b"1234");
+    let before = scan();
+    assert_eq!(before.len(), 1);
+    // Its files count as old: nobody waits for them to settle.
+    assert!(before[0].fingerprint.older_than(Duration::from_secs(1)));
+
+    // The same again is no change to those who look.
+    let again = publish(&fixture, &mirror, "1", &[("model.onnx", TEXT), ("data/weights", b"1234")]).await;
+    assert_eq!((&again, scan()[0].fingerprint), (&first, before[0].fingerprint));
+
+    // Other bytes of the same length are.
+    let other = publish(&fixture, &mirror, "1", &[("model.onnx", TEXT), ("data/weights", b"4321")]).await;
+    assert_ne!(other.digest, first.digest);
+    let after = scan();
+    assert_ne!(after[0].fingerprint, before[0].fingerprint);
+    assert_ne!(after[0].stamp, before[0].stamp);
+    assert_eq!(fs::read(mirror.models().join("m/1/data/weights")).unwrap(), b"4321");
+    assert_eq!(fs::read_dir(fixture.root.path().join("staging")).unwrap().count(), 0);
+
+    // A folder that somebody deleted is published once more.
+    fs::remove_dir_all(mirror.models().join("m/1")).unwrap();
+    assert_eq!(mirror.manifest(&ModelName::parse("m").unwrap(), &Version::parse("1").unwrap()), None);
+    publish(&fixture, &mirror, "1", &[("model.onnx", TEXT), ("data/weights", b"4321")]).await;
+    assert_eq!(fs::read(mirror.models().join("m/1/data/weights")).unwrap(), b"4321");
+
+    mirror.withdraw(&ModelName::parse("m").unwrap(), &Version::parse("1").unwrap()).unwrap();
+    assert!(!mirror.models().join("m/1").exists());
+    assert!(mirror.published().unwrap()[&ModelName::parse("m").unwrap()].is_empty());
+}
+
+#[tokio::test]
+async fn what_stands_for_a_version_is_the_same_in_every_cache() {
+    let mut stamps = Vec::new();
+    for _ in 0..2 {
+        let fixture = Fixture::new();
+        let mirror = Mirror::open(fixture.cache.clone(), fixture.shelf.uri()).unwrap();
+        publish(&fixture, &mirror, "1", &[("model.onnx", TEXT)]).await;
+        stamps.push(local::scan(&mirror.models(), |_| true).unwrap()["m"].versions[0].stamp);
+    }
+    assert_eq!(stamps[0], stamps[1]);
+}
+
+#[tokio::test]
+async fn no_path_leaves_the_version() {
+    let fixture = Fixture::new();
+    let mirror = Mirror::open(fixture.cache.clone(), fixture.shelf.uri()).unwrap();
+    let blob = fixture.fetch(&fixture.shelf.put("model.onnx", TEXT)).await.unwrap();
+    for path in ["../model.onnx", "/model.onnx", "a/../../model.onnx", "a\\b"] {
+        let error = mirror.stage().unwrap().add(path, &blob).unwrap_err();
+        assert!(matches!(error, SourceError::Refused { .. }), "{error}");
+    }
+    assert!(mirror.published().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn files_beside_versions_come_change_and_go() {
+    let fixture = Fixture::new();
+    let mirror = Mirror::open(fixture.cache.clone(), fixture.shelf.uri()).unwrap();
+    let model = ModelName::parse("m").unwrap();
+    let beside = async |revision: &str, files: &[(&str, &[u8])]| {
+        let mut staged = mirror.stage().unwrap();
+        for (path, text) in files {
+            staged.add(path, &fixture.fetch(&fixture.shelf.put(path, text)).await.unwrap()).unwrap();
+        }
+        mirror.publish_beside(&model, &staged, revision)
+    };
+    assert!(beside("a", &[("model.toml", b"x = 1"), ("warmup/1.json", b"{}")]).await.unwrap());
+    assert!(!beside("b", &[("model.toml", b"x = 1"), ("warmup/1.json", b"{}")]).await.unwrap());
+    assert_eq!(mirror.beside_revision(&model).as_deref(), Some("b"));
+    assert!(beside("c", &[("model.toml", b"x = 2")]).await.unwrap());
+    assert_eq!(fs::read(mirror.models().join("m/model.toml")).unwrap(), b"x = 2");
+    assert!(!mirror.models().join("m/warmup/1.json").exists());
+    let error = beside("d", &[("1/model.onnx", b"x")]).await.unwrap_err();
+    assert!(error.to_string().contains("it lies within a version"), "{error}");
+    assert_eq!(mirror.beside_revision(&model).as_deref(), Some(""));
+}
+
+#[tokio::test]
+async fn room_is_made_of_what_nothing_uses_the_longest_unused_first() {
+    let fixture = Fixture::new();
+    let mirror = Mirror::open(fixture.cache.clone(), fixture.shelf.uri()).unwrap();
+    publish(&fixture, &mirror, "1", &[("model.onnx", &[1; 100])]).await;
+    for byte in 2..5 {
+        fixture.fetch(&fixture.shelf.put("model.onnx", &[byte; 100])).await.unwrap();
+    }
+    drop((fixture.cache, mirror));
+    let cache = cache(fixture.root.path(), 450);
+    let left = || {
+        let list = evict::list(fixture.root.path()).unwrap();
+        list.iter().map(|kept| fs::read(&kept.path).unwrap()[0]).collect::<std::collections::BTreeSet<u8>>()
+    };
+    cache.make_room(50, &BTreeSet::new()).unwrap();
+    assert_eq!(left().len(), 4);
+    cache.make_room(51, &BTreeSet::new()).unwrap();
+    assert_eq!(left(), [1, 3, 4].into());
+    let error = cache.make_room(351, &BTreeSet::new()).unwrap_err();
+    assert_eq!(error.to_string(), "the cache has no room for 351 bytes: versions use 100 of its 450 (cache.max_bytes)");
+    assert_eq!(left(), [1, 3, 4].into());
+    assert_eq!(cache.prune().unwrap(), 200);
+    assert_eq!(left(), [1].into());
+}
+
+#[tokio::test]
+async fn a_content_that_rots_is_found() {
+    let fixture = Fixture::new();
+    let blob = fixture.fetch(&fixture.shelf.put("model.onnx", TEXT)).await.unwrap();
+    let path = fixture.cache.blob_path(&blob.sha256);
+    fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
+    fs::write(&path, b"rotten").unwrap();
+    let error = evict::verify(&fixture.blobs()[0]).unwrap_err();
+    assert!(error.to_string().contains("expected sha256:"), "{error}");
+}
+
+#[test]
+fn a_cache_has_one_server() {
+    let root = tempfile::tempdir().unwrap();
+    let first = cache(root.path(), 1);
+    let error = Cache::open(root.path(), &CacheConfig::default()).err().unwrap();
+    assert!(error.to_string().contains("in use by another process"), "{error}");
+    drop(first);
+    Cache::open(root.path(), &CacheConfig::default()).unwrap();
+}
+
+/// A full disk is one that gives no more blocks: here, by a file that is longer than any disk.
+#[tokio::test]
+async fn a_full_disk_is_noticed_before_anything_is_fetched() {
+    let fixture = Fixture::new();
+    let file = RemoteFile { size: 1 << 50, ..fixture.shelf.put("model.onnx", TEXT) };
+    let error = fixture.fetch(&file).await.unwrap_err();
+    assert!(matches!(error, SourceError::Full(_) | SourceError::Disk { .. }), "{error}");
+    assert_eq!(fixture.read(), 0);
+    assert!(evict::list(fixture.root.path()).unwrap().iter().all(|kept| kept.size < 1 << 20));
+}

@@ -1,0 +1,396 @@
+//! Follows a source: looks, decides what is new, fetches and verifies it, and publishes it into a mirror.
+
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use rand::RngExt;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use tokio::{
+    sync::{Notify, watch},
+    time::sleep,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Look, RemoteFile, RemoteModel, RemoteVersion, Source, SourceError,
+    cache::{
+        Cache,
+        mirror::{Manifest, Mirror},
+    },
+    digest,
+    local::{MODEL_FILE, TRITON_FILE},
+};
+use crate::id::{ModelName, Version};
+
+mod status;
+
+pub use status::{Fetching, Problem, SharedStatus, Status};
+
+/// How places of models are followed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct FollowConfig {
+    /// How often a place is looked at, give or take a tenth.
+    #[serde(with = "humantime_serde")]
+    #[schemars(with = "String")]
+    pub interval: Duration,
+    /// How far looks draw apart while the place does not answer.
+    #[serde(with = "humantime_serde")]
+    #[schemars(with = "String")]
+    pub max_interval: Duration,
+}
+
+impl Default for FollowConfig {
+    fn default() -> Self {
+        Self { interval: Duration::from_secs(10), max_interval: Duration::from_secs(120) }
+    }
+}
+
+/// Which versions of a model are wanted, of those that there are in ascending order, as its settings (in the folder
+/// given) say. Those that are published already stay all the same, as long as they are at their place.
+pub type Select = Box<dyn Fn(&Path, &ModelName, &[Version]) -> Vec<Version> + Send + Sync>;
+
+/// One source and its mirror.
+pub struct Follower {
+    source: Arc<dyn Source>,
+    cache: Arc<Cache>,
+    mirror: Mirror,
+    config: FollowConfig,
+    select: Select,
+    status: SharedStatus,
+    wake: Arc<Notify>,
+    /// Since when a revision is seen that is not published.
+    fresh: BTreeMap<(ModelName, String), (String, Instant)>,
+    /// What failed, so that it is not tried at every look.
+    failed: BTreeMap<(ModelName, String), Failed>,
+    /// Since when models and versions are missing: once does not count.
+    missing: BTreeMap<(ModelName, Option<String>), tokio::time::Instant>,
+    /// Looks that were answered so far.
+    looks: u32,
+}
+
+/// A try that failed.
+struct Failed {
+    revision: String,
+    times: u32,
+    /// `None` when the same revision is never tried again.
+    again: Option<Instant>,
+}
+
+/// Bytes of a model's settings, which are read whole.
+const MOST_SETTINGS: u64 = 1 << 20;
+/// Looks after which a server is ready although something at the place never settles.
+const PATIENCE: u32 = 15;
+
+/// What name the files beside versions go by, where versions have theirs. It is no version.
+const BESIDE: &str = "";
+
+impl Follower {
+    /// # Errors
+    /// When the mirror cannot be made.
+    pub fn new(
+        source: Arc<dyn Source>,
+        cache: Arc<Cache>,
+        config: FollowConfig,
+        select: Select,
+    ) -> Result<Self, SourceError> {
+        let mirror = Mirror::open(cache.clone(), source.uri())?;
+        let status = SharedStatus::new(source.uri().to_string());
+        Ok(Self {
+            source,
+            cache,
+            mirror,
+            config,
+            select,
+            status,
+            wake: Arc::default(),
+            fresh: BTreeMap::new(),
+            failed: BTreeMap::new(),
+            missing: BTreeMap::new(),
+            looks: 0,
+        })
+    }
+
+    /// The repository that it keeps.
+    pub fn mirror(&self) -> &Mirror {
+        &self.mirror
+    }
+
+    /// What others see of it.
+    pub fn status(&self) -> SharedStatus {
+        self.status.clone()
+    }
+
+    /// Has it look at once: for those who know that something has changed.
+    pub fn waker(&self) -> Arc<Notify> {
+        self.wake.clone()
+    }
+
+    /// Follows until it is cancelled, which may be in the middle of anything: what is fetched by then stays, and what is
+    /// published is whole. `mirrored` turns true after the first look of which all that could be fetched is there.
+    pub async fn run(mut self, cancel: CancellationToken, mirrored: watch::Sender<bool>) {
+        loop {
+            let pause = tokio::select! {
+                () = cancel.cancelled() => return,
+                pause = self.round(&mirrored) => pause,
+            };
+            tokio::select! {
+                () = cancel.cancelled() => return,
+                () = sleep(pause) => {}
+                () = self.wake.notified() => {}
+            }
+        }
+    }
+
+    /// One look and what follows from it; how long to wait before the next.
+    async fn round(&mut self, mirrored: &watch::Sender<bool>) -> Duration {
+        let look = match self.source.look().await.and_then(|look| self.plausible(look)) {
+            Ok(look) => look,
+            Err(error) => {
+                let failures = self.status.failed(&error);
+                // Said once: the status knows since when.
+                if failures == 1 {
+                    tracing::warn!(source = %self.source.uri(), %error, "the models' place is out of reach; what runs stays");
+                }
+                let pause = backed_off(self.config.interval, self.config.max_interval, failures);
+                return jittered(error.retry_after().map_or(pause, |wanted| wanted.max(pause)));
+            }
+        };
+        if let Some(since) = self.status.answered(&look) {
+            tracing::info!(source = %self.source.uri(), away = ?since, "the models' place answers again");
+        }
+        let settled = self.follow(&look).await;
+        self.looks = self.looks.saturating_add(1);
+        if settled || self.looks >= PATIENCE {
+            mirrored.send_replace(true);
+        }
+        jittered(if settled { self.config.interval } else { self.source.settle_time().min(self.config.interval) })
+    }
+
+    /// The look, unless it shows nothing of what there was: a prefix mistyped in a policy, or a bucket that somebody
+    /// empties to fill it anew, is no reason to stop serving everything.
+    fn plausible(&self, look: Look) -> Result<Look, SourceError> {
+        let published = self.mirror.published()?;
+        if !published.is_empty() && !published.keys().any(|name| look.models.contains_key(name)) {
+            let (place, what) = (self.source.uri().to_string(), "any model".to_owned());
+            return Err(SourceError::NotFound { place, what });
+        }
+        Ok(look)
+    }
+
+    /// Publishes what is new, takes out what is gone. Whether nothing has to settle yet.
+    async fn follow(&mut self, look: &Look) -> bool {
+        let mut settled = true;
+        for (name, model) in &look.models {
+            settled &= self.follow_model(name, model).await;
+        }
+        if let Err(error) = self.withdraw(look) {
+            tracing::error!(source = %self.source.uri(), %error, "what is gone there cannot be removed here");
+        }
+        let is_there = |name: &ModelName, version: &str| {
+            look.models.get(name).is_some_and(|model| {
+                version == BESIDE || model.versions.iter().any(|remote| remote.version.as_str() == version)
+            })
+        };
+        self.fresh.retain(|(name, version), _| is_there(name, version));
+        self.failed.retain(|(name, version), _| is_there(name, version));
+        self.status.forget(|name, version| !is_there(name, version.unwrap_or(BESIDE)));
+        settled
+    }
+
+    async fn follow_model(&mut self, name: &ModelName, model: &RemoteModel) -> bool {
+        let mut settled = true;
+        // Settings first: they say which versions are wanted, and hold for those.
+        let key = (name.clone(), BESIDE.to_owned());
+        let revision = revision_of(&model.beside);
+        if self.is_due(&key, &revision, &mut settled) {
+            let result = self.publish_beside(name, &model.beside).await;
+            self.note(&key, None, &revision, result.map(|_| ()));
+        }
+        // What is never taken leaves the version before it wanted, as one that fails to load does in a folder.
+        let is_hopeless = |remote: &&RemoteVersion| {
+            let failed = self.failed.get(&(name.clone(), remote.version.to_string()));
+            failed.is_some_and(|failed| failed.revision == remote.revision && failed.again.is_none())
+        };
+        let hopeful = model.versions.iter().filter(|remote| !is_hopeless(remote));
+        let offered: Vec<Version> = hopeful.map(|remote| remote.version.clone()).collect();
+        let mut wanted = (self.select)(&self.mirror.models().join(name.as_str()), name, &offered);
+        wanted.extend(model.default.clone());
+        for remote in &model.versions {
+            let published = self.mirror.manifest(name, &remote.version);
+            let stale = published.as_ref().is_some_and(|manifest| manifest.revision != remote.revision);
+            if published.is_some() && !stale || published.is_none() && !wanted.contains(&remote.version) {
+                continue;
+            }
+            let key = (name.clone(), remote.version.to_string());
+            if self.is_due(&key, &remote.revision, &mut settled) {
+                let result = self.publish(name, remote).await;
+                let result = result.map(|manifest| {
+                    let digest = manifest.digest;
+                    tracing::info!(model = %name, version = %remote.version, digest, "mirrored");
+                });
+                self.note(&key, Some(&remote.version), &remote.revision, result);
+            }
+        }
+        settled
+    }
+
+    /// Whether it is time to fetch this revision: it has settled, and did not fail a moment ago.
+    fn is_due(&mut self, key: &(ModelName, String), revision: &str, settled: &mut bool) -> bool {
+        if key.1 == BESIDE && self.mirror_has_beside(&key.0, revision) {
+            return false;
+        }
+        if let Some(failed) = self.failed.get(key).filter(|failed| failed.revision == revision)
+            && failed.again.is_none_or(|again| Instant::now() < again)
+        {
+            return false;
+        }
+        let since = match self.fresh.entry(key.clone()) {
+            Entry::Occupied(entry) if entry.get().0 == revision => entry.get().1,
+            entry => {
+                let now = Instant::now();
+                entry.insert_entry((revision.to_owned(), now));
+                now
+            }
+        };
+        let due = since.elapsed() >= self.source.settle_time();
+        *settled &= due;
+        due
+    }
+
+    fn mirror_has_beside(&self, name: &ModelName, revision: &str) -> bool {
+        self.mirror.beside_revision(name).as_deref() == Some(revision)
+    }
+
+    /// Remembers how a try ended.
+    fn note(
+        &mut self,
+        key: &(ModelName, String),
+        version: Option<&Version>,
+        revision: &str,
+        result: Result<(), SourceError>,
+    ) {
+        let shown = version.map_or("settings", Version::as_str);
+        match result {
+            Ok(()) => {
+                self.failed.remove(key);
+                self.fresh.remove(key);
+                self.status.fetched(&key.0, version, None);
+            }
+            Err(error) => {
+                let before = self.failed.get(key).filter(|failed| failed.revision == revision);
+                let times = before.map_or(0, |failed| failed.times) + 1;
+                let pause = backed_off(self.config.interval, self.config.max_interval, times);
+                let pause = error.retry_after().map_or(pause, |wanted| wanted.max(pause));
+                let again = error.passes().then(|| Instant::now() + jittered(pause));
+                tracing::warn!(model = %key.0, version = shown, times, %error, "not mirrored");
+                self.failed.insert(key.clone(), Failed { revision: revision.to_owned(), times, again });
+                self.status.fetched(&key.0, version, Some(&error));
+            }
+        }
+    }
+
+    async fn publish(&self, name: &ModelName, remote: &RemoteVersion) -> Result<Manifest, SourceError> {
+        let files = self.source.artifact(name, remote).await?;
+        let staged = self.fetch(name, Some(&remote.version), &files).await?;
+        self.mirror.publish(name, &remote.version, staged, self.source.uri(), &remote.revision)
+    }
+
+    async fn publish_beside(&self, name: &ModelName, files: &[RemoteFile]) -> Result<bool, SourceError> {
+        let is_settings = |file: &&RemoteFile| [MODEL_FILE, TRITON_FILE].contains(&file.path.as_str());
+        if let Some(file) = files.iter().filter(is_settings).find(|file| file.size > MOST_SETTINGS) {
+            let reason = format!("settings of {} bytes; at most {MOST_SETTINGS} are read", file.size);
+            return Err(SourceError::Refused { file: file.path.clone(), reason });
+        }
+        let staged = self.fetch(name, None, files).await?;
+        self.mirror.publish_beside(name, &staged, &revision_of(files))
+    }
+
+    /// Fetches files, one after the other, each over several connections.
+    async fn fetch(
+        &self,
+        name: &ModelName,
+        version: Option<&Version>,
+        files: &[RemoteFile],
+    ) -> Result<super::cache::mirror::Staged, SourceError> {
+        super::cache::check_list(files)?;
+        self.cache.make_room_for(self.source.as_ref(), files)?;
+        let fetched = Arc::new(AtomicU64::new(0));
+        let total = files.iter().map(|file| file.size).fold(0, u64::saturating_add);
+        self.status.fetching(name, version, total, fetched.clone());
+        let mut staged = self.mirror.stage()?;
+        for file in files {
+            let blob = self.cache.fetch(&self.source, file, &fetched).await?;
+            staged.add(&file.path, &blob)?;
+        }
+        let bytes = fetched.load(Ordering::Relaxed);
+        tracing::debug!(model = %name, version = version.map(Version::as_str), files = files.len(), bytes, "fetched");
+        Ok(staged)
+    }
+
+    /// Takes out what no look has shown for half an interval.
+    fn withdraw(&mut self, look: &Look) -> Result<(), SourceError> {
+        let mut missing = Vec::new();
+        for (name, versions) in self.mirror.published()? {
+            match look.models.get(&name) {
+                None => missing.push((name, None)),
+                Some(model) => {
+                    let gone = versions
+                        .into_keys()
+                        .filter(|version| !model.versions.iter().any(|remote| remote.version.as_str() == version));
+                    missing.extend(gone.map(|version| (name.clone(), Some(version))));
+                }
+            }
+        }
+        let now = tokio::time::Instant::now();
+        let since = |gone: &(ModelName, Option<String>)| self.missing.get(gone).copied().unwrap_or(now);
+        self.missing = missing.into_iter().map(|gone| (gone.clone(), since(&gone))).collect();
+        let enough = self.config.interval / 2;
+        for gone in self.missing.iter().filter(|(_, since)| now - **since >= enough).map(|(gone, _)| gone) {
+            match gone {
+                (name, None) => self.mirror.withdraw_model(name)?,
+                (name, Some(version)) => {
+                    let version = Version::parse(version)
+                        .map_err(|error| SourceError::Disk { what: name.to_string(), reason: error.message })?;
+                    self.mirror.withdraw(name, &version)?;
+                }
+            }
+            tracing::info!(model = %gone.0, version = gone.1, "gone from its place, and from here");
+        }
+        Ok(())
+    }
+}
+
+/// What stands for files as the place tells of them.
+fn revision_of(files: &[RemoteFile]) -> String {
+    let mut texts: Vec<[String; 4]> = files
+        .iter()
+        .map(|file| {
+            let digest = file.digest.map(|digest| digest.to_string()).unwrap_or_default();
+            [file.path.clone(), file.size.to_string(), digest, file.pin.clone().unwrap_or_default()]
+        })
+        .collect();
+    texts.sort_unstable();
+    digest::of_texts(&texts.iter().flatten().map(String::as_str).collect::<Vec<_>>())
+}
+
+/// Twice as long after each failure, up to `most`.
+fn backed_off(interval: Duration, most: Duration, failures: u32) -> Duration {
+    interval.saturating_mul(1 << failures.saturating_sub(1).min(16)).min(most.max(interval))
+}
+
+/// Give or take a tenth, so that servers that were started together do not look together.
+fn jittered(pause: Duration) -> Duration {
+    pause.mul_f64(rand::rng().random_range(0.9..1.1))
+}
+
+#[cfg(test)]
+mod tests;

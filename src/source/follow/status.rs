@@ -1,0 +1,116 @@
+//! What others see of a follower: since when its place is out of reach, what is being fetched, and what did not work.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use parking_lot::Mutex;
+
+use crate::{
+    id::{ModelName, Version},
+    source::{Look, SourceError},
+};
+
+/// A follower's state at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct Status {
+    /// The place, without credentials.
+    pub uri: String,
+    /// When it last answered.
+    pub answered: Option<SystemTime>,
+    /// Since when it does not, and what it said last.
+    pub away: Option<(SystemTime, String)>,
+    /// Looks in a row that failed.
+    pub failures: u32,
+    /// What the pointer of each model points at, for places that have one.
+    pub defaults: BTreeMap<ModelName, Version>,
+    /// What is being fetched; `None` stands for the files beside the versions.
+    pub fetching: BTreeMap<(ModelName, Option<String>), Fetching>,
+    /// What was not mirrored at the last try.
+    pub problems: BTreeMap<(ModelName, Option<String>), Problem>,
+}
+
+/// A version on its way.
+#[derive(Clone, Debug)]
+pub struct Fetching {
+    /// Bytes of all its files.
+    pub total: u64,
+    /// Bytes that are there.
+    pub fetched: u64,
+    pub since: SystemTime,
+    counted: Arc<AtomicU64>,
+}
+
+/// Why a version is not mirrored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    pub error: SourceError,
+    /// When it was tried first.
+    pub since: SystemTime,
+}
+
+/// The state as the follower writes it and anybody may read it.
+#[derive(Clone, Default)]
+pub struct SharedStatus(Arc<Mutex<Status>>);
+
+impl SharedStatus {
+    pub(super) fn new(uri: String) -> Self {
+        Self(Arc::new(Mutex::new(Status { uri, ..Status::default() })))
+    }
+
+    /// The state now.
+    pub fn read(&self) -> Status {
+        let mut status = self.0.lock().clone();
+        status.fetching.values_mut().for_each(|one| one.fetched = one.counted.load(Ordering::Relaxed));
+        status
+    }
+
+    /// The place answered; how long it had not, if it had not.
+    pub(super) fn answered(&self, look: &Look) -> Option<Duration> {
+        let mut status = self.0.lock();
+        let now = SystemTime::now();
+        status.answered = Some(now);
+        status.failures = 0;
+        let defaults = look.models.iter().filter_map(|(name, model)| Some((name.clone(), model.default.clone()?)));
+        status.defaults = defaults.collect();
+        status.away.take().map(|(since, _)| now.duration_since(since).unwrap_or_default())
+    }
+
+    /// The place did not answer; how often in a row now.
+    pub(super) fn failed(&self, error: &SourceError) -> u32 {
+        let mut status = self.0.lock();
+        let since = status.away.as_ref().map_or_else(SystemTime::now, |(since, _)| *since);
+        status.away = Some((since, error.to_string()));
+        status.failures = status.failures.saturating_add(1);
+        status.failures
+    }
+
+    pub(super) fn fetching(&self, name: &ModelName, version: Option<&Version>, total: u64, counted: Arc<AtomicU64>) {
+        let fetching = Fetching { total, fetched: 0, since: SystemTime::now(), counted };
+        self.0.lock().fetching.insert((name.clone(), version.map(ToString::to_string)), fetching);
+    }
+
+    /// A version is mirrored, or is not because of `error`.
+    pub(super) fn fetched(&self, name: &ModelName, version: Option<&Version>, error: Option<&SourceError>) {
+        let mut status = self.0.lock();
+        let key = (name.clone(), version.map(ToString::to_string));
+        status.fetching.remove(&key);
+        match error {
+            None => drop(status.problems.remove(&key)),
+            Some(error) => {
+                let since = status.problems.get(&key).map_or_else(SystemTime::now, |problem| problem.since);
+                status.problems.insert(key, Problem { error: error.clone(), since });
+            }
+        }
+    }
+
+    /// Forgets what is said of versions that are gone.
+    pub(super) fn forget(&self, is_gone: impl Fn(&ModelName, Option<&str>) -> bool) {
+        self.0.lock().problems.retain(|(name, version), _| !is_gone(name, version.as_deref()));
+    }
+}

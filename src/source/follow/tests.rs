@@ -1,0 +1,251 @@
+//! The follower, with a place whose looks and failures are the test's, and in paused time.
+
+use std::fs;
+
+use tempfile::TempDir;
+use tokio::time::timeout;
+
+use super::*;
+use crate::source::cache::tests::{Shelf, cache};
+
+struct Fixture {
+    shelf: Arc<Shelf>,
+    root: TempDir,
+    follower: Option<Follower>,
+    models: std::path::PathBuf,
+    status: SharedStatus,
+}
+
+impl Fixture {
+    fn new(max_bytes: u64) -> Self {
+        let root = tempfile::tempdir().unwrap();
+        let shelf = Shelf::new();
+        let latest: Select = Box::new(|_, _, offered| offered.iter().rev().take(1).cloned().collect());
+        let source: Arc<dyn Source> = shelf.clone();
+        let cache = cache(root.path(), max_bytes);
+        let follower = Follower::new(source, cache, FollowConfig::default(), latest).unwrap();
+        let (models, status) = (follower.mirror().models(), follower.status());
+        Self { shelf, root, follower: Some(follower), models, status }
+    }
+
+    /// One look and what follows; whether everything that there is to mirror was tried.
+    async fn round(&mut self) -> bool {
+        let (mirrored, told) = watch::channel(false);
+        self.follower.as_mut().unwrap().round(&mirrored).await;
+        tokio::time::advance(FollowConfig::default().interval).await;
+        *told.borrow()
+    }
+
+    /// `model/version/file` for every file that is published.
+    fn published(&self) -> Vec<String> {
+        fn walk(folder: &Path, root: &Path, found: &mut Vec<String>) {
+            for entry in fs::read_dir(folder).unwrap() {
+                let path = entry.unwrap().path();
+                match path.is_dir() {
+                    true => walk(&path, root, found),
+                    false => found.push(path.strip_prefix(root).unwrap().to_str().unwrap().to_owned()),
+                }
+            }
+        }
+        let mut found = Vec::new();
+        walk(&self.models, &self.models, &mut found);
+        found.sort();
+        found
+    }
+
+    fn problem(&self, version: &str) -> String {
+        let problems = self.status.read().problems;
+        problems[&(name(), Some(version.to_owned()))].error.to_string()
+    }
+}
+
+fn name() -> ModelName {
+    ModelName::parse("m").unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_new_is_published_and_what_is_gone_goes_after_a_while() {
+    let mut fixture = Fixture::new(1 << 20);
+    let shelf = fixture.shelf.clone();
+    shelf.version("m", "1", vec![shelf.put("model.onnx", b"one")]);
+    shelf.version("m", "2", vec![shelf.put("model.onnx", b"two"), shelf.put("data/weights", b"w")]);
+    shelf.version("other", "1", vec![shelf.put("model.onnx", b"other")]);
+    let settings = shelf.put("model.toml", b"instances = 1");
+    shelf.change(|models| models.get_mut(&name()).unwrap().beside = vec![settings]);
+    assert!(fixture.round().await);
+    let newest = ["m/2/data/weights", "m/2/model.onnx", "m/model.toml", "other/1/model.onnx"];
+    assert_eq!(fixture.published(), newest);
+
+    // Nothing new: nothing is read.
+    let reads = shelf.reads.load(Ordering::Relaxed);
+    assert!(fixture.round().await);
+    assert_eq!(shelf.reads.load(Ordering::Relaxed), reads);
+
+    // A new version, and the one before stays.
+    shelf.version("m", "3", vec![shelf.put("model.onnx", b"three")]);
+    shelf.change(|models| drop(models.remove(&ModelName::parse("other").unwrap())));
+    fixture.round().await;
+    assert_eq!(fixture.published()[2..], ["m/3/model.onnx", "m/model.toml", "other/1/model.onnx"]);
+    fixture.round().await;
+    assert_eq!(fixture.published()[2..], ["m/3/model.onnx", "m/model.toml"]);
+
+    // Other bytes in the same version.
+    shelf.version("m", "3", vec![shelf.put("model.onnx", b"changed")]);
+    fixture.round().await;
+    assert_eq!(fs::read(fixture.models.join("m/3/model.onnx")).unwrap(), b"changed");
+
+    shelf.change(|models| models.get_mut(&name()).unwrap().versions.retain(|one| one.version.as_str() == "3"));
+    fixture.round().await;
+    fixture.round().await;
+    assert_eq!(fixture.published(), ["m/3/model.onnx", "m/model.toml"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_pointer_points_at_is_mirrored_whatever_is_newest() {
+    let mut fixture = Fixture::new(1 << 20);
+    let shelf = fixture.shelf.clone();
+    shelf.version("m", "1", vec![shelf.put("model.onnx", b"one")]);
+    shelf.version("m", "2", vec![shelf.put("model.onnx", b"two")]);
+    shelf.change(|models| models.get_mut(&name()).unwrap().default = Version::parse("1").ok());
+    fixture.round().await;
+    assert_eq!(fixture.published(), ["m/1/model.onnx", "m/2/model.onnx"]);
+    assert_eq!(fixture.status.read().defaults[&name()].as_str(), "1");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_place_that_is_away_or_empty_takes_nothing_with_it() {
+    let mut fixture = Fixture::new(1 << 20);
+    let shelf = fixture.shelf.clone();
+    shelf.version("m", "1", vec![shelf.put("model.onnx", b"one")]);
+    assert!(fixture.round().await);
+    let look = shelf.look.lock().clone();
+
+    *shelf.look.lock() = Err(SourceError::Unavailable { place: "shelf".into(), reason: "gone fishing".into() });
+    let since = {
+        assert!(!fixture.round().await);
+        let (since, said) = fixture.status.read().away.unwrap();
+        assert_eq!(said, "shelf does not answer: gone fishing");
+        since
+    };
+    *shelf.look.lock() = Ok(Look::default());
+    fixture.round().await;
+    fixture.round().await;
+    let status = fixture.status.read();
+    assert_eq!((status.away.unwrap(), status.failures), ((since, "any model is not at s3://shelf/models".into()), 3));
+    assert_eq!(fixture.published(), ["m/1/model.onnx"]);
+
+    *shelf.look.lock() = look;
+    assert!(fixture.round().await);
+    assert_eq!((fixture.status.read().away, fixture.status.read().failures), (None, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn looks_draw_apart_while_the_place_is_away() {
+    let mut fixture = Fixture::new(1 << 20);
+    *fixture.shelf.look.lock() =
+        Err(SourceError::Limited { place: "shelf".into(), reason: "429".into(), retry_after: None });
+    let (mirrored, _told) = watch::channel(false);
+    let mut pauses = Vec::new();
+    for _ in 0..7 {
+        pauses.push(fixture.follower.as_mut().unwrap().round(&mirrored).await.as_secs_f64());
+    }
+    for (pause, expected) in pauses.iter().zip([10.0, 20.0, 40.0, 80.0, 120.0, 120.0, 120.0]) {
+        assert!((expected * 0.9..expected * 1.1).contains(pause), "{pauses:?}");
+    }
+    let retry_after = Some(Duration::from_secs(600));
+    *fixture.shelf.look.lock() = Err(SourceError::Limited { place: "shelf".into(), reason: "429".into(), retry_after });
+    let pause = fixture.follower.as_mut().unwrap().round(&mirrored).await.as_secs_f64();
+    assert!((540.0..660.0).contains(&pause), "{pause}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_refused_is_never_tried_again_and_the_version_before_it_is_mirrored() {
+    let mut fixture = Fixture::new(1 << 20);
+    let shelf = fixture.shelf.clone();
+    shelf.version("m", "1", vec![shelf.put("model.onnx", b"one")]);
+    for (path, said) in [("../escaped", "its path leaves the folder"), ("model.pkl", "by its name it is a pickle")] {
+        shelf.version("m", "2", vec![shelf.put("model.onnx", b"two"), shelf.put(path, b"x")]);
+        fixture.round().await;
+        assert!(fixture.problem("2").contains(said), "{}", fixture.problem("2"));
+        let reads = shelf.reads.load(Ordering::Relaxed);
+        fixture.round().await;
+        assert_eq!(fixture.published(), ["m/1/model.onnx"]);
+        fixture.round().await;
+        assert!(shelf.reads.load(Ordering::Relaxed) <= reads + 1);
+    }
+    assert!(!fixture.root.path().join("escaped").exists());
+    shelf.version("m", "2", vec![shelf.put("model.onnx", b"two")]);
+    fixture.round().await;
+    assert_eq!(fixture.published(), ["m/1/model.onnx", "m/2/model.onnx"]);
+    assert!(fixture.status.read().problems.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn bytes_that_changed_since_they_were_listed_are_not_published() {
+    let mut fixture = Fixture::new(1 << 20);
+    let shelf = fixture.shelf.clone();
+    let mut file = shelf.put("model.onnx", b"one");
+    file.digest = Some(crate::source::Digest::Sha256([7; 32]));
+    shelf.version("m", "1", vec![file]);
+    fixture.round().await;
+    assert!(fixture.problem("1").contains("expected sha256:0707"), "{}", fixture.problem("1"));
+    assert!(fixture.published().is_empty());
+    // It may pass, so it is tried again, but not at once.
+    let failed = &fixture.follower.as_ref().unwrap().failed[&(name(), "1".to_owned())];
+    assert!(failed.again.unwrap() > Instant::now() + Duration::from_secs(5));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_version_for_which_there_is_no_room_leaves_the_others() {
+    let mut fixture = Fixture::new(100);
+    let shelf = fixture.shelf.clone();
+    shelf.version("m", "1", vec![shelf.put("model.onnx", &[1; 60])]);
+    fixture.round().await;
+    shelf.version("m", "2", vec![shelf.put("model.onnx", &[2; 60])]);
+    fixture.round().await;
+    assert_eq!(fixture.published(), ["m/1/model.onnx"]);
+    assert!(fixture.problem("2").contains("no room for 60 bytes"), "{}", fixture.problem("2"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn models_that_share_files_fetch_them_once() {
+    let mut fixture = Fixture::new(1 << 20);
+    let shelf = fixture.shelf.clone();
+    let alike = |path: &str| RemoteFile { likeness: Some("weights".into()), ..shelf.put(path, &[1; 64]) };
+    shelf.version("m", "1", vec![alike("model.onnx")]);
+    shelf.version("other", "1", vec![alike("model.onnx")]);
+    fixture.round().await;
+    assert_eq!(fixture.published(), ["m/1/model.onnx", "other/1/model.onnx"]);
+    assert_eq!(shelf.read.load(Ordering::Relaxed), 64);
+}
+
+#[tokio::test(start_paused = true)]
+async fn following_wakes_and_ends_when_it_is_told_to() {
+    let mut fixture = Fixture::new(1 << 20);
+    let shelf = fixture.shelf.clone();
+    shelf.version("m", "1", vec![shelf.put("model.onnx", b"one")]);
+    let follower = fixture.follower.take().unwrap();
+    let (cancel, wake) = (CancellationToken::new(), follower.waker());
+    let (mirrored, mut told) = watch::channel(false);
+    let following = tokio::spawn(follower.run(cancel.clone(), mirrored));
+    told.wait_for(|mirrored| *mirrored).await.unwrap();
+    assert_eq!(fixture.published(), ["m/1/model.onnx"]);
+
+    shelf.version("m", "2", vec![shelf.put("model.onnx", b"two")]);
+    told.mark_unchanged();
+    wake.notify_one();
+    // Long before the next look by itself.
+    timeout(Duration::from_secs(1), told.changed()).await.unwrap().unwrap();
+    assert_eq!(fixture.published(), ["m/1/model.onnx", "m/2/model.onnx"]);
+
+    cancel.cancel();
+    timeout(Duration::from_secs(1), following).await.unwrap().unwrap();
+}
+
+#[test]
+fn pauses_grow_and_have_an_end() {
+    let seconds = Duration::from_secs;
+    let pauses = [1, 2, 3, 40].map(|failures| backed_off(seconds(10), seconds(35), failures));
+    assert_eq!(pauses, [10, 20, 35, 35].map(seconds));
+    assert_eq!(backed_off(seconds(60), seconds(35), 3), seconds(60));
+}

@@ -1,0 +1,297 @@
+//! Object stores: `s3://`, `gs://` and `az://`, with credentials and endpoints from the environment that their own tools
+//! read; and web servers, `http://` and `https://`, that list their folders as WebDAV has it (`PROPFIND`), with the login
+//! that stands in the URI.
+
+use std::{collections::BTreeSet, ops::Range, time::Duration};
+
+use async_trait::async_trait;
+use base64::{Engine, prelude::BASE64_STANDARD};
+use http::{HeaderMap, HeaderValue, header};
+use object_store::{
+    BackoffConfig, ClientConfigKey, ClientOptions, Error, GetOptions, GetRange, ObjectMeta, ObjectStore, RetryConfig,
+    aws::{AmazonS3Builder, AmazonS3ConfigKey},
+    azure::{AzureConfigKey, MicrosoftAzureBuilder},
+    gcp::{GoogleCloudStorageBuilder, GoogleConfigKey},
+    http::HttpBuilder,
+    path::Path,
+};
+use parking_lot::Mutex;
+use percent_encoding::percent_decode_str;
+use tokio_stream::StreamExt;
+
+use super::{ByteStream, Look, RemoteFile, RemoteVersion, Scheme, Source, SourceError, SourceUri, layout::Layout};
+use crate::{error::abridge, id::ModelName};
+
+/// Objects below the prefix that a look reads, at 1000 to a call; more is taken for another bucket than was meant.
+const MAX_OBJECTS: usize = 100_000;
+/// How long a request may take: a part of a file over a connection of 30 KB/s.
+const TIMEOUT: &str = "10 minutes";
+const CONNECT_TIMEOUT: &str = "5 seconds";
+/// Without a byte.
+const READ_TIMEOUT: &str = "30 seconds";
+/// Objects are written one by one, so a version is taken when it has not changed for so long.
+const SETTLE_TIME: Duration = Duration::from_secs(2);
+
+/// What a pin begins with that is no tag, of stores that have none: they cannot be asked for it either.
+const WRITTEN: &str = "written ";
+
+/// A prefix of a bucket.
+pub struct Bucket {
+    uri: SourceUri,
+    store: Box<dyn ObjectStore>,
+    prefix: Path,
+    /// What the last look has seen.
+    seen: Mutex<Layout>,
+}
+
+impl Bucket {
+    /// # Errors
+    /// `Uri` when the environment's settings for such a store do not do, or the prefix is none.
+    pub fn open(uri: &SourceUri) -> Result<Self, SourceError> {
+        let wrong = |reason: String| SourceError::Uri(format!("source '{uri}': {reason}"));
+        let name = uri.authority();
+        let store = match uri.scheme() {
+            Scheme::S3 => {
+                let builder = AmazonS3Builder::from_env().with_bucket_name(name).with_retry(retries());
+                timeouts()
+                    .into_iter()
+                    .fold(builder, |builder, (key, value)| builder.with_config(AmazonS3ConfigKey::Client(key), value))
+                    .build()
+                    .map(|store| Box::new(store) as Box<dyn ObjectStore>)
+            }
+            Scheme::Gs => {
+                let builder = GoogleCloudStorageBuilder::from_env().with_bucket_name(name).with_retry(retries());
+                timeouts()
+                    .into_iter()
+                    .fold(builder, |builder, (key, value)| builder.with_config(GoogleConfigKey::Client(key), value))
+                    .build()
+                    .map(|store| Box::new(store) as Box<dyn ObjectStore>)
+            }
+            Scheme::Az => {
+                let builder = MicrosoftAzureBuilder::from_env().with_container_name(name).with_retry(retries());
+                timeouts()
+                    .into_iter()
+                    .fold(builder, |builder, (key, value)| builder.with_config(AzureConfigKey::Client(key), value))
+                    .build()
+                    .map(|store| Box::new(store) as Box<dyn ObjectStore>)
+            }
+            Scheme::Http | Scheme::Https => {
+                let options = timeouts()
+                    .into_iter()
+                    .fold(ClientOptions::new(), |options, (key, value)| options.with_config(key, value))
+                    .with_allow_http(uri.scheme() == Scheme::Http)
+                    .with_default_headers(login(uri).map_err(wrong)?);
+                let scheme = if uri.scheme() == Scheme::Http { "http" } else { "https" };
+                HttpBuilder::new()
+                    .with_url(format!("{scheme}://{name}"))
+                    .with_client_options(options)
+                    .with_retry(retries())
+                    .build()
+                    .map(|store| Box::new(store) as Box<dyn ObjectStore>)
+            }
+            _ => return Err(wrong("it is no object store".to_owned())),
+        };
+        let store = store.map_err(|error| wrong(chain(&error)))?;
+        let path = percent_decode_str(uri.path()).decode_utf8().map_err(|error| wrong(error.to_string()))?;
+        let prefix = Path::parse(path.as_ref()).map_err(|error| wrong(error.to_string()))?;
+        Ok(Self { uri: uri.clone(), store, prefix, seen: Mutex::default() })
+    }
+
+    /// The name of the model when the prefix holds a single one.
+    fn single(&self) -> &str {
+        self.prefix.as_ref().rsplit('/').next().filter(|name| !name.is_empty()).unwrap_or(self.uri.authority())
+    }
+
+    fn failed(&self, error: &Error, what: &str) -> SourceError {
+        let (place, reason) = (self.uri.to_string(), abridge(&chain(error)));
+        match error {
+            Error::NotFound { .. } => SourceError::NotFound { place, what: what.to_owned() },
+            Error::Precondition { .. } => SourceError::Changed { what: what.to_owned() },
+            Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => SourceError::Denied { place, reason },
+            Error::InvalidPath { .. } => SourceError::Senseless { place, reason },
+            _ => SourceError::Unavailable { place, reason },
+        }
+    }
+
+    /// Everything below the prefix.
+    async fn objects(&self) -> Result<Vec<ObjectMeta>, SourceError> {
+        let failed = |error: Error| self.failed(&error, self.uri.authority());
+        let too_many = || SourceError::Senseless {
+            place: self.uri.to_string(),
+            reason: format!("there are more than {MAX_OBJECTS} objects below it"),
+        };
+        let mut objects = Vec::new();
+        if !matches!(self.uri.scheme(), Scheme::Http | Scheme::Https) {
+            let mut listed = self.store.list(Some(&self.prefix));
+            while let Some(object) = listed.next().await {
+                objects.push(object.map_err(failed)?);
+                if objects.len() > MAX_OBJECTS {
+                    return Err(too_many());
+                }
+            }
+            return Ok(objects);
+        }
+        // Many web servers list one folder at a time, and no more.
+        let (mut folders, mut seen) = (vec![self.prefix.clone()], 0);
+        while let Some(folder) = folders.pop() {
+            let listed = self.store.list_with_delimiter(Some(&folder)).await.map_err(failed)?;
+            let inside = |other: &Path| other.prefix_match(&folder).is_some_and(|mut parts| parts.next().is_some());
+            folders.extend(listed.common_prefixes.into_iter().filter(inside));
+            objects.extend(listed.objects);
+            seen += 1;
+            if objects.len() + folders.len() + seen > MAX_OBJECTS {
+                return Err(too_many());
+            }
+        }
+        Ok(objects)
+    }
+
+    /// An object as a file, its path beginning at the prefix.
+    fn file(&self, object: ObjectMeta) -> Option<RemoteFile> {
+        let parts: Vec<_> = object.location.prefix_match(&self.prefix)?.collect();
+        let path = parts.iter().map(AsRef::as_ref).collect::<Vec<&str>>().join("/");
+        // Amazon's tag of what was written in one piece is its MD5, unless it is encrypted with keys of its own; it is
+        // then another for each object. Tags of other stores tell when something was written.
+        let is_md5 = |tag: &str| tag.len() == 32 && tag.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let likeness = object.e_tag.as_deref().map(|tag| tag.trim_matches('"')).filter(|tag| is_md5(tag));
+        let likeness = likeness.filter(|_| self.uri.scheme() == Scheme::S3).map(ToOwned::to_owned);
+        Some(RemoteFile {
+            path,
+            size: object.size,
+            digest: None,
+            location: object.location.to_string(),
+            pin: Some(object.e_tag.clone().unwrap_or_else(|| written(&object))),
+            likeness,
+        })
+    }
+}
+
+#[async_trait]
+impl Source for Bucket {
+    fn uri(&self) -> &SourceUri {
+        &self.uri
+    }
+
+    fn settle_time(&self) -> Duration {
+        SETTLE_TIME
+    }
+
+    async fn look(&self) -> Result<Look, SourceError> {
+        let files = self.objects().await?.into_iter().filter_map(|object| self.file(object)).collect();
+        let layout = Layout::of(without_folders(files), self.single());
+        let look = layout.look();
+        *self.seen.lock() = layout;
+        Ok(look)
+    }
+
+    async fn artifact(&self, model: &ModelName, version: &RemoteVersion) -> Result<Vec<RemoteFile>, SourceError> {
+        let what = || SourceError::Changed { what: format!("version {} of model '{model}'", version.version) };
+        self.seen.lock().artifact(model, version).cloned().ok_or_else(what)
+    }
+
+    async fn read(&self, file: &RemoteFile, range: Range<u64>) -> Result<ByteStream, SourceError> {
+        let path = Path::parse(&file.location)
+            .map_err(|error| SourceError::Refused { file: file.path.clone(), reason: error.to_string() })?;
+        let is_tag = |pin: &&String| !pin.starts_with(WRITTEN);
+        let options = GetOptions {
+            range: Some(GetRange::Bounded(range)),
+            if_match: file.pin.as_ref().filter(is_tag).cloned(),
+            ..GetOptions::default()
+        };
+        let got = self.store.get_opts(&path, options).await.map_err(|error| self.failed(&error, &file.path))?;
+        let (place, name) = (self.uri.to_string(), file.path.clone());
+        let is_older = file.pin.as_ref().is_some_and(|pin| !is_tag(&pin) && *pin != written(&got.meta));
+        if got.meta.size != file.size || is_older {
+            return Err(SourceError::Changed { what: name });
+        }
+        Ok(Box::pin(got.into_stream().map(move |bytes| {
+            bytes.map_err(|error| SourceError::Unavailable {
+                place: place.clone(),
+                reason: format!("while '{name}' was read: {}", abridge(&chain(&error))),
+            })
+        })))
+    }
+}
+
+/// What pins an object of a store without tags.
+fn written(object: &ObjectMeta) -> String {
+    format!("{WRITTEN}{}", object.last_modified.to_rfc3339())
+}
+
+/// What a web server wants to see of the URI's login.
+fn login(uri: &SourceUri) -> Result<HeaderMap, String> {
+    let mut headers = HeaderMap::new();
+    if let Some((user, secret)) = uri.login() {
+        let plain = |text| percent_decode_str(text).decode_utf8().map_err(|error| error.to_string());
+        let login = BASE64_STANDARD.encode(format!("{}:{}", plain(user)?, plain(secret)?));
+        let mut value = HeaderValue::try_from(format!("Basic {login}")).map_err(|error| error.to_string())?;
+        value.set_sensitive(true);
+        headers.insert(header::AUTHORIZATION, value);
+    }
+    Ok(headers)
+}
+
+fn retries() -> RetryConfig {
+    // Short: whoever follows tries again by himself, and says meanwhile that he does.
+    RetryConfig { backoff: BackoffConfig::default(), max_retries: 2, retry_timeout: Duration::from_secs(20) }
+}
+
+fn timeouts() -> [(ClientConfigKey, &'static str); 3] {
+    [
+        (ClientConfigKey::Timeout, TIMEOUT),
+        (ClientConfigKey::ConnectTimeout, CONNECT_TIMEOUT),
+        (ClientConfigKey::ReadTimeout, READ_TIMEOUT),
+    ]
+}
+
+/// Without the empty objects that stand for folders of the same name, as some tools make them.
+fn without_folders(mut files: Vec<RemoteFile>) -> Vec<RemoteFile> {
+    let mut folders = BTreeSet::new();
+    for file in &files {
+        folders.extend(file.path.match_indices('/').map(|(end, _)| file.path[..end].to_owned()));
+    }
+    files.retain(|file| file.size > 0 || !(file.path.is_empty() || folders.contains(&file.path)));
+    files
+}
+
+/// An error and what it comes from, each said once.
+fn chain(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut next = std::error::Error::source(error);
+    while let Some(error) = next {
+        let said = error.to_string();
+        if !text.contains(&said) {
+            text = format!("{text}: {said}");
+        }
+        next = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(path: &str, size: u64) -> RemoteFile {
+        RemoteFile { path: path.into(), size, digest: None, location: path.into(), pin: None, likeness: None }
+    }
+
+    #[test]
+    fn empty_objects_that_stand_for_folders_are_no_files() {
+        let files = ["", "iris", "iris/1", "iris/1/model.onnx", "iris/1/empty"].map(|path| file(path, 0)).to_vec();
+        let left: Vec<String> = without_folders(files).into_iter().map(|file| file.path).collect();
+        assert_eq!(left, ["iris/1/model.onnx", "iris/1/empty"]);
+        assert_eq!(without_folders(vec![file("a", 1), file("a/b", 1)]).len(), 2);
+    }
+
+    #[test]
+    fn a_bucket_is_named_and_its_prefix_is_a_path() {
+        let open = |text: &str| Bucket::open(&SourceUri::parse(text).unwrap());
+        let bucket = open("s3://bucket/team%20a/iris").unwrap();
+        assert_eq!((bucket.prefix.as_ref(), bucket.single()), ("team a/iris", "iris"));
+        assert_eq!(open("s3://iris").unwrap().single(), "iris");
+        let error = open("s3://bucket/a/%2e%2e/b").err().unwrap().to_string();
+        assert!(error.starts_with("source 's3://bucket/a/%2e%2e/b': "), "{error}");
+        assert!(open("mlflow://host/models").is_err());
+    }
+}

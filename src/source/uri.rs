@@ -1,0 +1,215 @@
+//! Where models come from, as one writes it: `s3://bucket/models`, `mlflow://host:5000/iris@champion`, a path.
+
+use std::{fmt, path::PathBuf};
+
+use super::SourceError;
+use crate::error::shorten;
+
+/// How a place is spoken to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Scheme {
+    /// A folder on this machine.
+    Folder,
+    /// Amazon S3 and what speaks like it.
+    S3,
+    /// Google Cloud Storage.
+    Gs,
+    /// Azure Blob Storage.
+    Az,
+    /// A web server that lists its folders as WebDAV has it.
+    Http,
+    Https,
+    /// An MLflow tracking server over http.
+    Mlflow,
+    /// An MLflow tracking server over https.
+    MlflowHttps,
+    /// MLflow's own form, which leaves the server to `MLFLOW_TRACKING_URI`.
+    Models,
+}
+
+/// Every scheme but that of folders, which goes without one.
+const SCHEMES: [(&str, Scheme); 8] = [
+    ("s3", Scheme::S3),
+    ("gs", Scheme::Gs),
+    ("az", Scheme::Az),
+    ("http", Scheme::Http),
+    ("https", Scheme::Https),
+    ("mlflow", Scheme::Mlflow),
+    ("mlflow+https", Scheme::MlflowHttps),
+    ("models", Scheme::Models),
+];
+
+/// A place, parsed as far as all schemes agree.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct SourceUri {
+    scheme: Scheme,
+    /// What credentials stand before the authority: `user:secret`.
+    login: Option<String>,
+    /// What follows the scheme and the login, without slashes at its end.
+    rest: String,
+}
+
+impl SourceUri {
+    /// # Errors
+    /// `Uri` when the scheme is unknown, nothing follows it, or it has a query or fragment that nothing would read.
+    pub fn parse(text: &str) -> Result<Self, SourceError> {
+        let wrong = |reason: String| SourceError::Uri(format!("source '{}': {reason}", shorten(&masked(text))));
+        if text.is_empty() {
+            return Err(wrong("expected a path or a URI such as s3://bucket/models".to_owned()));
+        }
+        let Some((name, rest)) = split(text) else {
+            return Ok(Self { scheme: Scheme::Folder, login: None, rest: text.to_owned() });
+        };
+        let lowered = name.to_ascii_lowercase();
+        let Some((_, scheme)) = SCHEMES.iter().find(|(known, _)| *known == lowered) else {
+            let known: Vec<String> = SCHEMES.iter().map(|(name, _)| format!("{name}:")).collect();
+            return Err(wrong(format!("scheme '{name}' is not known; expected a path, or one of {}", known.join(" "))));
+        };
+        let is_web = matches!(scheme, Scheme::Http | Scheme::Https | Scheme::Mlflow | Scheme::MlflowHttps);
+        let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+        // An `@` after the first slash is an alias, not a login.
+        let (login, rest) = match authority.rsplit_once('@') {
+            Some((login, _)) if is_web => (Some(login.to_owned()), &rest[login.len() + 1..]),
+            _ => (None, rest),
+        };
+        let is_bucket = matches!(scheme, Scheme::S3 | Scheme::Gs | Scheme::Az);
+        if is_bucket && authority.contains('@') {
+            return Err(wrong("credentials are taken from the environment only".to_owned()));
+        }
+        // The secret of a login that has a slash in it would be part of the path, and shown.
+        let port = |host: &str| host.rsplit_once(':').map(|(_, port)| port.bytes().all(|digit| digit.is_ascii_digit()));
+        if is_web && path.contains('@') && login.is_none() && port(authority) == Some(false) {
+            return Err(SourceError::Uri("source: a slash in a login must be written as %2F".to_owned()));
+        }
+        let rest = rest.trim_end_matches('/');
+        if rest.is_empty() || (*scheme != Scheme::Models && rest.starts_with('/')) {
+            return Err(wrong(match scheme {
+                Scheme::Models => "expected a model's name after 'models:/'".to_owned(),
+                Scheme::S3 | Scheme::Gs | Scheme::Az => format!("expected a bucket after '{name}://'"),
+                _ => format!("expected a host after '{name}://'"),
+            }));
+        }
+        if path.contains(['?', '#']) || authority.contains(['?', '#']) {
+            return Err(wrong("a query or fragment is not read here; write ? and # as %3F and %23".to_owned()));
+        }
+        if rest.chars().any(|letter| letter.is_control() || letter == ' ') {
+            return Err(wrong("spaces and control characters must be percent-encoded".to_owned()));
+        }
+        Ok(Self { scheme: *scheme, login, rest: rest.to_owned() })
+    }
+
+    pub fn scheme(&self) -> Scheme {
+        self.scheme
+    }
+
+    /// The folder, when it is one on this machine.
+    pub fn folder(&self) -> Option<PathBuf> {
+        (self.scheme == Scheme::Folder).then(|| PathBuf::from(&self.rest))
+    }
+
+    /// The bucket, or the host and its port.
+    pub fn authority(&self) -> &str {
+        self.rest.split_once('/').map_or(self.rest.as_str(), |(authority, _)| authority)
+    }
+
+    /// What follows the authority, without slashes around it; as it was written, so percent-encoded.
+    pub fn path(&self) -> &str {
+        self.rest.split_once('/').map_or("", |(_, path)| path.trim_start_matches('/'))
+    }
+
+    /// The user and the secret of `user:secret@host`, as they were written.
+    pub fn login(&self) -> Option<(&str, &str)> {
+        self.login.as_deref().map(|login| login.split_once(':').unwrap_or((login, "")))
+    }
+}
+
+/// Without the login: this is what status, log and file names are made of.
+impl fmt::Display for SourceUri {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match SCHEMES.iter().find(|(_, scheme)| *scheme == self.scheme) {
+            Some((name, Scheme::Models)) => write!(f, "{name}:/{}", self.rest),
+            Some((name, _)) => write!(f, "{name}://{}", self.rest),
+            None => f.write_str(&self.rest),
+        }
+    }
+}
+
+impl fmt::Debug for SourceUri {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SourceUri({self})")
+    }
+}
+
+/// A scheme and what follows it. `models:/` has one slash; a path that has a colon in it is a path.
+fn split(text: &str) -> Option<(&str, &str)> {
+    if let Some(rest) = text.strip_prefix("models:/") {
+        return Some(("models", rest.trim_start_matches('/')));
+    }
+    let (name, rest) = text.split_once("://")?;
+    let is_name = name.starts_with(|letter: char| letter.is_ascii_alphabetic())
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'-' | b'.'));
+    is_name.then_some((name, rest))
+}
+
+/// The text without what may be a secret before an `@` of the authority.
+fn masked(text: &str) -> String {
+    let Some((name, rest)) = split(text) else { return text.to_owned() };
+    let authority = rest.split('/').next().unwrap_or_default();
+    match authority.rsplit_once('@') {
+        Some((login, _)) => format!("{name}://{}", &rest[login.len() + 1..]),
+        None => text.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parts(text: &str) -> (Scheme, String, String) {
+        let uri = SourceUri::parse(text).unwrap();
+        (uri.scheme(), uri.authority().to_owned(), uri.path().to_owned())
+    }
+
+    #[test]
+    fn places_have_a_scheme_an_authority_and_a_path() {
+        let of = |scheme, authority: &str, path: &str| (scheme, authority.to_owned(), path.to_owned());
+        assert_eq!(parts("s3://bucket/team/models/"), of(Scheme::S3, "bucket", "team/models"));
+        assert_eq!(parts("GS://bucket"), of(Scheme::Gs, "bucket", ""));
+        assert_eq!(parts("https://host:8443/a%20b"), of(Scheme::Https, "host:8443", "a%20b"));
+        assert_eq!(parts("mlflow://host:5000/iris@champion"), of(Scheme::Mlflow, "host:5000", "iris@champion"));
+        assert_eq!(parts("mlflow+https://host/iris/3"), of(Scheme::MlflowHttps, "host", "iris/3"));
+        assert_eq!(SourceUri::parse("models:/iris@champion").unwrap().to_string(), "models:/iris@champion");
+        assert_eq!(SourceUri::parse("./models:/here").unwrap().folder(), Some("./models:/here".into()));
+        assert_eq!(SourceUri::parse("a/b").unwrap().folder(), Some("a/b".into()));
+        assert_eq!(SourceUri::parse("s3://a").unwrap().folder(), None);
+    }
+
+    #[test]
+    fn a_login_shows_nowhere() {
+        let uri = SourceUri::parse("https://ada:s3cr@t@host/models").unwrap();
+        assert_eq!(uri.login(), Some(("ada", "s3cr@t")));
+        assert_eq!((uri.authority(), uri.to_string()), ("host", "https://host/models".to_owned()));
+        assert!(!format!("{uri:?}").contains("s3cr"));
+        let error = SourceUri::parse("https://ada:s3cr@host/?x").unwrap_err();
+        assert!(!error.to_string().contains("s3cr"), "{error}");
+        assert_eq!(SourceUri::parse("mlflow://host/iris@champion").unwrap().login(), None);
+    }
+
+    #[test]
+    fn what_nothing_reads_is_refused_in_words() {
+        let said = |text: &str| SourceUri::parse(text).unwrap_err().to_string();
+        assert!(said("").contains("expected a path"));
+        assert!(said("ftp://host/models").contains("scheme 'ftp' is not known; expected a path, or one of s3:"));
+        assert!(said("s3://").contains("expected a bucket"));
+        assert!(said("s3:///models").contains("expected a bucket"));
+        assert!(said("https://").contains("expected a host"));
+        assert!(said("models:/").contains("expected a model's name"));
+        assert!(said("https://host/models?token=1").contains("a query or fragment"));
+        assert!(said("s3://KEY:SECRET@bucket").contains("from the environment only"));
+        assert!(!said("s3://KEY:SECRET@bucket").contains("SECRET"));
+        let error = said("https://ada:p/ss@host/models");
+        assert!(error.contains("%2F") && !error.contains("ss@"), "{error}");
+        assert!(SourceUri::parse("mlflow://host:5000/iris@champion").is_ok());
+        assert!(said("s3://bucket/a b").contains("percent-encoded"));
+    }
+}

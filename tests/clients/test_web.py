@@ -1,0 +1,175 @@
+"""Models from a web server that lists its folders: Debian's nginx with its WebDAV module."""
+
+import base64
+import hashlib
+import os
+import re
+import socket
+import subprocess
+import time
+
+import pytest
+from infer import Question, rest_json
+from models import plus
+from server import eventually, run
+from tensors import tensor
+
+SOON = 30
+CONFIG = '[follow]\ninterval = "1s"\n'
+PART = 16 << 20
+LARGE = 16 * PART
+# Of a server that has something to do, the heap breathes too.
+MOST_MEMORY = 64 << 20
+
+NGINX = """
+load_module /usr/lib/nginx/modules/ngx_http_dav_ext_module.so;
+{user}
+daemon off;
+pid {home}/pid;
+error_log {home}/error.log;
+events {{}}
+http {{
+    access_log {home}/access.log;
+    client_body_temp_path {home}/body;
+    log_format ranges '$request_method $uri $http_range';
+    server {{
+        listen 127.0.0.1:{port};
+        root {home}/root;
+        access_log {home}/ranges.log ranges;
+        dav_ext_methods PROPFIND OPTIONS;
+        location /private/ {{ auth_basic models; auth_basic_user_file {home}/users; dav_ext_methods PROPFIND OPTIONS; }}
+        location /slow/ {{ limit_rate 16m; dav_ext_methods PROPFIND OPTIONS; }}
+    }}
+}}
+"""
+
+
+class Nginx:
+    def __init__(self, home, port):
+        self.home, self.address = home, f"127.0.0.1:{port}"
+        (home / "root").mkdir()
+        secret = base64.b64encode(hashlib.sha1(b"s3cret").digest()).decode()
+        (home / "users").write_text(f"ada:{{SHA}}{secret}\n")
+        user = "user root;" if os.geteuid() == 0 else ""
+        (home / "conf").write_text(NGINX.format(home=home, port=port, user=user))
+        self.process = subprocess.Popen(["nginx", "-p", home, "-c", home / "conf", "-e", home / "error.log"])
+
+    def put(self, path, content):
+        content = content if isinstance(content, bytes) else content.SerializeToString()
+        target = self.home / "root" / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # In one go, as rsync and cp to another name do it.
+        beside = target.with_name(f".{target.name}")
+        beside.write_bytes(content)
+        beside.rename(target)
+
+    def put_zeros(self, path, size):
+        """A file of zeros that takes no room here."""
+        target = self.home / "root" / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") as file:
+            file.truncate(size)
+
+    def ranges(self, path):
+        """The ranges that were asked for, in order."""
+        lines = (self.home / "ranges.log").read_text().splitlines()
+        return [line.split(" ", 2)[2] for line in lines if line.startswith(f"GET /{path} ")]
+
+    def stop(self):
+        self.process.terminate()
+        self.process.wait(10)
+
+
+@pytest.fixture
+def nginx(tmp_path_factory):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = Nginx(tmp_path_factory.mktemp("nginx"), port)
+    eventually(lambda: socket.create_connection(("127.0.0.1", port), 1).close() or True)
+    yield server
+    server.stop()
+
+
+def answers(server, model="plus", number=1):
+    answer = rest_json(server, Question(model, [tensor("x", "FP32", [1, 1], [number])]))
+    return None if answer.error else answer.outputs["y"].data[0]
+
+
+def memory(server):
+    """Bytes of the process that are no file's."""
+    status = open(f"/proc/{server.process.pid}/status").read()
+    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) << 10
+
+
+def test_a_web_server_is_followed(nginx, serve):
+    nginx.put("models/plus/1/model.onnx", plus(1))
+    nginx.put("models/plus/model.toml", b"[options]\nintra_op_threads = 1\n")
+    server = serve(f"http://{nginx.address}/models", config=CONFIG)
+    assert answers(server) == 2
+
+    nginx.put("models/plus/2/model.onnx", plus(10))
+    eventually(lambda: answers(server) == 11, SOON)
+    # As long as before, so that only its time tells.
+    nginx.put("models/plus/2/model.onnx", plus(20))
+    eventually(lambda: answers(server) == 21, SOON)
+
+    nginx.stop()
+    eventually(lambda: "out of reach since" in run("models", "--ops", server.ops, home=server.home).stdout, SOON)
+    assert answers(server) == 21
+
+
+def test_a_login_is_sent_and_not_shown(nginx, serve):
+    nginx.put("private/plus/1/model.onnx", plus(1))
+    place, cache = f"{nginx.address}/private", ["--cache", "../cache"]
+    server = serve(f"http://ada:s3cret@{place}", config=CONFIG, flags=cache)
+    assert answers(server) == 2
+    listed = run("models", "--ops", server.ops, home=server.home).stdout
+    assert f"http://{place} answered" in listed
+    assert "s3cret" not in listed + server.log()
+    assert server.stop() == 0
+
+    server = serve(f"http://ada:wr0ng@{place}", name="wrong", config=CONFIG, flags=cache)
+    assert answers(server) == 2
+    eventually(lambda: "refuses" in server.log() and "401" in server.log(), SOON)
+    assert "wr0ng" not in server.log()
+
+
+def test_a_large_file_takes_little_memory_and_goes_on_after_a_crash(nginx, serve):
+    nginx.put("slow/plus/1/model.onnx", plus(1))
+    flags = ["--cache", "cache"]
+    server = serve(f"http://{nginx.address}/slow", config=CONFIG, flags=flags)
+    assert answers(server) == 2
+    idle = memory(server)
+
+    large = "slow/plus/2/weights.data"
+    nginx.put_zeros(large, LARGE)
+    nginx.put("slow/plus/2/model.onnx", plus(10))
+    most = 0
+
+    def parts():
+        nonlocal most
+        most = max(most, memory(server))
+        lists = list((server.home / "cache" / "partial").glob("*.parts"))
+        return {int(line) for line in lists[0].read_text().splitlines()[1:]} if lists else set()
+
+    before = eventually(lambda: parts() if len(parts()) >= 8 else None, SOON)
+    assert most - idle < MOST_MEMORY
+    server.kill()
+    server = serve(f"http://{nginx.address}/slow", config=CONFIG, flags=flags)
+    assert answers(server) == 2
+    eventually(lambda: answers(server) == 11, SOON)
+    asked = nginx.ranges(large)
+    for part in before:
+        assert asked.count(f"bytes={part * PART}-{(part + 1) * PART - 1}") == 1, part
+
+
+def test_a_stop_in_the_middle_is_no_wait(nginx, serve):
+    nginx.put("slow/plus/1/model.onnx", plus(1))
+    server = serve(f"http://{nginx.address}/slow", config=CONFIG)
+    nginx.put_zeros("slow/plus/2/weights.data", LARGE)
+    nginx.put("slow/plus/2/model.onnx", plus(10))
+    eventually(lambda: "bytes fetched since" in run("models", "--ops", server.ops, home=server.home).stdout, SOON)
+    begun = time.monotonic()
+    assert server.stop() == 0
+    assert time.monotonic() - begun < 5
