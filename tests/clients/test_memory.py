@@ -2,6 +2,7 @@
 
 import re
 from concurrent.futures import ThreadPoolExecutor
+from itertools import dropwhile
 from pathlib import Path
 
 import numpy as np
@@ -172,17 +173,20 @@ def test_a_load_beside_traffic_is_idle_work(repository, serve):
     repository.ship("iris")
     server = serve(repository.path, flags=[*EXPLICIT, "--load-model", "iris"])
     repository.add("matrices", matrices(layers=1), settings="instances = 2\n[options]\nintra_op_threads = 2\n")
-    loading = set()
+    loading = []
 
     with HTTP.connect(server) as client:
         with ThreadPoolExecutor() as pool:
             loaded = pool.submit(load_apart, server)
             while not loaded.done():
-                loading |= policies(server, "load")
+                loading.append(policies(server, "load"))
         loaded.result()
         answer(client)
     inherited = policies(server, "main")
-    assert loading == {5}, loading
+    # A thread begins as the one that started it; with luck it is seen before it steps back.
+    loading = [found for found in loading if found]
+    begun = list(dropwhile(lambda found: found != {5}, loading))
+    assert begun and all(found == {5} for found in begun) and len(loading) - len(begun) <= 1, loading
     serving = policies(server, "run-") | policies(server, "ort-")
     assert serving == inherited, (serving, inherited)
 
