@@ -89,6 +89,16 @@ async fn what_is_new_is_published_and_what_is_gone_goes_after_a_while() {
     fixture.round().await;
     assert_eq!(fixture.published()[2..], ["m/3/model.onnx", "m/model.toml"]);
 
+    // Two looks at once, while somebody replaces it, do not count.
+    let versions = shelf.look.lock().clone();
+    shelf.change(|models| models.get_mut(&name()).unwrap().versions.retain(|one| one.version.as_str() != "3"));
+    for _ in 0..2 {
+        fixture.follower.as_mut().unwrap().round(&watch::channel(false).0).await;
+    }
+    assert_eq!(fixture.published()[2..], ["m/3/model.onnx", "m/model.toml"]);
+    *shelf.look.lock() = versions;
+    fixture.round().await;
+
     // Other bytes in the same version.
     shelf.version("m", "3", vec![shelf.put("model.onnx", b"changed")]);
     fixture.round().await;
