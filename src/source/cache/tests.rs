@@ -150,6 +150,16 @@ impl Fixture {
         Self { shelf: Shelf::new(), cache: cache(root.path(), 1 << 20), root }
     }
 
+    /// The same folder opened anew, as soon as the parts that were given up have let go of it.
+    async fn restart(self, max_bytes: u64) -> Self {
+        let Self { shelf, cache: before, root } = self;
+        while Arc::strong_count(&before) > 1 {
+            tokio::task::yield_now().await;
+        }
+        drop(before);
+        Self { shelf, cache: cache(root.path(), max_bytes), root }
+    }
+
     async fn fetch(&self, file: &RemoteFile) -> Result<Blob, SourceError> {
         let source: Arc<dyn Source> = self.shelf.clone();
         self.cache.fetch(&source, file, &Arc::default()).await
@@ -242,8 +252,7 @@ async fn a_fetch_goes_on_after_a_restart() {
     assert!(came >= 8, "{came}");
     assert_eq!((fixture.partial(), fixture.blobs().len()), (2, 0));
 
-    drop(fixture.cache);
-    fixture.cache = cache(fixture.root.path(), 1 << 20);
+    fixture = fixture.restart(1 << 20).await;
     fixture.shelf.breaks.lock().clear();
     let fetched = Arc::new(AtomicU64::new(0));
     let blob = fixture.cache.fetch(&source, &file, &fetched).await.unwrap();
@@ -260,8 +269,7 @@ async fn half_a_file_is_part_of_what_is_to_come_and_may_be_gone() {
     *fixture.shelf.breaks.lock() = vec![0; 40];
     fixture.fetch(&file).await.unwrap_err();
     assert_eq!(fixture.partial(), 2);
-    drop(fixture.cache);
-    fixture.cache = cache(fixture.root.path(), TEXT.len() as u64);
+    fixture = fixture.restart(TEXT.len() as u64).await;
     fixture.cache.make_room_for(source.as_ref(), std::slice::from_ref(&file)).unwrap();
     assert_eq!(fixture.partial(), 2);
 
