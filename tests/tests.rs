@@ -11,6 +11,7 @@ mod golden;
 mod lifecycle;
 mod monitoring;
 mod overload;
+mod pointers;
 mod rollout;
 mod rollout_api;
 mod rollout_cli;

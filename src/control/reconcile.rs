@@ -218,6 +218,7 @@ impl Reconciler {
             model.settings.clone_from(&spec.rollout);
         }
         model.found.clone_from(&found.versions);
+        model.pointer.clone_from(&found.pointer);
         model.problem = match &spec {
             Err(error) if found.versions.is_empty() => Some(error.message.clone()),
             _ if found.versions.is_empty() => Some("the repository holds no version of it (1, 2, …)".to_owned()),

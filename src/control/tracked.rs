@@ -16,7 +16,10 @@ use crate::{
         catalog::{Deployment, Entry, VersionPolicy, insert_in_order},
     },
     rollout::{self, Moment, plan::OnNewVersion},
-    source::local::{Fingerprint, FoundModel, FoundVersion, MODEL_FILE, TRITON_FILE},
+    source::{
+        local::{Fingerprint, FoundModel, FoundVersion, MODEL_FILE, TRITON_FILE},
+        pointer::Pointer,
+    },
 };
 
 /// Files that did not change for so long are complete, and versions not seen for so long are gone: whoever replaces
@@ -33,6 +36,8 @@ pub(super) struct Tracked {
     pub(super) settings: rollout::plan::Settings,
     /// What the repository held when it was looked at last.
     pub(super) found: Vec<FoundVersion>,
+    /// What its registry's pointer pointed at then.
+    pub(super) pointer: Pointer,
     /// Whether requests were answered since it last had nothing that serves.
     pub(super) shown: bool,
 }
@@ -167,7 +172,7 @@ impl Tracked {
         self.settings.on_new_version == OnNewVersion::Swap
     }
 
-    /// Where a version stands among those in the repository, in ascending order.
+    /// Where a version stands among those in the repository, of which later ones take over from earlier ones.
     pub(super) fn place(&self, version: &Version) -> Option<usize> {
         self.found.iter().position(|found| found.version == *version)
     }

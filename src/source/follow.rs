@@ -240,7 +240,22 @@ impl Follower {
                 self.note(&key, Some(&remote.version), &remote.revision, result);
             }
         }
+        if let Some(version) = &model.default {
+            self.point(name, version);
+        }
         settled
+    }
+
+    /// Has the mirror's pointer follow the one at the place, as soon as the version that it points at is here.
+    fn point(&self, name: &ModelName, version: &Version) {
+        if self.mirror.manifest(name, version).is_none() {
+            return;
+        }
+        match self.mirror.point(name, version) {
+            Ok(true) => tracing::info!(model = %name, %version, "is what the models' place points at"),
+            Ok(false) => {}
+            Err(error) => tracing::error!(model = %name, %version, %error, "the pointer cannot be moved here"),
+        }
     }
 
     /// Whether it is time to fetch this revision: it has settled, and did not fail a moment ago.

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use super::{
     Look, RemoteFile, RemoteModel, RemoteVersion, digest,
     local::{MODEL_FILE, TRITON_FILE},
+    pointer::POINTER_FILE,
 };
 use crate::{
     error::shorten,
@@ -72,6 +73,8 @@ impl Layout {
                 Some((number, path)) => {
                     model.versions.entry(number).or_default().push(RemoteFile { path, ..file });
                 }
+                // It is ours to write; a place of files has no pointers.
+                None if file.path == POINTER_FILE => {}
                 None => model.beside.push(file),
             }
         }

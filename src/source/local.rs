@@ -14,6 +14,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use twox_hash::XxHash3_64;
 
+use super::pointer::Pointer;
 use crate::id::{ModelName, Version};
 
 /// Settings of a model, beside its versions.
@@ -36,8 +37,11 @@ pub struct FoundModel {
     pub directory: PathBuf,
     /// The settings files; more than one is a mistake.
     pub settings: Vec<PathBuf>,
-    /// By number, ascending.
+    /// In the order in which they follow each other: by number, and after that in the order in which a pointer came to
+    /// them. The last one is what is to serve, unless something else is decided.
     pub versions: Vec<FoundVersion>,
+    /// What is known of the alias, tag, stage or branch that the model follows.
+    pub pointer: Pointer,
     /// Why nothing else is known of the model: its folder is there and cannot be read at present.
     pub unreadable: Option<String>,
 }
@@ -115,6 +119,7 @@ pub fn scan_model(directory: &Path, is_model: &impl Fn(&str) -> bool) -> io::Res
     }
     let mut settings = vec![directory.join(MODEL_FILE), directory.join(TRITON_FILE)];
     settings.retain(|path| path.is_file());
+    let pointer = Pointer::read(directory);
     let mut versions = Vec::new();
     let mut bare = false;
     let mut folders = 0;
@@ -123,12 +128,18 @@ pub fn scan_model(directory: &Path, is_model: &impl Fn(&str) -> bool) -> io::Res
         let Some(metadata) = look(&path)? else { continue };
         if metadata.is_file() && is_model(name) {
             bare = true;
-        } else if metadata.is_dir() && name.bytes().all(|byte| byte.is_ascii_digit()) {
-            folders += 1;
-            match Version::parse(name).ok().filter(|version| version.number().is_some_and(|number| number > 0)) {
+        } else if metadata.is_dir() {
+            let version = Version::parse(name).ok();
+            let is_version = |version: &Version| {
+                version.number().is_some_and(|number| number > 0) || pointer.place(version).is_some()
+            };
+            let digits = name.bytes().all(|byte| byte.is_ascii_digit());
+            match version.filter(is_version) {
                 Some(version) => versions.push((version, path)),
-                None => tracing::debug!(folder = %path.display(), "not a version: numbers start with 1 to 9"),
+                None if digits => tracing::debug!(folder = %path.display(), "not a version: numbers start with 1 to 9"),
+                None => continue,
             }
+            folders += 1;
         }
     }
     if bare && folders == 0 {
@@ -137,7 +148,7 @@ pub fn scan_model(directory: &Path, is_model: &impl Fn(&str) -> bool) -> io::Res
     if versions.is_empty() && settings.is_empty() {
         return Ok(None);
     }
-    versions.sort_by_key(|(version, _)| version.number());
+    versions.sort_by_key(|(version, _)| (pointer.place(version), version.number()));
     let versions = versions
         .into_iter()
         .map(|(version, files)| {
@@ -146,7 +157,7 @@ pub fn scan_model(directory: &Path, is_model: &impl Fn(&str) -> bool) -> io::Res
             Ok(FoundVersion { version, files, fingerprint, stamp })
         })
         .collect::<io::Result<Vec<_>>>()?;
-    Ok(Some(FoundModel { directory: directory.to_path_buf(), settings, versions, unreadable: None }))
+    Ok(Some(FoundModel { directory: directory.to_path_buf(), settings, versions, pointer, unreadable: None }))
 }
 
 /// The fingerprint of a version whose files lie in `files`, in the model folder `model`: of these files, and of the
@@ -269,6 +280,20 @@ mod tests {
         write(root.path(), "notes/readme.md", "");
         write(root.path(), "file", "");
         assert_eq!(look(root.path()), ["a: 9 10", "bare: 1"]);
+    }
+
+    #[test]
+    fn where_a_pointer_was_last_comes_last() {
+        let root = tempfile::tempdir().unwrap();
+        for version in ["1", "2", "10", "fine-tuned", "notes"] {
+            write(root.path(), &format!("a/{version}/model.onnx"), "");
+        }
+        assert_eq!(look(root.path()), ["a: 1 2 10"]);
+        let before = scan(root.path(), |_| true).unwrap()["a"].versions[0].fingerprint;
+        write(root.path(), "a/.pointer", "10 1\nfine-tuned 2\n2 3\n");
+        assert_eq!(look(root.path()), ["a: 1 10 fine-tuned 2"]);
+        let after = scan(root.path(), |_| true).unwrap()["a"].clone();
+        assert_eq!((after.pointer.version().unwrap().as_str(), after.versions[0].fingerprint), ("2", before));
     }
 
     #[test]

@@ -9,6 +9,7 @@ pub mod follow;
 mod layout;
 pub mod local;
 mod object;
+pub mod pointer;
 pub mod uri;
 
 use std::{collections::BTreeMap, ops::Range, pin::Pin, sync::Arc, time::Duration};

@@ -122,6 +122,11 @@ impl Reconciler {
         }
         let names: Vec<ModelName> = self.models.keys().cloned().collect();
         for name in names {
+            if let Some(back) =
+                self.models.get(&name).and_then(|model| called_back(model, self.rollouts.standing(&name)))
+            {
+                self.happen(&name, back, REPOSITORY).await;
+            }
             self.follow(&name).await;
         }
     }
@@ -250,6 +255,24 @@ impl Reconciler {
 fn news(model: &Tracked, standing: &Standing, stable: &Version) -> Option<Version> {
     let newest = model.chosen(standing).next_back()?;
     (model.place(newest) > model.place(stable)).then(|| newest.clone())
+}
+
+/// What a rollout is told whose candidate the registry's pointer has left again, for the version it took over from.
+fn called_back(model: &Tracked, standing: &Standing) -> Option<Event> {
+    let rollout = standing.rollout.as_ref()?;
+    let pointed = model.pointer.version().filter(|version| **version == rollout.stable)?;
+    let begun = rollout.history.first().map_or(rollout.since, |first| first.at);
+    let command = match rollout.phase {
+        Phase::Pending | Phase::Shadow | Phase::Canary | Phase::Paused => Command::Abort,
+        Phase::Promoting | Phase::Watching => Command::Rollback,
+        Phase::Done if rollout.needs_both(promote::now()) && model.decided(standing)? == rollout.candidate => {
+            Command::Rollback
+        }
+        Phase::Done | Phase::Aborted | Phase::RolledBack => return None,
+    };
+    // Who starts a rollout by hand may lead away from what the pointer points at; only a move since then is a word.
+    let is_news = model.pointer.since()? > begun;
+    is_news.then(|| Event::Told(command, format!("the registry points at version '{pointed}' again")))
 }
 
 /// Why a newer version takes a candidate's place, when it does.

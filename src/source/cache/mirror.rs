@@ -7,6 +7,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::Arc,
+    time::SystemTime,
 };
 
 use rustix::{
@@ -19,7 +20,10 @@ use tempfile::TempDir;
 use super::{Blob, Cache, time_of, vet, write_atomically};
 use crate::{
     id::{ModelName, Version},
-    source::{Digest, SourceError, SourceUri, digest},
+    source::{
+        Digest, SourceError, SourceUri, digest,
+        pointer::{POINTER_FILE, Pointer},
+    },
 };
 
 /// A source's folder in the cache.
@@ -199,6 +203,28 @@ impl Mirror {
     /// The revision that the files beside a model's versions had at their place, when all of them are here.
     pub fn beside_revision(&self, model: &ModelName) -> Option<String> {
         read::<Beside>(&self.beside_path(model)).map(|beside| beside.revision)
+    }
+
+    /// Has a model's pointer point at a version that is published. Whether it pointed elsewhere.
+    ///
+    /// # Errors
+    /// When the disk fails; it points then where it did.
+    pub fn point(&self, model: &ModelName, version: &Version) -> Result<bool, SourceError> {
+        let folder = self.models().join(model.as_str());
+        let mut pointer = Pointer::read(&folder);
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let moved = pointer.move_to(version, u64::try_from(since.as_millis()).unwrap_or(u64::MAX));
+        if moved {
+            let path = folder.join(POINTER_FILE);
+            write_atomically(&self.cache.root.join("staging"), &path, pointer.text().as_bytes())
+                .map_err(|error| SourceError::disk(&path, &error))?;
+        }
+        Ok(moved)
+    }
+
+    /// Where a model's pointer points, and pointed before.
+    pub fn pointer(&self, model: &ModelName) -> Pointer {
+        Pointer::read(&self.models().join(model.as_str()))
     }
 
     /// Takes a version out of the repository, at once and whole.

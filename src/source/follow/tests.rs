@@ -118,8 +118,24 @@ async fn what_the_pointer_points_at_is_mirrored_whatever_is_newest() {
     shelf.version("m", "2", vec![shelf.put("model.onnx", b"two")]);
     shelf.change(|models| models.get_mut(&name()).unwrap().default = Version::parse("1").ok());
     fixture.round().await;
-    assert_eq!(fixture.published(), ["m/1/model.onnx", "m/2/model.onnx"]);
+    assert_eq!(fixture.published(), ["m/.pointer", "m/1/model.onnx", "m/2/model.onnx"]);
     assert_eq!(fixture.status.read().defaults[&name()].as_str(), "1");
+    let pointed = |fixture: &Fixture| {
+        let pointer = crate::source::pointer::Pointer::read(&fixture.models.join("m"));
+        pointer.version().unwrap().to_string()
+    };
+    assert_eq!(pointed(&fixture), "1");
+
+    // It comes along when the version is here, and not before.
+    let mut refused = shelf.put("model.onnx", b"three");
+    refused.path = "../model.onnx".into();
+    shelf.version("m", "3", vec![refused]);
+    shelf.change(|models| models.get_mut(&name()).unwrap().default = Version::parse("3").ok());
+    fixture.round().await;
+    assert_eq!(pointed(&fixture), "1");
+    shelf.change(|models| models.get_mut(&name()).unwrap().default = Version::parse("2").ok());
+    fixture.round().await;
+    assert_eq!(pointed(&fixture), "2");
 }
 
 #[tokio::test(start_paused = true)]
