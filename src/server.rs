@@ -50,12 +50,13 @@ use crate::{
         catalog::{CatalogReader, CatalogWriter, catalog},
         load::Decode,
     },
+    source::{follow::Followed, places::Places},
     tensor::Tensor,
 };
 
 mod mirroring;
 
-use mirroring::{Mirroring, Mirrors};
+use mirroring::{Mirroring, Mirrors, Sourced};
 
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// What versions get to end their runs when the drain timeout is used up.
@@ -111,7 +112,8 @@ impl Server {
         }
         let data = config.data_directory();
         let mut lock = lock(&data)?;
-        let mirroring = source.map(|uri| Mirroring::open(&uri, config)).transpose()?;
+        let followed = Followed::default();
+        let mirroring = source.map(|uri| Mirroring::open(&uri, config, &followed)).transpose()?;
         let models = mirroring.as_ref().map_or_else(|| config.models.clone(), |mirroring| mirroring.models.clone());
         let uploads = Uploads::open(&data, config.allow_model_upload);
         let rest_port = Port::bind(config.rest, "--rest")?;
@@ -124,7 +126,8 @@ impl Server {
         let io_threads = config.io_threads.unwrap_or((cores / 2).max(1));
         let metrics = Metrics::new(env!("CARGO_PKG_VERSION"), onnxruntime_version);
         let (reader, writer) = catalog();
-        let settings = settings(config, models.clone(), mirroring.is_some(), cores);
+        let places = Places::new(config.cache_directory());
+        let settings = settings(config, models.clone(), mirroring.is_some(), places.clone(), cores);
         let state = SharedStore::open(&data);
         let (commands, orders) = commands(&settings, backends.clone(), uploads, state.clone());
         let (shadows, shadow_thread) = Shadows::start(&config.shadow)?;
@@ -132,7 +135,7 @@ impl Server {
             engine: Engine::new(reader, shadows),
             commands,
             metrics: metrics.clone(),
-            sources: mirroring.iter().map(Mirroring::status).collect(),
+            sources: followed.clone(),
             logging,
             limits: config.limits.clone(),
             clients: Clients::new(config.queue.client_header.as_deref())?,
@@ -165,6 +168,14 @@ impl Server {
             state,
             shadow_thread,
             mirroring: mirroring.map(Mirroring::start).transpose()?,
+            sourced: Sourced {
+                places,
+                models: models.clone(),
+                directory: config.cache_directory(),
+                cache: config.cache.clone(),
+                follow: config.follow.clone(),
+                followed,
+            },
             stops,
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -198,10 +209,11 @@ impl Server {
     }
 }
 
-fn settings(config: &Config, models: PathBuf, is_mirror: bool, cores: usize) -> control::Settings {
+fn settings(config: &Config, models: PathBuf, is_mirror: bool, places: Places, cores: usize) -> control::Settings {
     control::Settings {
         models,
         is_mirror,
+        places,
         control: config.model_control,
         load_models: config.load_model.clone(),
         profile: config.profile,
@@ -285,6 +297,7 @@ struct Parts {
     state: SharedStore,
     shadow_thread: ShadowThread,
     mirroring: Option<Mirrors>,
+    sourced: Sourced,
     stops: mpsc::Receiver<Duration>,
 }
 
@@ -304,6 +317,8 @@ impl Parts {
         });
 
         let (kick, kicks) = mpsc::channel(1);
+        let following = CancellationToken::new();
+        let sourced = tokio::spawn(self.sourced.run(kick.clone(), following.clone()));
         let _watcher = watch(&self.settings, kick);
         let (stop_reconciling, stopped) = oneshot::channel();
         let reconciler = Reconciler::new(self.settings, self.loader, self.writer, self.orders, self.state);
@@ -348,6 +363,10 @@ impl Parts {
         // 3 Nothing more is fetched.
         if let Some(mirroring) = self.mirroring.take() {
             let _ = tokio::task::spawn_blocking(move || mirroring.stop()).await;
+        }
+        following.cancel();
+        if let Ok(Err(error)) = sourced.await {
+            tracing::error!(%error, "the places that models name were not followed");
         }
         // 4 Nobody waits for copies, and then the models, in what is left of the time.
         let _ = tokio::task::spawn_blocking(move || self.shadow_thread.stop()).await;

@@ -136,3 +136,38 @@ async fn a_rollout_by_hand_may_lead_away_from_the_pointer() {
     tokio::time::sleep(std::time::Duration::from_secs(3)).await;
     assert_eq!(rollout(&running).await["phase"], "canary", "several looks later");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_models_settings_may_name_another_folder() {
+    let (repository, elsewhere) = (Repository::new(), Repository::with("there", "scale = 1.0"));
+    let folder = elsewhere.0.path().join("there");
+    let settings = format!("source = \"{}\"\nversions = \"all\"", folder.display());
+    repository.settings("m", &settings);
+    let running = start(&config(&repository)).await;
+    assert_eq!(running.infer("m", &[3.0]).await.values(), [3.0]);
+    elsewhere.put("there", "2", "scale = 2.0");
+    answers(&running, "2").await;
+    let reply = running.post("/v2/models/m/versions/1/infer", json_of(3.0), &[]).await;
+    assert_eq!(reply.values(), [3.0], "as the settings here say, every version serves");
+
+    // Versions in both places are a mistake, and what runs stays.
+    repository.put("m", "7", "scale = 7.0");
+    eventually("the mistake shows", async || {
+        let (_, model) = running.ops("/admin/v1/models/m").await;
+        model.to_string().contains("source stands in place of versions in the model's folder")
+    })
+    .await;
+    assert_eq!(running.infer("m", &[1.0]).await.body["model_version"], "2");
+    std::fs::remove_dir_all(repository.0.path().join("m/7")).unwrap();
+
+    std::fs::remove_dir_all(&folder).unwrap();
+    eventually("nothing is left", async || {
+        let (_, model) = running.ops("/admin/v1/models/m").await;
+        model["problem"].as_str().is_some_and(|problem| problem.starts_with("source: there is no version of it in"))
+    })
+    .await;
+}
+
+fn json_of(value: f32) -> Value {
+    serde_json::json!({ "inputs": [{ "name": "x", "datatype": "FP32", "shape": [1], "data": [value] }] })
+}

@@ -21,7 +21,7 @@ use crate::{
     metrics::{Metrics, Protocol, VersionMetrics, Way},
     model::{ModelVersion, batcher::Client, schedule::Urgency},
     rollout::route::Variant,
-    source::follow::SharedStatus,
+    source::follow::Followed,
     tensor::{DType, Tensor},
 };
 
@@ -132,7 +132,7 @@ pub struct App {
     pub commands: Commands,
     pub metrics: Arc<Metrics>,
     /// The places that models are mirrored from.
-    pub sources: Vec<SharedStatus>,
+    pub sources: Followed,
     pub logging: Logging,
     pub limits: LimitsConfig,
     /// Tells apart who shares the queues.

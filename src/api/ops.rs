@@ -77,7 +77,7 @@ async fn document() -> Json<Value> {
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
-    let page = scrape::page(&app.engine.catalog().load(), &app.sources);
+    let page = scrape::page(&app.engine.catalog().load(), app.sources.read());
     ([(header::CONTENT_TYPE, EXPOSITION)], app.metrics.render(page)).into_response()
 }
 

@@ -3,7 +3,10 @@
 //!
 //! Read when somebody scrapes, so that nothing is left of models that went.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use crate::{
     metrics::{CopiesCompared, OutputCompared, Page, RolloutStanding, SourceStanding},
@@ -13,13 +16,17 @@ use crate::{
     },
     observe::copies::{Comparison, Missing, OutputComparison},
     rollout::{self, Phase, Rollout, judge::Finding},
-    source::follow::{SharedStatus, Status},
+    source::follow::Status,
 };
 
 /// Everything there is to show of the catalog and of the places now.
-pub(super) fn page(catalog: &Catalog, sources: &[SharedStatus]) -> Page {
+pub(super) fn page(catalog: &Catalog, sources: Vec<Status>) -> Page {
     let mut page = Page::default();
-    sources.iter().for_each(|source| show_source(&source.read(), &mut page));
+    let mut shown = BTreeSet::new();
+    // Models may have one place in common, which answers them all or none.
+    for source in sources.iter().filter(|source| shown.insert(source.uri.as_str())) {
+        show_source(source, &mut page);
+    }
     for (name, deployment) in &catalog.deployments {
         let Deployment { rollout, entries, .. } = deployment;
         if let Some(rollout) = rollout {

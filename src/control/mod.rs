@@ -17,6 +17,8 @@ use std::{path::PathBuf, time::Duration};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::source::places::Places;
+
 /// How the server follows its repository.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -31,11 +33,13 @@ pub enum ModelControl {
 }
 
 /// What the reconciler needs to know of the configuration.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Settings {
     pub models: PathBuf,
     /// Whether versions come into the folder whole, so that nobody has to wait for the rest of their files.
     pub is_mirror: bool,
+    /// Where models have their versions that name a source of their own.
+    pub places: Places,
     pub control: ModelControl,
     /// With explicit control, the models to load; `*` is all.
     pub load_models: Vec<String>,

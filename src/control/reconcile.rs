@@ -36,11 +36,12 @@ use crate::{
         load::{self, Decode, Loaded, Plan},
     },
     priority,
-    source::local::{self, Fingerprint, FoundModel, FoundVersion, Scan},
+    source::local::{self, Fingerprint, FoundModel, FoundVersion, Origin, Scan},
 };
 
 mod orders;
 mod routes;
+mod sourced;
 
 /// How nice the threads are that load models before the server is ready: they leave most of the processor to what is
 /// served already, and yet other programs of the machine cannot keep it from starting.
@@ -197,16 +198,18 @@ impl Reconciler {
         for (name, found) in scan {
             self.step_model(name, found);
         }
+        self.want_places();
     }
 
     fn step_model(&mut self, name: &ModelName, found: &FoundModel) {
+        let (found, spec) = self.sourced(name, found);
+        let found = found.as_ref();
         if let Some(error) = &found.unreadable {
             // What runs keeps running; whether its files are still there, nobody knows.
             tracing::warn!(model = %name, error, "the model's folder cannot be read");
             self.models.entry(name.clone()).or_default().problem = Some(error.clone());
             return;
         }
-        let spec = self.spec(name, found);
         let awaited = self.ordered.is_awaited(name);
         let standing = self.rollouts.standing(name);
         let model = self.models.entry(name.clone()).or_default();
@@ -221,6 +224,9 @@ impl Reconciler {
         model.pointer.clone_from(&found.pointer);
         model.problem = match &spec {
             Err(error) if found.versions.is_empty() => Some(error.message.clone()),
+            _ if found.versions.is_empty() && model.source.is_some() => {
+                model.source.as_ref().map(|uri| sourced::nothing(&self.settings.places, name, uri))
+            }
             _ if found.versions.is_empty() => Some("the repository holds no version of it (1, 2, …)".to_owned()),
             _ if targets.is_empty() && found.versions.iter().all(|found| model.find(&found.version).is_none()) => {
                 Some("the version policy selects none of the versions in the folder".to_owned())
@@ -250,6 +256,7 @@ impl Reconciler {
             // Whoever asks for a load says that they are complete; should they change all the same, they settle before
             // the next try.
             let settled = self.settings.is_mirror
+                || found.origin == Origin::Mirrored
                 || since.elapsed() >= SETTLE_TIME
                 || ((first_pass || *needed) && fingerprint.older_than(SETTLE_TIME))
                 || (fresh && awaited);
@@ -465,6 +472,7 @@ impl Reconciler {
             self.models
                 .get(name)
                 .is_none_or(|model| model.versions.iter().all(|tracked| !tracked.progress.is_under_way()))
+                && !self.awaits_source(name)
         })
     }
 

@@ -15,7 +15,7 @@ use crate::{
     id::{ModelName, Version},
     model::{catalog::VersionPolicy, golden, schedule::Schedule, warmup::described::DescribedRequest},
     rollout,
-    source::local,
+    source::{SourceUri, local},
 };
 
 /// How instances and threads divide the cores when a model does not say.
@@ -35,6 +35,10 @@ pub enum Profile {
 pub struct ModelSpec {
     /// The model's name, which is its folder's; another one fails the model.
     pub name: Option<String>,
+    /// Where its versions come from, in place of folders beside this file: the URI of a repository or a single model as
+    /// `--models` takes it, or a folder, seen from this file. What else lies there beside versions does not count.
+    #[schemars(with = "Option<String>")]
+    pub source: Option<SourceUri>,
     /// What runs the model: "onnxruntime". Default: what knows the file.
     pub backend: Option<String>,
     /// The model's file in each version's folder. Default: "model.onnx".
@@ -128,6 +132,9 @@ impl ModelSpec {
         let options = &self.options;
         if !is_mirror {
             return Ok(self);
+        }
+        if self.source.is_some() {
+            return Err(Error::invalid("source is not taken from settings that are mirrored"));
         }
         if options.optimized_model.is_some() {
             return refused("optimized_model");
@@ -324,6 +331,7 @@ mod tests {
             ("versions = { specific = [\"a/b\"] }", "a/b"),
             ("instances = \"two\"", "instances"),
             ("name = \"other\"", "'other'"),
+            ("source = \"ftp://host/m\"", "scheme 'ftp' is not known"),
             ("file_name = \"../x.onnx\"", "../x.onnx"),
             ("file_name = \"a/x.onnx\"", "a/x.onnx"),
             ("labels = { y = \"/etc/passwd\" }", "labels: '/etc/passwd'"),
@@ -388,6 +396,8 @@ mod tests {
             let error = checked(&text, true).unwrap_err();
             assert!(error.message.contains("is not taken from settings that are mirrored"), "{error}");
         }
+        let elsewhere = ModelSpec::from_toml("source = \"s3://bucket/m\"").unwrap();
+        assert!(elsewhere.checked_for(true).unwrap_err().message.starts_with("source is not taken"));
         let harmless = "[options]\nsession_config = { \"session.set_denormal_as_zero\" = \"1\" }\ncuda = { gpu_mem_limit = \"1\" }";
         assert!(checked(harmless, true).is_ok());
     }

@@ -17,6 +17,7 @@ use crate::{
     },
     rollout::{self, Moment, plan::OnNewVersion},
     source::{
+        SourceUri,
         local::{Fingerprint, FoundModel, FoundVersion, MODEL_FILE, TRITON_FILE},
         pointer::Pointer,
     },
@@ -36,6 +37,8 @@ pub(super) struct Tracked {
     pub(super) settings: rollout::plan::Settings,
     /// What the repository held when it was looked at last.
     pub(super) found: Vec<FoundVersion>,
+    /// Where its versions come from, when its settings say so.
+    pub(super) source: Option<SourceUri>,
     /// What its registry's pointer pointed at then.
     pub(super) pointer: Pointer,
     /// Whether requests were answered since it last had nothing that serves.

@@ -14,7 +14,7 @@ use rand::RngExt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::{
-    sync::{Notify, watch},
+    sync::{mpsc, watch},
     time::sleep,
 };
 use tokio_util::sync::CancellationToken;
@@ -32,7 +32,7 @@ use crate::id::{ModelName, Version};
 
 mod status;
 
-pub use status::{Fetching, Problem, SharedStatus, Status};
+pub use status::{Fetching, Followed, Problem, SharedStatus, Status};
 
 /// How places of models are followed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -66,7 +66,7 @@ pub struct Follower {
     config: FollowConfig,
     select: Select,
     status: SharedStatus,
-    wake: Arc<Notify>,
+    kick: Option<mpsc::Sender<()>>,
     /// Since when a revision is seen that is not published.
     fresh: BTreeMap<(ModelName, String), (String, Instant)>,
     /// What failed, so that it is not tried at every look.
@@ -94,29 +94,31 @@ const PATIENCE: u32 = 15;
 const BESIDE: &str = "";
 
 impl Follower {
-    /// # Errors
-    /// When the mirror cannot be made.
-    pub fn new(
-        source: Arc<dyn Source>,
-        cache: Arc<Cache>,
-        config: FollowConfig,
-        select: Select,
-    ) -> Result<Self, SourceError> {
-        let mirror = Mirror::open(cache.clone(), source.uri())?;
+    pub fn new(source: Arc<dyn Source>, mirror: Mirror, config: FollowConfig, select: Select) -> Self {
         let status = SharedStatus::new(source.uri().to_string());
-        Ok(Self {
+        Self {
             source,
-            cache,
+            cache: mirror.cache().clone(),
             mirror,
             config,
             select,
             status,
-            wake: Arc::default(),
+            kick: None,
             fresh: BTreeMap::new(),
             failed: BTreeMap::new(),
             missing: BTreeMap::new(),
             looks: 0,
-        })
+        }
+    }
+
+    /// Writes its state where others read it already.
+    pub fn with_status(self, status: SharedStatus) -> Self {
+        Self { status, ..self }
+    }
+
+    /// Tells whenever the mirror may have changed.
+    pub fn telling(self, kick: mpsc::Sender<()>) -> Self {
+        Self { kick: Some(kick), ..self }
     }
 
     /// The repository that it keeps.
@@ -129,23 +131,23 @@ impl Follower {
         self.status.clone()
     }
 
-    /// Has it look at once: for those who know that something has changed.
-    pub fn waker(&self) -> Arc<Notify> {
-        self.wake.clone()
-    }
-
     /// Follows until it is cancelled, which may be in the middle of anything: what is fetched by then stays, and what is
     /// published is whole. `mirrored` turns true after the first look of which all that could be fetched is there.
     pub async fn run(mut self, cancel: CancellationToken, mirrored: watch::Sender<bool>) {
+        let waker = self.status.waker();
         loop {
             let pause = tokio::select! {
                 () = cancel.cancelled() => return,
                 pause = self.round(&mirrored) => pause,
             };
+            if let Some(kick) = &self.kick {
+                // A full channel holds a kick already.
+                let _ = kick.try_send(());
+            }
             tokio::select! {
                 () = cancel.cancelled() => return,
                 () = sleep(pause) => {}
-                () = self.wake.notified() => {}
+                () = waker.notified() => {}
             }
         }
     }
@@ -170,6 +172,7 @@ impl Follower {
         let settled = self.follow(&look).await;
         self.looks = self.looks.saturating_add(1);
         if settled || self.looks >= PATIENCE {
+            self.status.settled();
             mirrored.send_replace(true);
         }
         jittered(if settled { self.config.interval } else { self.source.settle_time().min(self.config.interval) })

@@ -40,10 +40,24 @@ pub struct FoundModel {
     /// In the order in which they follow each other: by number, and after that in the order in which a pointer came to
     /// them. The last one is what is to serve, unless something else is decided.
     pub versions: Vec<FoundVersion>,
+    /// Where its versions lie.
+    pub origin: Origin,
     /// What is known of the alias, tag, stage or branch that the model follows.
     pub pointer: Pointer,
     /// Why nothing else is known of the model: its folder is there and cannot be read at present.
     pub unreadable: Option<String>,
+}
+
+/// Where a model's versions lie.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Origin {
+    /// In the model's own folder.
+    #[default]
+    Here,
+    /// In another one, which its settings name.
+    Elsewhere,
+    /// In a mirror of what its settings name: they come there whole.
+    Mirrored,
 }
 
 #[derive(Clone, Debug)]
@@ -157,7 +171,32 @@ pub fn scan_model(directory: &Path, is_model: &impl Fn(&str) -> bool) -> io::Res
             Ok(FoundVersion { version, files, fingerprint, stamp })
         })
         .collect::<io::Result<Vec<_>>>()?;
-    Ok(Some(FoundModel { directory: directory.to_path_buf(), settings, versions, pointer, unreadable: None }))
+    Ok(Some(FoundModel {
+        directory: directory.to_path_buf(),
+        settings,
+        versions,
+        origin: Origin::Here,
+        pointer,
+        unreadable: None,
+    }))
+}
+
+/// A model whose settings lie in its own folder and whose versions lie in `folder`.
+///
+/// # Errors
+/// When something cannot be read for a reason that may pass.
+pub fn scan_elsewhere(
+    found: &FoundModel,
+    folder: &Path,
+    origin: Origin,
+    is_model: &impl Fn(&str) -> bool,
+) -> io::Result<FoundModel> {
+    let there = scan_model(folder, is_model)?.unwrap_or_default();
+    let mut versions = there.versions;
+    for version in &mut versions {
+        version.fingerprint = fingerprint(&version.files, &found.directory)?;
+    }
+    Ok(FoundModel { versions, origin, pointer: there.pointer, ..found.clone() })
 }
 
 /// The fingerprint of a version whose files lie in `files`, in the model folder `model`: of these files, and of the

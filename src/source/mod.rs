@@ -9,6 +9,7 @@ pub mod follow;
 mod layout;
 pub mod local;
 mod object;
+pub mod places;
 pub mod pointer;
 pub mod uri;
 

@@ -2,6 +2,8 @@
 
 use std::{fmt, path::PathBuf};
 
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
 use super::SourceError;
 use crate::error::shorten;
 
@@ -120,6 +122,19 @@ impl SourceUri {
     /// The user and the secret of `user:secret@host`, as they were written.
     pub fn login(&self) -> Option<(&str, &str)> {
         self.login.as_deref().map(|login| login.split_once(':').unwrap_or((login, "")))
+    }
+}
+
+impl<'de> Deserialize<'de> for SourceUri {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Self::parse(&String::deserialize(deserializer)?).map_err(serde::de::Error::custom)
+    }
+}
+
+/// As it may be shown.
+impl Serialize for SourceUri {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
     }
 }
 

@@ -13,6 +13,7 @@ from infer import Question, rest_json
 from models import plus
 from server import eventually, run
 from tensors import tensor
+from wire import call
 
 SOON = 30
 CONFIG = '[follow]\ninterval = "1s"\n'
@@ -173,3 +174,67 @@ def test_a_stop_in_the_middle_is_no_wait(nginx, serve):
     begun = time.monotonic()
     assert server.stop() == 0
     assert time.monotonic() - begun < 5
+
+
+def settings(repository, name, text):
+    folder = repository.path / name
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / ".model.toml"
+    beside.write_text(text)
+    beside.rename(folder / "model.toml")
+
+
+def test_models_name_their_own_places(nginx, repository, serve):
+    nginx.put("one/1/model.onnx", plus(1))
+    nginx.put("many/fraud/1/model.onnx", plus(2))
+    nginx.put("many/other/1/model.onnx", plus(3))
+    repository.add("here", plus(5))
+    settings(repository, "single", f'source = "http://{nginx.address}/one"\nversions = "all"\n')
+    settings(repository, "fraud", f'source = "http://{nginx.address}/many"\n')
+    settings(repository, "strange", f'source = "http://{nginx.address}/many"\n')
+    server = serve(repository.path, config=CONFIG)
+    # Ready means that what there is to fetch was tried.
+    assert [answers(server, name) for name in ("here", "single", "fraud")] == [6, 2, 3]
+    listed = run("models", "--ops", server.ops, home=server.home).stdout
+    assert f"http://{nginx.address}/one answered" in listed
+    assert "there are several models (fraud, other, …) and none is called 'strange'" in listed
+
+    # Each goes on by itself, as its own settings say; and what was fetched outlives the place and the server.
+    nginx.put("one/2/model.onnx", plus(10))
+    eventually(lambda: answers(server, "single") == 11, SOON)
+    first = Question("single", [tensor("x", "FP32", [1, 1], [1])], version="1")
+    assert rest_json(server, first).outputs["y"].data == [2]
+    nginx.stop()
+    assert server.stop() == 0
+    server = serve(repository.path, config=CONFIG)
+    assert [answers(server, name) for name in ("here", "single", "fraud")] == [6, 11, 3]
+
+
+def test_settings_may_change_their_place(nginx, repository, serve):
+    nginx.put("one/1/model.onnx", plus(1))
+    nginx.put("two/1/model.onnx", plus(2))
+    repository.add("here", plus(5))
+    server = serve(repository.path, config=CONFIG)
+    settings(repository, "m", f'source = "http://{nginx.address}/one"\n')
+    eventually(lambda: answers(server, "m") == 2, SOON)
+    settings(repository, "m", "source = 7\n")
+    eventually(lambda: "model.toml" in run("models", "--ops", server.ops, home=server.home).stdout, SOON)
+    assert answers(server, "m") == 2
+    settings(repository, "m", f'source = "http://{nginx.address}/two"\n')
+    eventually(lambda: answers(server, "m") == 3, SOON)
+    (repository.path / "m" / "model.toml").unlink()
+    eventually(lambda: f"{nginx.address}/two" not in run("models", "--ops", server.ops, home=server.home).stdout, SOON)
+    assert answers(server, "here") == 6
+
+
+def test_a_load_waits_for_the_first_version(nginx, repository, serve):
+    nginx.put("one/1/model.onnx", plus(1))
+    settings(repository, "m", f'source = "http://{nginx.address}/one"\n')
+    server = serve(repository.path, config=CONFIG, flags=["--model-control", "explicit"])
+    answer = call(server.rest, "POST", "/v2/repository/models/m/load", b"{}")
+    assert (answer.status, answers(server, "m")) == (200, 2)
+    nginx.put("one/2/model.onnx", plus(10))
+    time.sleep(4)
+    assert answers(server, "m") == 2, "nobody asked for it"
+    assert call(server.rest, "POST", "/v2/repository/models/m/load", b"{}").status == 200
+    assert answers(server, "m") == 11

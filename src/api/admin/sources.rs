@@ -6,13 +6,10 @@ use axum::{Json, extract::State};
 use humantime_serde::re::humantime::format_rfc3339_millis;
 
 use super::documents::{FetchingStatus, SourceProblem, SourceStatus};
-use crate::{
-    api::App,
-    source::follow::{SharedStatus, Status},
-};
+use crate::{api::App, source::follow::Status};
 
 pub(super) async fn list(State(app): State<Arc<App>>) -> Json<Vec<SourceStatus>> {
-    Json(app.sources.iter().map(SharedStatus::read).map(SourceStatus::from).collect())
+    Json(app.sources.read().into_iter().map(SourceStatus::from).collect())
 }
 
 impl From<Status> for SourceStatus {

@@ -63,7 +63,7 @@ impl Reconciler {
         if let Some(error) = found.unreadable {
             return Err(Error::internal(error).of_model(name.as_str()));
         }
-        if found.versions.is_empty() {
+        if found.versions.is_empty() && !self.awaits_source(name) {
             let message = format!("model '{name}': {} holds no version of it (1, 2, …)", found.directory.display());
             return Err(Error::not_found(message));
         }
@@ -122,6 +122,7 @@ impl Reconciler {
         let (backends, at) = (self.loader.backends.clone(), directory.clone());
         let look = tokio::task::spawn_blocking(move || local::scan_model(&at, &|name| backends.knows(name)));
         match look.await.map_err(std::io::Error::other).flatten() {
+            Ok(Some(found)) if uploaded.is_none() => self.looked_up(name, found),
             Ok(found) => found.ok_or_else(|| {
                 Error::not_found(format!(
                     "unknown model '{name}': the repository has no folder with a model of that name"
@@ -143,7 +144,11 @@ impl Reconciler {
     pub(super) fn answer(&mut self) {
         for (name, answer) in std::mem::take(&mut self.ordered.waiting) {
             let lost = || Some(Err(Error::internal(format!("model '{name}' was lost while it was loaded"))));
-            match self.models.get(&name).map_or_else(lost, |model| outcome(&name, model)) {
+            let outcome = match self.models.get(&name) {
+                Some(_) if self.awaits_source(&name) => None,
+                model => model.map_or_else(lost, |model| outcome(&name, model)),
+            };
+            match outcome {
                 Some(outcome) => drop(answer.send(outcome)),
                 None => self.ordered.waiting.push((name, answer)),
             }

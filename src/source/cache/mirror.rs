@@ -69,20 +69,21 @@ pub struct Staged {
 }
 
 impl Mirror {
-    /// The mirror of `uri`, made when there is none yet.
+    /// The mirror that goes by `key` (the URI of what it mirrors, for one), made when there is none yet.
     ///
     /// # Errors
     /// When its folders cannot be made.
-    pub fn open(cache: Arc<Cache>, uri: &SourceUri) -> Result<Self, SourceError> {
-        let uri = uri.to_string();
-        let legible: String =
-            uri.chars().map(|letter| if letter.is_ascii_alphanumeric() { letter } else { '-' }).take(40).collect();
-        let root = cache.root.join("mirrors").join(format!("{legible}-{}", &digest::of_texts(&[&uri])[..12]));
+    pub fn open(cache: Arc<Cache>, key: &str) -> Result<Self, SourceError> {
+        let root = folder(&cache.root, key);
         for folder in ["models", "manifests"] {
             let folder = root.join(folder);
             fs::create_dir_all(&folder).map_err(|error| SourceError::disk(&folder, &error))?;
         }
         Ok(Self { cache, root })
+    }
+
+    pub fn cache(&self) -> &Arc<Cache> {
+        &self.cache
     }
 
     /// The repository: `<model>/<version>/…`.
@@ -271,6 +272,13 @@ impl Mirror {
         };
         written().map_err(|error| SourceError::disk(path, &error))
     }
+}
+
+/// The folder of the mirror that goes by `key`, in the cache in `root`.
+pub fn folder(root: &Path, key: &str) -> PathBuf {
+    let legible: String =
+        key.chars().map(|letter| if letter.is_ascii_alphanumeric() { letter } else { '-' }).take(40).collect();
+    root.join("mirrors").join(format!("{legible}-{}", &digest::of_texts(&[key])[..12]))
 }
 
 /// The versions that have each content, by its SHA-256 in hexadecimal, in every mirror of the cache in `root`, also of one

@@ -339,7 +339,7 @@ async fn publish(fixture: &Fixture, mirror: &Mirror, version: &str, files: &[(&s
 #[tokio::test]
 async fn a_version_is_published_whole_and_found_as_in_any_folder() {
     let fixture = Fixture::new();
-    let mirror = Mirror::open(fixture.cache.clone(), fixture.shelf.uri()).unwrap();
+    let mirror = Mirror::open(fixture.cache.clone(), "shelf").unwrap();
     let scan = || local::scan(&mirror.models(), |name| name.ends_with(".onnx")).unwrap()["m"].versions.clone();
     let first = publish(&fixture, &mirror, "1", &[("model.onnx", TEXT), ("data/weights", b"1234")]).await;
     assert_eq!(fs::read(mirror.models().join("m/1/data/weights")).unwrap(), b"1234");
@@ -377,7 +377,7 @@ async fn what_stands_for_a_version_is_the_same_in_every_cache() {
     let mut stamps = Vec::new();
     for _ in 0..2 {
         let fixture = Fixture::new();
-        let mirror = Mirror::open(fixture.cache.clone(), fixture.shelf.uri()).unwrap();
+        let mirror = Mirror::open(fixture.cache.clone(), "shelf").unwrap();
         publish(&fixture, &mirror, "1", &[("model.onnx", TEXT)]).await;
         stamps.push(local::scan(&mirror.models(), |_| true).unwrap()["m"].versions[0].stamp);
     }
@@ -387,7 +387,7 @@ async fn what_stands_for_a_version_is_the_same_in_every_cache() {
 #[tokio::test]
 async fn no_path_leaves_the_version() {
     let fixture = Fixture::new();
-    let mirror = Mirror::open(fixture.cache.clone(), fixture.shelf.uri()).unwrap();
+    let mirror = Mirror::open(fixture.cache.clone(), "shelf").unwrap();
     let blob = fixture.fetch(&fixture.shelf.put("model.onnx", TEXT)).await.unwrap();
     for path in ["../model.onnx", "/model.onnx", "a/../../model.onnx", "a\\b"] {
         let error = mirror.stage().unwrap().add(path, &blob).unwrap_err();
@@ -399,7 +399,7 @@ async fn no_path_leaves_the_version() {
 #[tokio::test]
 async fn files_beside_versions_come_change_and_go() {
     let fixture = Fixture::new();
-    let mirror = Mirror::open(fixture.cache.clone(), fixture.shelf.uri()).unwrap();
+    let mirror = Mirror::open(fixture.cache.clone(), "shelf").unwrap();
     let model = ModelName::parse("m").unwrap();
     let beside = async |revision: &str, files: &[(&str, &[u8])]| {
         let mut staged = mirror.stage().unwrap();
@@ -422,7 +422,7 @@ async fn files_beside_versions_come_change_and_go() {
 #[tokio::test]
 async fn room_is_made_of_what_nothing_uses_the_longest_unused_first() {
     let fixture = Fixture::new();
-    let mirror = Mirror::open(fixture.cache.clone(), fixture.shelf.uri()).unwrap();
+    let mirror = Mirror::open(fixture.cache.clone(), "shelf").unwrap();
     publish(&fixture, &mirror, "1", &[("model.onnx", &[1; 100])]).await;
     for byte in 2..5 {
         fixture.fetch(&fixture.shelf.put("model.onnx", &[byte; 100])).await.unwrap();

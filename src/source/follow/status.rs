@@ -10,6 +10,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
+use tokio::sync::Notify;
 
 use crate::{
     id::{ModelName, Version},
@@ -27,6 +28,8 @@ pub struct Status {
     pub away: Option<(SystemTime, String)>,
     /// Looks in a row that failed.
     pub failures: u32,
+    /// Whether all was tried once that there was to mirror.
+    pub settled: bool,
     /// What the pointer of each model points at, for places that have one.
     pub defaults: BTreeMap<ModelName, Version>,
     /// What is being fetched; `None` stands for the files beside the versions.
@@ -56,23 +59,62 @@ pub struct Problem {
 
 /// The state as the follower writes it and anybody may read it.
 #[derive(Clone, Default)]
-pub struct SharedStatus(Arc<Mutex<Status>>);
+pub struct SharedStatus {
+    status: Arc<Mutex<Status>>,
+    wake: Arc<Notify>,
+}
+
+/// The states of all followers that there are.
+#[derive(Clone, Default)]
+pub struct Followed(Arc<Mutex<Vec<SharedStatus>>>);
+
+impl Followed {
+    pub fn add(&self, status: &SharedStatus) {
+        self.0.lock().push(status.clone());
+    }
+
+    pub fn remove(&self, status: &SharedStatus) {
+        self.0.lock().retain(|other| !Arc::ptr_eq(&other.status, &status.status));
+    }
+
+    /// The states now.
+    pub fn read(&self) -> Vec<Status> {
+        self.0.lock().iter().map(SharedStatus::read).collect()
+    }
+
+    /// Has those look at once whose place somebody knows to have changed; how many there are.
+    pub fn wake(&self, is_meant: impl Fn(&Status) -> bool) -> usize {
+        let followed = self.0.lock();
+        followed.iter().filter(|one| is_meant(&one.read())).map(|one| one.wake.notify_one()).count()
+    }
+}
 
 impl SharedStatus {
-    pub(super) fn new(uri: String) -> Self {
-        Self(Arc::new(Mutex::new(Status { uri, ..Status::default() })))
+    pub(in crate::source) fn new(uri: String) -> Self {
+        let status = Arc::new(Mutex::new(Status { uri, ..Status::default() }));
+        Self { status, wake: Arc::default() }
+    }
+
+    /// Has the follower look at once when it is notified.
+    pub(super) fn waker(&self) -> Arc<Notify> {
+        self.wake.clone()
+    }
+
+    /// All was tried that there was to mirror.
+    pub(super) fn settled(&self) {
+        self.status.lock().settled = true;
     }
 
     /// The state now.
     pub fn read(&self) -> Status {
-        let mut status = self.0.lock().clone();
+        let mut status = self.status.lock().clone();
         status.fetching.values_mut().for_each(|one| one.fetched = one.counted.load(Ordering::Relaxed));
         status
     }
 
     /// The place answered; how long it had not, if it had not.
     pub(super) fn answered(&self, look: &Look) -> Option<Duration> {
-        let mut status = self.0.lock();
+        let mut status = self.status.lock();
         let now = SystemTime::now();
         status.answered = Some(now);
         status.failures = 0;
@@ -82,8 +124,8 @@ impl SharedStatus {
     }
 
     /// The place did not answer; how often in a row now.
-    pub(super) fn failed(&self, error: &SourceError) -> u32 {
-        let mut status = self.0.lock();
+    pub(in crate::source) fn failed(&self, error: &SourceError) -> u32 {
+        let mut status = self.status.lock();
         let since = status.away.as_ref().map_or_else(SystemTime::now, |(since, _)| *since);
         status.away = Some((since, error.to_string()));
         status.failures = status.failures.saturating_add(1);
@@ -92,12 +134,12 @@ impl SharedStatus {
 
     pub(super) fn fetching(&self, name: &ModelName, version: Option<&Version>, total: u64, counted: Arc<AtomicU64>) {
         let fetching = Fetching { total, fetched: 0, since: SystemTime::now(), counted };
-        self.0.lock().fetching.insert((name.clone(), version.map(ToString::to_string)), fetching);
+        self.status.lock().fetching.insert((name.clone(), version.map(ToString::to_string)), fetching);
     }
 
     /// A version is mirrored, or is not because of `error`.
     pub(super) fn fetched(&self, name: &ModelName, version: Option<&Version>, error: Option<&SourceError>) {
-        let mut status = self.0.lock();
+        let mut status = self.status.lock();
         let key = (name.clone(), version.map(ToString::to_string));
         status.fetching.remove(&key);
         match error {
@@ -111,6 +153,6 @@ impl SharedStatus {
 
     /// Forgets what is said of versions that are gone.
     pub(super) fn forget(&self, is_gone: impl Fn(&ModelName, Option<&str>) -> bool) {
-        self.0.lock().problems.retain(|(name, version), _| !is_gone(name, version.as_deref()));
+        self.status.lock().problems.retain(|(name, version), _| !is_gone(name, version.as_deref()));
     }
 }

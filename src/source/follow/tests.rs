@@ -23,7 +23,8 @@ impl Fixture {
         let latest: Select = Box::new(|_, _, offered| offered.iter().rev().take(1).cloned().collect());
         let source: Arc<dyn Source> = shelf.clone();
         let cache = cache(root.path(), max_bytes);
-        let follower = Follower::new(source, cache, FollowConfig::default(), latest).unwrap();
+        let mirror = Mirror::open(cache, "shelf").unwrap();
+        let follower = Follower::new(source, mirror, FollowConfig::default(), latest);
         let (models, status) = (follower.mirror().models(), follower.status());
         Self { shelf, root, follower: Some(follower), models, status }
     }
@@ -251,7 +252,7 @@ async fn following_wakes_and_ends_when_it_is_told_to() {
     let shelf = fixture.shelf.clone();
     shelf.version("m", "1", vec![shelf.put("model.onnx", b"one")]);
     let follower = fixture.follower.take().unwrap();
-    let (cancel, wake) = (CancellationToken::new(), follower.waker());
+    let (cancel, wake) = (CancellationToken::new(), follower.status().waker());
     let (mirrored, mut told) = watch::channel(false);
     let following = tokio::spawn(follower.run(cancel.clone(), mirrored));
     told.wait_for(|mirrored| *mirrored).await.unwrap();
