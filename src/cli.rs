@@ -12,7 +12,6 @@ use clap::{Args, Parser, Subcommand};
 use toml::{Table, Value};
 
 use crate::{
-    api::admin::documents::{ModelStatus, SourceStatus},
     backend::{Backends, onnx::OnnxRuntime},
     config::{self, Config},
     control::{
@@ -27,6 +26,7 @@ use crate::{
 mod ask;
 mod audit;
 mod cache;
+mod models;
 mod print;
 mod rollout;
 
@@ -46,8 +46,8 @@ struct Cli {
 enum Command {
     /// Serve a folder of models.
     Serve(Box<ServeArgs>),
-    /// List the models of a running server with their versions, states and reasons.
-    Models(ModelsArgs),
+    /// List the models of a running server with their versions, states and reasons, or show one.
+    Models(models::ModelsArgs),
     /// Change which version of a model gets requests: step by step, by hand, and back.
     Rollout(Box<rollout::RolloutArgs>),
     /// Show what was changed by whom and why, or verify the log of it.
@@ -118,15 +118,6 @@ struct ConfigFile {
 }
 
 #[derive(Args)]
-struct ModelsArgs {
-    #[command(flatten)]
-    server: OpsArgs,
-    /// Print the server's answer as JSON
-    #[arg(long)]
-    json: bool,
-}
-
-#[derive(Args)]
 #[command(arg_required_else_help = true)]
 struct ConfigArgs {
     /// Print the documented default file
@@ -156,7 +147,7 @@ pub fn run() -> anyhow::Result<ExitCode> {
 fn obey(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Serve(args) => serve(&args),
-        Command::Models(args) => models(&args),
+        Command::Models(args) => models::models(&args),
         Command::Rollout(args) => rollout::run(&args),
         Command::Audit(args) => audit::run(&args),
         Command::Cache(args) => cache::run(&args),
@@ -297,53 +288,6 @@ fn convert(file: &Path) -> anyhow::Result<ExitCode> {
         _ => bail!("{shown}: its name must end in .pbtxt or .toml"),
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn models(args: &ModelsArgs) -> anyhow::Result<ExitCode> {
-    let ops = Ops::new(&args.server)?;
-    let answer = ops.get("/admin/v1/models")?;
-    if args.json {
-        say_json(&answer.read::<serde_json::Value>()?)?;
-        return Ok(ExitCode::SUCCESS);
-    }
-    let models: Vec<ModelStatus> = answer.read()?;
-    say(format_args!("{:<24} {:<10} {:<10} REASON", "MODEL", "VERSION", "STATE"))?;
-    for model in models {
-        for version in &model.versions {
-            let default = model.default_version.as_deref() == Some(version.version.as_str());
-            let shown = if default { format!("{}*", version.version) } else { version.version.clone() };
-            say(format_args!("{:<24} {shown:<10} {:<10} {}", model.name, version.state, version.reason))?;
-        }
-        if let Some(problem) = model.problem {
-            say(format_args!("{:<24} {:<10} {:<10} {problem}", model.name, "-", State::Failed.as_str()))?;
-        }
-    }
-    let sources: Vec<SourceStatus> = ops.get("/admin/v1/sources")?.read()?;
-    sources.iter().try_for_each(source)?;
-    Ok(ExitCode::SUCCESS)
-}
-
-/// How a place stands that models are mirrored from.
-fn source(source: &SourceStatus) -> anyhow::Result<()> {
-    let uri = &source.uri;
-    match (&source.away_since, &source.error, &source.answered) {
-        (Some(since), Some(error), _) => say(format_args!("\n{uri} is out of reach since {since}: {error}"))?,
-        (_, _, Some(answered)) => say(format_args!("\n{uri} answered {answered}"))?,
-        _ => say(format_args!("\n{uri} was not looked at yet"))?,
-    }
-    let named = |model: &str, version: &Option<String>| match version {
-        Some(version) => format!("version {version} of {model}"),
-        None => format!("settings of {model}"),
-    };
-    for one in &source.fetching {
-        let (what, fetched, total) = (named(&one.model, &one.version), one.fetched_bytes, one.total_bytes);
-        say(format_args!("  {what}: {fetched} of {total} bytes fetched since {}", one.since))?;
-    }
-    for one in &source.problems {
-        let what = named(&one.model, &one.version);
-        say(format_args!("  {what} is not mirrored since {}: {}", one.since, one.error))?;
-    }
-    Ok(())
 }
 
 fn health(args: &OpsArgs) -> anyhow::Result<ExitCode> {

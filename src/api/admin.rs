@@ -36,14 +36,18 @@ mod query;
 pub mod requests;
 mod sources;
 mod told;
+mod version;
 
-use documents::{AuditEntry, AuditPage, Cleared, ModelStatus, OverrideStatus, RolloutStatus, SourceStatus};
+use documents::{
+    AuditEntry, AuditPage, Cleared, ModelStatus, OverrideStatus, RolloutStatus, SourceStatus, VersionDetails,
+};
 use openapi::Operation;
 use query::Query;
 use requests::{RouteRequest, StartRequest, Why};
 
 const MODELS: &str = "/admin/v1/models";
 const MODEL: &str = "/admin/v1/models/{model}";
+const VERSION: &str = "/admin/v1/models/{model}/versions/{version}";
 const ROLLOUT: &str = "/admin/v1/models/{model}/rollout";
 const COMMAND: &str = "/admin/v1/models/{model}/rollout/{command}";
 const ROUTE: &str = "/admin/v1/models/{model}/route";
@@ -63,6 +67,13 @@ pub fn operations() -> Vec<Operation> {
         Operation::get::<ModelStatus, _, _>(MODEL, "getModel", "One model with its versions.", model)
             .with_epoch()
             .failing(&[Code::NotFound]),
+        Operation::get::<VersionDetails, _, _>(
+            VERSION,
+            "getVersion",
+            "One version: what its files are, where they are from, and what is known of how they were made.",
+            version::show,
+        )
+        .failing(&[Code::NotFound]),
         Operation::get::<Vec<SourceStatus>, _, _>(
             SOURCES,
             "listSources",

@@ -105,7 +105,7 @@ pub(super) async fn wrong_verb(request: Request) -> Response {
 pub(super) struct Named {
     pub(super) repository: String,
     pub(super) model: String,
-    version: Option<String>,
+    pub(super) version: Option<String>,
     /// What a rollout is told.
     pub(super) command: String,
 }

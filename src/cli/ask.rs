@@ -16,6 +16,8 @@ use crate::api::admin::documents::Refusal;
 
 /// The port has a thread of its own, so that reading takes no longer even when the server has much to do.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
+/// A version's files are read at a few hundred MB/s, and the largest have tens of gigabytes.
+const READING_TIMEOUT: Duration = Duration::from_secs(300);
 /// A change is written to the disk before it is answered.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -96,6 +98,15 @@ impl Ops {
     /// `Refused` by the server, or why it cannot be asked.
     pub fn get(&self, path: &str) -> anyhow::Result<Answer> {
         let (status, body) = self.fetch(path)?;
+        Answer::of(status, body)
+    }
+
+    /// What the server has to read files for.
+    ///
+    /// # Errors
+    /// As for [`Ops::get`].
+    pub fn get_slowly(&self, path: &str) -> anyhow::Result<Answer> {
+        let (status, body) = self.send(Method::GET, path, None, Bytes::new(), READING_TIMEOUT)?;
         Answer::of(status, body)
     }
 

@@ -236,6 +236,7 @@ impl Reconciler {
         for Target { found: wanted, selected, needed } in &targets {
             let tracked = model.find_or_insert(name, &wanted.version, &self.loader.metrics);
             (tracked.selected, tracked.needed) = (*selected, *needed);
+            tracked.seen_in(&wanted.files);
             let fingerprint = wanted.fingerprint;
             let held = matches!(tracked.progress, Progress::Held { .. });
             let fresh = held || tracked.progress.fingerprint() != Some(fingerprint);
@@ -268,6 +269,7 @@ impl Reconciler {
         }
         for (held, reason) in held {
             let tracked = model.find_or_insert(name, &held.version, &self.loader.metrics);
+            tracked.seen_in(&held.files);
             tracked.progress = Progress::Held { fingerprint: held.fingerprint, reason };
         }
         for tracked in &mut model.versions {

@@ -57,6 +57,8 @@ pub(super) struct TrackedVersion {
     pub(super) selected: bool,
     /// Whether requests may come to it though its files are gone.
     pub(super) needed: bool,
+    /// Where its files lay when they were seen last.
+    pub(super) files: Option<Arc<Path>>,
     /// Since when the repository does not hold it.
     pub(super) missing_since: Option<Instant>,
 }
@@ -139,6 +141,7 @@ impl Tracked {
                 wanted: false,
                 selected: false,
                 needed: false,
+                files: None,
                 missing_since: None,
             };
             insert_in_order(&mut self.versions, fresh, |tracked| &tracked.version);
@@ -251,6 +254,13 @@ impl Tracked {
 }
 
 impl TrackedVersion {
+    /// Its files lie in the folder `files`.
+    pub(super) fn seen_in(&mut self, files: &Path) {
+        if self.files.as_deref() != Some(files) {
+            self.files = Some(files.into());
+        }
+    }
+
     pub(super) fn entry(&self) -> Entry {
         let (state, reason) = match (&self.serving, &self.progress) {
             (Some(_), Progress::Failed { error, .. }) => {
@@ -276,6 +286,7 @@ impl TrackedVersion {
             state,
             reason,
             serving: self.serving.as_ref().map(|(version, _)| version.clone()),
+            files: self.files.clone(),
             metrics: self.metrics.clone(),
         }
     }

@@ -3,7 +3,7 @@
 //! A request loads the snapshot once, so it never sees half of a change. Exactly one writer exists, and it is not
 //! `Clone`; readers are.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use arc_swap::ArcSwap;
 use schemars::JsonSchema;
@@ -72,6 +72,8 @@ pub struct Entry {
     pub reason: String,
     /// There when the version takes requests.
     pub serving: Option<Arc<ModelVersion>>,
+    /// Where its files lie, as far as they were seen.
+    pub files: Option<Arc<Path>>,
     /// Held here so that a version's series live as long as it is known.
     pub metrics: Arc<VersionMetrics>,
 }

@@ -23,7 +23,7 @@ use super::{
     Look, RemoteFile, RemoteModel, RemoteVersion, Source, SourceError,
     cache::{
         Cache,
-        mirror::{Manifest, Mirror},
+        mirror::{Manifest, Mirror, Origin},
     },
     digest,
     local::{MODEL_FILE, TRITON_FILE},
@@ -319,7 +319,12 @@ impl Follower {
     async fn publish(&self, name: &ModelName, remote: &RemoteVersion) -> Result<Manifest, SourceError> {
         let files = self.source.artifact(name, remote).await?;
         let staged = self.fetch(name, Some(&remote.version), &files).await?;
-        self.mirror.publish(name, &remote.version, staged, self.source.uri(), &remote.revision)
+        let lineage = self.source.lineage(name, remote).await.unwrap_or_else(|error| {
+            tracing::warn!(model = %name, version = %remote.version, %error, "nothing is known of its lineage");
+            None
+        });
+        let origin = Origin { uri: self.source.uri(), revision: &remote.revision, lineage };
+        self.mirror.publish(name, &remote.version, staged, origin)
     }
 
     async fn publish_beside(&self, name: &ModelName, files: &[RemoteFile]) -> Result<bool, SourceError> {

@@ -249,6 +249,20 @@ fn stamp(files: &Path) -> io::Result<u64> {
     Ok(hasher.finish())
 }
 
+/// The files of a version that lies in `files`, by their paths below it. The settings beside a model that is its own
+/// only version are none of them.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub fn files_of(files: &Path) -> io::Result<BTreeMap<String, PathBuf>> {
+    fs::read_dir(files)?;
+    let mut paths = Vec::new();
+    collect(files, 0, &mut paths)?;
+    paths.retain(|path| !path.ends_with(MODEL_FILE) && !path.ends_with(TRITON_FILE));
+    let below = |path: PathBuf| (path.strip_prefix(files).unwrap_or(&path).to_string_lossy().into_owned(), path);
+    Ok(paths.into_iter().map(below).collect())
+}
+
 /// Every file at or below `path`.
 fn collect(path: &Path, depth: usize, paths: &mut Vec<PathBuf>) -> io::Result<()> {
     if depth > MAX_DEPTH || !look(path)?.is_some_and(|metadata| metadata.is_dir()) {

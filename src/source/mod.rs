@@ -7,6 +7,7 @@ pub mod cache;
 pub mod digest;
 pub mod follow;
 mod layout;
+pub mod lineage;
 pub mod local;
 mod object;
 pub mod places;
@@ -21,6 +22,7 @@ use thiserror::Error;
 use tokio_stream::Stream;
 
 pub use digest::Digest;
+pub use lineage::Lineage;
 pub use uri::{Scheme, SourceUri};
 
 use crate::id::{ModelName, Version};
@@ -50,6 +52,15 @@ pub trait Source: Send + Sync {
     /// # Errors
     /// As for a look; `Changed` when the version is at another revision meanwhile.
     async fn artifact(&self, model: &ModelName, version: &RemoteVersion) -> Result<Vec<RemoteFile>, SourceError>;
+
+    /// What the place knows of a version beyond its files. It is asked once for each version that is fetched.
+    ///
+    /// # Errors
+    /// As for a look; the version is mirrored all the same.
+    async fn lineage(&self, model: &ModelName, version: &RemoteVersion) -> Result<Option<Lineage>, SourceError> {
+        let _ = (model, version);
+        Ok(None)
+    }
 
     /// The bytes `range` of a file, which is never empty and lies within its size.
     ///

@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    ByteStream, Look, RemoteFile, RemoteVersion, Source, SourceError, SourceUri,
+    ByteStream, Lineage, Look, RemoteFile, RemoteVersion, Source, SourceError, SourceUri,
     cache::{
         Cache,
         mirror::{self, Mirror},
@@ -216,6 +216,11 @@ impl Source for Named {
     async fn artifact(&self, _: &ModelName, version: &RemoteVersion) -> Result<Vec<RemoteFile>, SourceError> {
         let there = self.there.lock().clone();
         self.source.artifact(&there, version).await
+    }
+
+    async fn lineage(&self, _: &ModelName, version: &RemoteVersion) -> Result<Option<Lineage>, SourceError> {
+        let there = self.there.lock().clone();
+        self.source.lineage(&there, version).await
     }
 
     async fn read(&self, file: &RemoteFile, range: std::ops::Range<u64>) -> Result<ByteStream, SourceError> {

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import os
 import re
 import socket
@@ -238,3 +239,28 @@ def test_a_load_waits_for_the_first_version(nginx, repository, serve):
     assert answers(server, "m") == 2, "nobody asked for it"
     assert call(server.rest, "POST", "/v2/repository/models/m/load", b"{}").status == 200
     assert answers(server, "m") == 11
+
+
+def test_a_version_shows_what_it_is_and_where_it_is_from(nginx, repository, serve):
+    content = plus(1).SerializeToString()
+    nginx.put("one/1/model.onnx", content)
+    repository.add("here", plus(1))
+    settings(repository, "m", f'source = "http://{nginx.address}/one"\n')
+    server = serve(repository.path, config=CONFIG)
+    sha256 = hashlib.sha256(content).hexdigest()
+    whole = hashlib.sha256(f"model.onnx\0{sha256}\n".encode()).hexdigest()
+    shown = {}
+    for name in ("m", "here"):
+        answer = call(server.ops, "GET", f"/admin/v1/models/{name}/versions/1")
+        assert answer.status == 200
+        shown[name] = json.loads(answer.body)
+        assert shown[name]["digest"] == f"sha256:{whole}"
+        assert shown[name]["files"] == [{"path": "model.onnx", "bytes": len(content), "sha256": sha256}]
+    assert (shown["m"]["source"], shown["here"]["source"]) == (f"http://{nginx.address}/one", None)
+
+    printed = run("models", "show", "m", "--ops", server.ops, home=server.home).stdout
+    assert f"sha256:{whole}" in printed and f"http://{nginx.address}/one" in printed
+    missing = run("models", "show", "m", "7", "--ops", server.ops, home=server.home)
+    assert missing.returncode != 0 and "model 'm' has no version '7'; it has 1" in missing.stderr
+    unknown = call(server.ops, "GET", "/admin/v1/models/none/versions/1")
+    assert unknown.status == 404

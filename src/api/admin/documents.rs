@@ -7,9 +7,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::rollout::{
-    Phase,
-    judge::{Finding, Judgement, Verdict},
+use crate::{
+    rollout::{
+        Phase,
+        judge::{Finding, Judgement, Verdict},
+    },
+    source::Lineage,
 };
 
 /// A model: its versions, and who gets which of them.
@@ -51,6 +54,46 @@ pub struct ServingStatus {
     pub pending_requests: usize,
     pub load_seconds: f64,
     pub notes: Vec<String>,
+}
+
+/// A version, with what is known of its files.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+pub struct VersionDetails {
+    pub model: String,
+    pub version: String,
+    pub state: String,
+    /// Why it is in this state; empty when there is nothing to say.
+    pub reason: String,
+    /// `sha256:` of the files' lines `path NUL sha256 LF`, sorted by path; null when nobody has seen the files.
+    pub digest: Option<String>,
+    pub files: Vec<FileStatus>,
+    /// The URI of the place they are from, without credentials; null of a folder's own.
+    pub source: Option<String>,
+    /// The revision that the version had there.
+    pub revision: Option<String>,
+    /// What the registry knew of it when it was fetched.
+    pub lineage: Option<Lineage>,
+    pub card: Option<CardStatus>,
+}
+
+/// A file of a version.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+pub struct FileStatus {
+    /// Below the version's folder.
+    pub path: String,
+    pub bytes: u64,
+    /// In hexadecimal.
+    pub sha256: String,
+}
+
+/// A model card.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+pub struct CardStatus {
+    /// `huggingface` (the front matter of README.md), `cyclonedx` (a component's modelCard), or `generated` from the
+    /// lineage when no card came with the files.
+    pub format: String,
+    /// The card as it is there.
+    pub card: Value,
 }
 
 /// A place that models are mirrored from.

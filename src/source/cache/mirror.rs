@@ -21,7 +21,7 @@ use super::{Blob, Cache, time_of, vet, write_atomically};
 use crate::{
     id::{ModelName, Version},
     source::{
-        Digest, SourceError, SourceUri, digest,
+        Digest, Lineage, SourceError, SourceUri, digest,
         pointer::{POINTER_FILE, Pointer},
     },
 };
@@ -33,7 +33,7 @@ pub struct Mirror {
 }
 
 /// What is known of a published version.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     /// Where it is from.
     pub uri: String,
@@ -43,6 +43,16 @@ pub struct Manifest {
     pub digest: String,
     /// By path below the version's folder.
     pub files: BTreeMap<String, Stored>,
+    /// What its place knew of it when it was fetched.
+    #[serde(default)]
+    pub lineage: Option<Lineage>,
+}
+
+/// Where a version is from.
+pub struct Origin<'a> {
+    pub uri: &'a SourceUri,
+    pub revision: &'a str,
+    pub lineage: Option<Lineage>,
 }
 
 /// A file of a published version.
@@ -136,14 +146,14 @@ impl Mirror {
         model: &ModelName,
         version: &Version,
         staged: Staged,
-        uri: &SourceUri,
-        revision: &str,
+        origin: Origin<'_>,
     ) -> Result<Manifest, SourceError> {
         let manifest = Manifest {
-            uri: uri.to_string(),
-            revision: revision.to_owned(),
+            uri: origin.uri.to_string(),
+            revision: origin.revision.to_owned(),
             digest: staged.digest().to_string(),
             files: stored(&staged.files),
+            lineage: origin.lineage,
         };
         let target = self.models().join(model.as_str()).join(version.as_str());
         if self.manifest(model, version).is_none_or(|before| before.files != manifest.files) {
@@ -279,6 +289,14 @@ pub fn folder(root: &Path, key: &str) -> PathBuf {
     let legible: String =
         key.chars().map(|letter| if letter.is_ascii_alphanumeric() { letter } else { '-' }).take(40).collect();
     root.join("mirrors").join(format!("{legible}-{}", &digest::of_texts(&[key])[..12]))
+}
+
+/// What is known of the version whose files lie in `files`, when that is in a mirror.
+pub fn manifest_of(files: &Path) -> Option<Manifest> {
+    let (version, model) = (files.file_name()?.to_str()?, files.parent()?);
+    let (name, models) = (model.file_name()?, model.parent()?);
+    let manifests = models.parent().filter(|_| models.file_name().is_some_and(|name| name == "models"))?;
+    read(&manifests.join("manifests").join(name).join("versions").join(format!("{version}.json")))
 }
 
 /// The versions that have each content, by its SHA-256 in hexadecimal, in every mirror of the cache in `root`, also of one

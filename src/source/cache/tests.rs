@@ -333,7 +333,8 @@ async fn publish(fixture: &Fixture, mirror: &Mirror, version: &str, files: &[(&s
         staged.add(path, &blob).unwrap();
     }
     let (model, version) = (ModelName::parse("m").unwrap(), Version::parse(version).unwrap());
-    mirror.publish(&model, &version, staged, fixture.shelf.uri(), "r").unwrap()
+    let origin = mirror::Origin { uri: fixture.shelf.uri(), revision: "r", lineage: None };
+    mirror.publish(&model, &version, staged, origin).unwrap()
 }
 
 #[tokio::test]

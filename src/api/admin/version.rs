@@ -1,0 +1,69 @@
+//! One version: what its files are, where they are from, and how they were made.
+
+use std::sync::Arc;
+
+use axum::{Json, extract::State};
+use tokio::sync::Semaphore;
+
+use super::documents::{CardStatus, FileStatus, VersionDetails};
+use crate::{
+    api::{
+        App,
+        rest::{Named, RestError},
+    },
+    error::Error,
+    model::catalog::Entry,
+    source::lineage::{Provenance, card},
+};
+
+/// Who asks for a version in a folder has its files read; that is for one at a time.
+static READING: Semaphore = Semaphore::const_new(1);
+
+pub(super) async fn show(State(app): State<Arc<App>>, named: Named) -> Result<Json<VersionDetails>, RestError> {
+    let (model, version) = (named.model, named.version.unwrap_or_default());
+    let entry = {
+        let catalog = app.engine.catalog().load();
+        let entries = &catalog.deployment(&model)?.entries;
+        entries.iter().find(|entry| entry.version.as_str() == version).cloned().ok_or_else(|| {
+            let known: Vec<&str> = entries.iter().map(|entry| entry.version.as_str()).collect();
+            let version = crate::id::shorten(&version);
+            Error::not_found(format!("model '{model}' has no version '{version}'; it has {}", known.join(", ")))
+        })?
+    };
+    let Some(files) = entry.files.clone() else { return Ok(Json(details(model, &entry, None, None))) };
+    let _turn = READING.acquire().await;
+    let read = tokio::task::spawn_blocking(move || {
+        let provenance = Provenance::of(&files)?;
+        let card = card(&files, provenance.lineage.as_ref());
+        Ok::<_, crate::source::SourceError>((provenance, card))
+    });
+    let (provenance, card) = read
+        .await
+        .map_err(|error| Error::internal(error.to_string()))?
+        .map_err(|error| Error::internal(format!("model '{model}' version '{version}': {error}")))?;
+    let card = card.map(|(format, card)| CardStatus { format: format.to_owned(), card });
+    Ok(Json(details(model, &entry, Some(provenance), card)))
+}
+
+fn details(model: String, entry: &Entry, found: Option<Provenance>, card: Option<CardStatus>) -> VersionDetails {
+    let digest = found.as_ref().map(|found| found.digest.clone());
+    let Provenance { files, origin, lineage, .. } = found.unwrap_or_default();
+    let (source, revision) = origin.unzip();
+    let file = |(path, stored): (String, crate::source::cache::mirror::Stored)| FileStatus {
+        path,
+        bytes: stored.size,
+        sha256: stored.sha256,
+    };
+    VersionDetails {
+        model,
+        version: entry.version.to_string(),
+        state: entry.state.as_str().to_owned(),
+        reason: entry.reason.clone(),
+        digest,
+        files: files.into_iter().map(file).collect(),
+        source,
+        revision,
+        lineage,
+        card,
+    }
+}

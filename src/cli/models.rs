@@ -1,0 +1,154 @@
+//! `tidegate models`: what a running server serves, and where it is from.
+
+use std::process::ExitCode;
+
+use anyhow::bail;
+use clap::{Args, Subcommand};
+
+use super::{
+    ask::{Ops, OpsArgs},
+    print::{say, say_json},
+};
+use crate::{
+    api::admin::documents::{ModelStatus, SourceStatus, VersionDetails},
+    model::State,
+};
+
+#[derive(Args)]
+pub struct ModelsArgs {
+    #[command(flatten)]
+    server: OpsArgs,
+    /// Print the server's answer as JSON
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    action: Option<ModelsAction>,
+}
+
+#[derive(Subcommand)]
+enum ModelsAction {
+    /// Show one version: its files and their digests, where they are from, and how they were made.
+    Show {
+        model: String,
+        /// Default: the version that answers requests that name none
+        version: Option<String>,
+    },
+}
+
+pub fn models(args: &ModelsArgs) -> anyhow::Result<ExitCode> {
+    let ops = Ops::new(&args.server)?;
+    if let Some(ModelsAction::Show { model, version }) = &args.action {
+        return show(&ops, model, version.as_deref(), args.json);
+    }
+    let answer = ops.get("/admin/v1/models")?;
+    if args.json {
+        say_json(&answer.read::<serde_json::Value>()?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let models: Vec<ModelStatus> = answer.read()?;
+    say(format_args!("{:<24} {:<10} {:<10} REASON", "MODEL", "VERSION", "STATE"))?;
+    for model in models {
+        for version in &model.versions {
+            let default = model.default_version.as_deref() == Some(version.version.as_str());
+            let shown = if default { format!("{}*", version.version) } else { version.version.clone() };
+            say(format_args!("{:<24} {shown:<10} {:<10} {}", model.name, version.state, version.reason))?;
+        }
+        if let Some(problem) = model.problem {
+            say(format_args!("{:<24} {:<10} {:<10} {problem}", model.name, "-", State::Failed.as_str()))?;
+        }
+    }
+    let sources: Vec<SourceStatus> = ops.get("/admin/v1/sources")?.read()?;
+    sources.iter().try_for_each(source)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// How a place stands that models are mirrored from.
+fn source(source: &SourceStatus) -> anyhow::Result<()> {
+    let uri = &source.uri;
+    match (&source.away_since, &source.error, &source.answered) {
+        (Some(since), Some(error), _) => say(format_args!("\n{uri} is out of reach since {since}: {error}"))?,
+        (_, _, Some(answered)) => say(format_args!("\n{uri} answered {answered}"))?,
+        _ => say(format_args!("\n{uri} was not looked at yet"))?,
+    }
+    let named = |model: &str, version: &Option<String>| match version {
+        Some(version) => format!("version {version} of {model}"),
+        None => format!("settings of {model}"),
+    };
+    for one in &source.fetching {
+        let (what, fetched, total) = (named(&one.model, &one.version), one.fetched_bytes, one.total_bytes);
+        say(format_args!("  {what}: {fetched} of {total} bytes fetched since {}", one.since))?;
+    }
+    for one in &source.problems {
+        let what = named(&one.model, &one.version);
+        say(format_args!("  {what} is not mirrored since {}: {}", one.since, one.error))?;
+    }
+    Ok(())
+}
+
+fn show(ops: &Ops, model: &str, version: Option<&str>, json: bool) -> anyhow::Result<ExitCode> {
+    let path = format!("/admin/v1/models/{}", part(model));
+    let version = match version {
+        Some(version) => version.to_owned(),
+        None => match ops.get(&path)?.read::<ModelStatus>()?.default_version {
+            Some(version) => version,
+            None => bail!("model '{model}' has no version that serves; name one"),
+        },
+    };
+    let answer = ops.get_slowly(&format!("{path}/versions/{}", part(&version)))?;
+    if json {
+        say_json(&answer.read::<serde_json::Value>()?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    details(&answer.read()?)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn details(version: &VersionDetails) -> anyhow::Result<()> {
+    let line = |name: &str, text: &str| say(format_args!("{name:<12} {text}"));
+    let some = |name: &str, text: &Option<String>| text.as_ref().map_or(Ok(()), |text| line(name, text));
+    line("model", &version.model)?;
+    line("version", &version.version)?;
+    let reason = if version.reason.is_empty() { String::new() } else { format!(": {}", version.reason) };
+    line("state", &format!("{}{reason}", version.state))?;
+    some("digest", &version.digest)?;
+    some("source", &version.source)?;
+    some("revision", &version.revision)?;
+    if let Some(lineage) = &version.lineage {
+        some("registered", &lineage.version)?;
+        some("stage", &lineage.stage)?;
+        if !lineage.aliases.is_empty() {
+            line("aliases", &lineage.aliases.join(", "))?;
+        }
+        some("description", &lineage.description)?;
+        some("author", &lineage.author)?;
+        some("run", &lineage.run_id)?;
+        some("git commit", &lineage.git_commit)?;
+        for (name, value) in &lineage.parameters {
+            line("parameter", &format!("{name} = {value}"))?;
+        }
+        for (name, value) in &lineage.metrics {
+            let value = value.map_or("not a finite number".to_owned(), |value| value.to_string());
+            line("metric", &format!("{name} = {value}"))?;
+        }
+        for dataset in &lineage.datasets {
+            let digest = dataset.digest.as_ref().map_or(String::new(), |digest| format!(" ({digest})"));
+            let context = dataset.context.as_ref().map_or(String::new(), |context| format!(" for {context}"));
+            line("dataset", &format!("{}{digest}{context}", dataset.name))?;
+        }
+        for (name, value) in &lineage.tags {
+            line("tag", &format!("{name} = {value}"))?;
+        }
+    }
+    if let Some(card) = &version.card {
+        line("card", &format!("{} (--json shows it)", card.format))?;
+    }
+    for file in &version.files {
+        line("file", &format!("{} {} bytes, sha256 {}", file.path, file.bytes, file.sha256))?;
+    }
+    Ok(())
+}
+
+/// A name as a part of a path.
+fn part(name: &str) -> String {
+    percent_encoding::utf8_percent_encode(name, percent_encoding::NON_ALPHANUMERIC).to_string()
+}
