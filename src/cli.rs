@@ -32,7 +32,7 @@ mod rollout;
 
 use ask::{Ops, OpsArgs};
 pub use print::seen;
-use print::{mention, print, say, say_json, unheard};
+use print::{mention, print, say, unheard};
 
 /// Tidegate serves models over REST and gRPC (Open Inference Protocol v2).
 #[derive(Parser)]

@@ -61,6 +61,9 @@ pub struct Config {
     /// caller here, so set a token there. In the environment (TIDEGATE_TOKEN) it does not show in the list of
     /// processes.
     pub token: Option<Token>,
+    /// The secret that an MLflow server signs its webhooks with. With it, `POST /hooks/mlflow` on the operators' port has
+    /// what follows MLflow look at once, and not at the next interval only.
+    pub mlflow_webhook_secret: Option<Token>,
     /// The ONNX Runtime library, or the folder that holds it. Default: beside the binary, ./.onnxruntime, the system's.
     pub onnxruntime: Option<PathBuf>,
     /// How instances and threads divide the cores: "latency" (one instance on all) or "throughput" (one per core).
@@ -113,6 +116,7 @@ impl Default for Config {
             load_model: Vec::new(),
             allow_model_upload: false,
             token: None,
+            mlflow_webhook_secret: None,
             onnxruntime: None,
             profile: Profile::default(),
             shared_threads: None,

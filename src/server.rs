@@ -140,6 +140,7 @@ impl Server {
             limits: config.limits.clone(),
             clients: Clients::new(config.queue.client_header.as_deref())?,
             token: config.token.clone(),
+            mlflow_webhook_secret: config.mlflow_webhook_secret.clone(),
             shared_memory: Regions::new(&config.shared_memory, metrics.clone()),
             aside: Aside::new(LONG_MESSAGES * io_threads),
             json_nonfinite: config.json_nonfinite,

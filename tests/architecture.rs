@@ -22,7 +22,7 @@ const LAYERS: [(u8, &[&str]); 12] = [
 ];
 
 /// The only places (files, or folders and the file of the same name) that may name a foreign crate.
-const HOMES: [(&str, &[&str]); 29] = [
+const HOMES: [(&str, &[&str]); 30] = [
     ("ort", &["backend/onnx"]),
     ("libc", &["priority", "heap"]),
     ("half", &["backend/onnx", "model/warmup", "api/codec", "observe/compare"]),
@@ -35,7 +35,8 @@ const HOMES: [(&str, &[&str]); 29] = [
     ("base64", &["api", "source/object"]),
     ("twox_hash", &["rollout/route", "source/local"]),
     ("rusqlite", &["control/store"]),
-    ("sha2", &["control/store", "source/digest"]),
+    ("hmac", &["api/hooks"]),
+    ("sha2", &["control/store", "source/digest", "api/hooks"]),
     ("md5", &["source/digest"]),
     ("sha1", &["source/digest"]),
     ("object_store", &["source/object"]),

@@ -69,7 +69,7 @@ pub fn operations() -> Vec<Operation> {
             .failing(&[Code::NotFound]),
         Operation::get::<VersionDetails, _, _>(
             VERSION,
-            "getVersion",
+            "getModelVersion",
             "One version: what its files are, where they are from, and what is known of how they were made.",
             version::show,
         )

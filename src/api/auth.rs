@@ -28,6 +28,10 @@ impl Token {
         Ok(Self(text))
     }
 
+    pub(super) fn as_bytes(&self) -> &[u8] {
+        self.0.as_bytes()
+    }
+
     /// Compares in a time that depends on the length of `given` only.
     fn is(&self, given: &[u8]) -> bool {
         let wanted = self.0.as_bytes();

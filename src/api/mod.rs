@@ -33,6 +33,7 @@ pub mod codec;
 pub mod compression;
 pub mod grpc;
 mod health;
+mod hooks;
 pub mod listen;
 mod log;
 mod message;
@@ -139,6 +140,8 @@ pub struct App {
     pub clients: Clients,
     /// What changes by request need from everyone; without it, they must come from this machine.
     pub token: Option<Token>,
+    /// What MLflow signs its webhooks with; without it none are believed.
+    pub mlflow_webhook_secret: Option<Token>,
     /// `None` when clients may keep no tensors in shared memory.
     pub shared_memory: Option<Arc<shared_memory::Regions>>,
     /// Reads and writes long REST messages.

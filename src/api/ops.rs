@@ -20,7 +20,7 @@ use super::{
         self,
         openapi::{self, Operation},
     },
-    rest, scrape, status,
+    hooks, rest, scrape, status,
 };
 use crate::error::Code;
 
@@ -29,6 +29,7 @@ const EXPOSITION: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 pub fn router(app: Arc<App>) -> Router {
     openapi::router(operations())
+        .merge(hooks::router())
         .fallback(rest::unknown_path)
         .method_not_allowed_fallback(rest::wrong_verb)
         .with_state(app)
