@@ -111,7 +111,8 @@ impl Server {
         }
         let data = config.data_directory();
         let mut lock = lock(&data)?;
-        let mirroring = source.map(|uri| Mirroring::open(&uri, config)).transpose()?;
+        let (reader, writer) = catalog();
+        let mirroring = source.map(|uri| Mirroring::open(&uri, config, reader.clone())).transpose()?;
         let models = mirroring.as_ref().map_or_else(|| config.models.clone(), |mirroring| mirroring.models.clone());
         let uploads = Uploads::open(&data, config.allow_model_upload);
         let rest_port = Port::bind(config.rest, "--rest")?;
@@ -123,7 +124,6 @@ impl Server {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let io_threads = config.io_threads.unwrap_or((cores / 2).max(1));
         let metrics = Metrics::new(env!("CARGO_PKG_VERSION"), onnxruntime_version);
-        let (reader, writer) = catalog();
         let settings = settings(config, models.clone(), mirroring.is_some(), cores);
         let state = SharedStore::open(&data);
         let (commands, orders) = commands(&settings, backends.clone(), uploads, state.clone());

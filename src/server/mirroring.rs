@@ -1,6 +1,10 @@
 //! The thread that follows the place the models are mirrored from, away from everything that serves.
 
-use std::{path::PathBuf, sync::Arc, thread::JoinHandle};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread::JoinHandle,
+};
 
 use anyhow::Context;
 use tokio::sync::watch;
@@ -8,11 +12,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::Config,
-    control, priority,
+    control,
+    id::{ModelName, Version},
+    model::{State, catalog::CatalogReader},
+    priority,
     source::{
         self, SourceUri,
         cache::Cache,
-        follow::{Follower, Select, SharedStatus},
+        follow::{Fate, Follower, Interest, SharedStatus},
     },
 };
 
@@ -32,16 +39,21 @@ pub struct Mirrors {
     mirrored: watch::Receiver<bool>,
 }
 
+/// What is mirrored is for the models of the catalog.
+struct Catalogued(CatalogReader);
+
 impl Mirroring {
+    /// Mirrors for those models that `catalog` tells of.
+    ///
     /// # Errors
     /// When the place is none that can be mirrored, or the cache cannot be used.
-    pub fn open(uri: &SourceUri, config: &Config) -> anyhow::Result<Self> {
+    pub fn open(uri: &SourceUri, config: &Config, catalog: CatalogReader) -> anyhow::Result<Self> {
         let directory = config.cache_directory();
         let hint = || format!("cannot use the cache {}; name another one with --cache", directory.display());
         let source = source::open(uri)?;
         let cache = Arc::new(Cache::open(&directory, &config.cache).with_context(hint)?);
-        let select: Select = Box::new(control::wanted);
-        let follower = Follower::new(source, cache, config.follow.clone(), select).with_context(hint)?;
+        let interest = Box::new(Catalogued(catalog));
+        let follower = Follower::new(source, cache, config.follow.clone(), interest).with_context(hint)?;
         let is_filled = follower.mirror().published().with_context(hint)?.values().any(|versions| !versions.is_empty());
         Ok(Self { models: follower.mirror().models(), follower, is_filled })
     }
@@ -90,6 +102,25 @@ impl Mirrors {
         self.cancel.cancel();
         if self.thread.join().is_err() {
             tracing::error!("the thread that follows the models' place panicked");
+        }
+    }
+}
+
+impl Interest for Catalogued {
+    fn wanted(&self, folder: &Path, name: &ModelName, offered: &[Version]) -> Vec<Version> {
+        control::wanted(folder, name, offered)
+    }
+
+    fn fate(&self, name: &ModelName, version: &Version) -> Fate {
+        let catalog = self.0.load();
+        let entry = catalog.deployments.get(name).and_then(|deployment| deployment.entry(version.as_str()));
+        match entry.map(|entry| entry.state) {
+            Some(State::Settling | State::Loading | State::Ready | State::Draining) => Fate::InUse,
+            // What is held back does not serve by itself either; after a rollback the version before it does.
+            Some(State::Failed | State::Held) => Fate::Failed,
+            // The versions that a rollout needs are known once all that was there at start was looked at.
+            None if !catalog.complete => Fate::InUse,
+            None => Fate::Idle,
         }
     }
 }

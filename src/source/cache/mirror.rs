@@ -7,6 +7,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::Arc,
+    time::SystemTime,
 };
 
 use rustix::{
@@ -109,6 +110,11 @@ impl Mirror {
     pub fn manifest(&self, model: &ModelName, version: &Version) -> Option<Manifest> {
         let folder = self.models().join(model.as_str()).join(version.as_str());
         read(&self.manifest_path(model, version)).filter(|_| folder.is_dir())
+    }
+
+    /// When a version was published, if it is.
+    pub fn mirrored(&self, model: &ModelName, version: &Version) -> Option<SystemTime> {
+        fs::metadata(self.manifest_path(model, version)).and_then(|metadata| metadata.modified()).ok()
     }
 
     /// Begins to put a version together.
