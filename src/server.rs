@@ -306,12 +306,12 @@ impl Parts {
         let (kick, kicks) = mpsc::channel(1);
         let _watcher = watch(&self.settings, kick);
         let (stop_reconciling, stopped) = oneshot::channel();
-        let reconciler = Reconciler::new(self.settings, self.loader, self.writer, self.orders, self.state);
-        let mirrored = self.mirroring.as_ref().map(Mirrors::mirrored);
+        let mut reconciler = Reconciler::new(self.settings, self.loader, self.writer, self.orders, self.state);
+        let mirrored = self.mirroring.as_ref().map(|mirrors| (mirrors.mirrored(), mirrors.status()));
         let reconciling = tokio::spawn(async move {
             // An empty mirror is not what there is to serve: the server is not ready until it has been filled.
-            if let Some(mirrored) = mirrored {
-                mirrored.await;
+            if let Some((mirrored, status)) = mirrored {
+                reconciler.refuse_until(mirrored, || mirroring::still_waits(&status.read())).await;
             }
             reconciler.run(kicks, stopped).await
         });

@@ -1,13 +1,15 @@
 //! The thread that follows the place the models are mirrored from, away from everything that serves.
 
 use std::{
+    any::Any,
+    panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::Arc,
     thread::JoinHandle,
 };
 
 use anyhow::Context;
-use tokio::sync::watch;
+use tokio::{runtime::Runtime, sync::watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -19,7 +21,7 @@ use crate::{
     source::{
         self, SourceUri,
         cache::Cache,
-        follow::{Fate, Follower, Interest, SharedStatus},
+        follow::{Fate, Follower, Interest, SharedStatus, Status},
     },
 };
 
@@ -37,6 +39,7 @@ pub struct Mirrors {
     thread: JoinHandle<()>,
     cancel: CancellationToken,
     mirrored: watch::Receiver<bool>,
+    status: SharedStatus,
 }
 
 /// What is mirrored is for the models of the catalog.
@@ -76,25 +79,33 @@ impl Mirroring {
             .build()?;
         let cancel = CancellationToken::new();
         let (filled, mirrored) = watch::channel(self.is_filled);
-        let follower = self.follower.run(cancel.clone(), filled);
+        let status = self.follower.status();
+        let (follower, shown) = (self.follower.run(cancel.clone(), filled), status.clone());
         let thread = std::thread::Builder::new().name("sources".to_owned()).spawn(move || {
             priority::be_patient();
-            runtime.block_on(follower);
+            follow(&runtime, follower, &shown);
             // What hashes or waits for the disk may do so to its end, which nobody waits for.
             runtime.shutdown_background();
         })?;
-        Ok(Mirrors { thread, cancel, mirrored })
+        Ok(Mirrors { thread, cancel, mirrored, status })
     }
 }
 
 impl Mirrors {
-    /// Ends when there is something to serve, or never will be.
+    /// Ends when there is something to serve, or the following was stopped.
     pub fn mirrored(&self) -> impl Future<Output = ()> + Send + 'static {
-        let mut mirrored = self.mirrored.clone();
+        let (mut mirrored, cancel) = (self.mirrored.clone(), self.cancel.clone());
         async move {
-            // An error is a follower that was stopped.
-            let _ = mirrored.wait_for(|mirrored| *mirrored).await;
+            // A follower that is gone without having been stopped has given up: what is not there does not come.
+            if mirrored.wait_for(|mirrored| *mirrored).await.is_err() {
+                cancel.cancelled().await;
+            }
         }
+    }
+
+    /// What others see of it.
+    pub fn status(&self) -> SharedStatus {
+        self.status.clone()
     }
 
     /// Ends the following; what is being fetched goes on after the next start.
@@ -104,6 +115,31 @@ impl Mirrors {
             tracing::error!("the thread that follows the models' place panicked");
         }
     }
+}
+
+/// Why nothing can be ordered yet.
+pub fn still_waits(status: &Status) -> String {
+    let place = &status.uri;
+    match (&status.given_up, &status.away) {
+        (Some(reason), _) => format!("models are no longer mirrored from {place}: {reason}"),
+        (None, Some((_, error))) => format!("models are still being mirrored from {place}: {error}"),
+        (None, None) => format!("models are still being mirrored from {place}"),
+    }
+}
+
+/// Follows to the end, or has `status` say why that came too early: what was mirrored serves on.
+fn follow(runtime: &Runtime, follower: impl Future<Output = ()>, status: &SharedStatus) {
+    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| runtime.block_on(follower))) {
+        let reason = format!("following it panicked: {}", said(panic.as_ref()));
+        tracing::error!(reason, "the models' place is followed no longer, until the server is started anew");
+        status.give_up(reason);
+    }
+}
+
+/// What a panic says.
+fn said(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("without a word")
 }
 
 impl Interest for Catalogued {
@@ -122,5 +158,34 @@ impl Interest for Catalogued {
             None if !catalog.complete => Fate::InUse,
             None => Fate::Idle,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::time::timeout;
+
+    use super::*;
+
+    #[test]
+    fn a_follower_that_panics_is_seen_to_have_given_up_and_nothing_counts_as_mirrored() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let status = SharedStatus::default();
+        let (filled, mirrored) = watch::channel(false);
+        let follower = async move {
+            let _filled = filled;
+            panic!("as {}", "told");
+        };
+        follow(&runtime, follower, &status);
+        assert_eq!(status.read().given_up.as_deref(), Some("following it panicked: as told"));
+        assert_eq!(still_waits(&status.read()), "models are no longer mirrored from : following it panicked: as told");
+        let mirrors = Mirrors { thread: std::thread::spawn(|| {}), cancel: CancellationToken::new(), mirrored, status };
+        runtime.block_on(async {
+            assert!(timeout(Duration::from_millis(20), mirrors.mirrored()).await.is_err());
+            mirrors.cancel.cancel();
+            timeout(Duration::from_secs(5), mirrors.mirrored()).await.unwrap();
+        });
     }
 }

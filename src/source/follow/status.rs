@@ -27,6 +27,8 @@ pub struct Status {
     pub away: Option<(SystemTime, String)>,
     /// Looks in a row that failed.
     pub failures: u32,
+    /// Why it is followed no longer, though nobody has stopped it.
+    pub given_up: Option<String>,
     /// What the pointer of each model points at, for places that have one.
     pub defaults: BTreeMap<ModelName, Version>,
     /// What is being fetched; `None` stands for the files beside the versions.
@@ -88,6 +90,13 @@ impl SharedStatus {
         status.away = Some((since, error.to_string()));
         status.failures = status.failures.saturating_add(1);
         status.failures
+    }
+
+    /// It is followed no longer.
+    pub fn give_up(&self, reason: String) {
+        let mut status = self.0.lock();
+        status.fetching.clear();
+        status.given_up = Some(reason);
     }
 
     pub(super) fn fetching(&self, name: &ModelName, version: Option<&Version>, total: u64, counted: Arc<AtomicU64>) {
