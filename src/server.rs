@@ -112,8 +112,9 @@ impl Server {
         }
         let data = config.data_directory();
         let mut lock = lock(&data)?;
+        let (reader, writer) = catalog();
         let followed = Followed::default();
-        let mirroring = source.map(|uri| Mirroring::open(&uri, config, &followed)).transpose()?;
+        let mirroring = source.map(|uri| Mirroring::open(&uri, config, reader.clone(), &followed)).transpose()?;
         let models = mirroring.as_ref().map_or_else(|| config.models.clone(), |mirroring| mirroring.models.clone());
         let uploads = Uploads::open(&data, config.allow_model_upload);
         let rest_port = Port::bind(config.rest, "--rest")?;
@@ -125,7 +126,6 @@ impl Server {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let io_threads = config.io_threads.unwrap_or((cores / 2).max(1));
         let metrics = Metrics::new(env!("CARGO_PKG_VERSION"), onnxruntime_version);
-        let (reader, writer) = catalog();
         let places = Places::new(config.cache_directory());
         let settings = settings(config, models.clone(), mirroring.is_some(), places.clone(), cores);
         let state = SharedStore::open(&data);
@@ -176,6 +176,7 @@ impl Server {
                 cache: config.cache.clone(),
                 follow: config.follow.clone(),
                 followed,
+                catalog: app.engine.catalog().clone(),
             },
             stops,
         };
@@ -322,12 +323,12 @@ impl Parts {
         let sourced = tokio::spawn(self.sourced.run(kick.clone(), following.clone()));
         let _watcher = watch(&self.settings, kick);
         let (stop_reconciling, stopped) = oneshot::channel();
-        let reconciler = Reconciler::new(self.settings, self.loader, self.writer, self.orders, self.state);
-        let mirrored = self.mirroring.as_ref().map(Mirrors::mirrored);
+        let mut reconciler = Reconciler::new(self.settings, self.loader, self.writer, self.orders, self.state);
+        let mirrored = self.mirroring.as_ref().map(|mirrors| (mirrors.mirrored(), mirrors.status()));
         let reconciling = tokio::spawn(async move {
             // An empty mirror is not what there is to serve: the server is not ready until it has been filled.
-            if let Some(mirrored) = mirrored {
-                mirrored.await;
+            if let Some((mirrored, status)) = mirrored {
+                reconciler.refuse_until(mirrored, || mirroring::still_waits(&status.read())).await;
             }
             reconciler.run(kicks, stopped).await
         });

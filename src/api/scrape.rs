@@ -45,7 +45,7 @@ pub(super) fn page(catalog: &Catalog, sources: Vec<Status>) -> Page {
 fn show_source(status: &Status, page: &mut Page) {
     page.source(&SourceStanding {
         source: &status.uri,
-        up: status.answered.is_some() && status.away.is_none(),
+        up: status.answered.is_some() && status.away.is_none() && status.given_up.is_none(),
         answered: status.answered,
         problems: status.problems.len(),
         fetching: status.fetching.values().map(|one| one.total.saturating_sub(one.fetched)).sum(),

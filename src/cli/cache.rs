@@ -3,6 +3,7 @@
 use std::{
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::Arc,
 };
 
 use anyhow::{Context, bail};
@@ -39,9 +40,19 @@ enum CacheAction {
     /// Read every file, and say which are not what was fetched, also while a server runs
     ///
     /// The exit code is 0 when all are, 2 when some are not, and 1 when the cache cannot be read.
-    Verify(Which),
+    Verify(Verify),
     /// Delete the files that no version uses, while no server uses the cache
     Prune(Which),
+}
+
+#[derive(Args)]
+struct Verify {
+    #[command(flatten)]
+    which: Which,
+    /// Take files that are not what was fetched out of the cache, with the versions that use them, so that the server
+    /// fetches them anew when it starts; while no server uses the cache
+    #[arg(long)]
+    repair: bool,
 }
 
 #[derive(Args)]
@@ -66,7 +77,7 @@ const BROKEN: u8 = 2;
 pub fn run(args: &CacheArgs) -> anyhow::Result<ExitCode> {
     match &args.action {
         CacheAction::Ls(which) => ls(&which.open()?.0, which.json),
-        CacheAction::Verify(which) => verify(&which.open()?.0, which.json),
+        CacheAction::Verify(args) => verify(&args.which.open()?, args),
         CacheAction::Prune(which) => prune(&which.open()?, which.json),
     }
 }
@@ -115,7 +126,9 @@ fn total(kept: &[Kept], which: impl Fn(&Kept) -> bool) -> u64 {
     kept.iter().filter(|kept| which(kept)).map(|kept| kept.size).sum()
 }
 
-fn verify(root: &Path, json: bool) -> anyhow::Result<ExitCode> {
+fn verify((root, config): &(PathBuf, Config), args: &Verify) -> anyhow::Result<ExitCode> {
+    let hint = || format!("cannot repair {}", root.display());
+    let cache = args.repair.then(|| Cache::open(root, &config.cache).map(Arc::new)).transpose().with_context(hint)?;
     let users = mirror::users(root)?;
     let (mut files, mut bytes, mut broken) = (0, 0, Vec::new());
     for kept in evict::list(root)?.iter().filter(|kept| kept.digest.is_some()) {
@@ -124,13 +137,16 @@ fn verify(root: &Path, json: bool) -> anyhow::Result<ExitCode> {
             Err(error @ SourceError::Corrupt { .. }) => {
                 let digest = kept.digest.map(|digest| digest.hex()).unwrap_or_default();
                 broken.push((error.to_string(), users.get(&digest).cloned().unwrap_or_default()));
+                if let Some(cache) = &cache {
+                    cache.discard(kept).with_context(hint)?;
+                }
             }
             Err(error) => return Err(error.into()),
         }
         files += 1;
         bytes += kept.size;
     }
-    if json {
+    if args.which.json {
         let broken = broken.iter().map(|(error, versions)| json!({ "error": error, "versions": versions }));
         say_json(&json!({ "files": files, "bytes": bytes, "broken": broken.collect::<Vec<_>>() }))?;
     } else {

@@ -66,6 +66,9 @@ pub fn models(args: &ModelsArgs) -> anyhow::Result<ExitCode> {
 fn source(source: &SourceStatus) -> anyhow::Result<()> {
     let uri = &source.uri;
     match (&source.away_since, &source.error, &source.answered) {
+        _ if source.given_up.is_some() => {
+            say(format_args!("\n{uri} is followed no longer: {}", source.given_up.as_deref().unwrap_or_default()))?;
+        }
         (Some(since), Some(error), _) => say(format_args!("\n{uri} is out of reach since {since}: {error}"))?,
         (_, _, Some(answered)) => say(format_args!("\n{uri} answered {answered}"))?,
         _ => say(format_args!("\n{uri} was not looked at yet"))?,

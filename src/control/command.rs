@@ -88,6 +88,31 @@ pub struct Commands {
 /// The other end, for the reconciler.
 pub struct Orders(pub(super) mpsc::Receiver<Command>);
 
+impl Orders {
+    /// Refuses whatever is asked until `ready` ends, saying why: what is not there yet is not to be called unknown.
+    pub async fn refuse_until(&mut self, ready: impl Future<Output = ()>, why: impl Fn() -> String) {
+        tokio::pin!(ready);
+        loop {
+            tokio::select! {
+                () = &mut ready => return,
+                Some(command) = self.0.recv() => {
+                    let refused = Err(Error::new(Code::NotReady, why()));
+                    // Whoever asked may have gone.
+                    let _ = command.into_answer().send(refused);
+                }
+            }
+        }
+    }
+}
+
+impl Command {
+    fn into_answer(self) -> Answer {
+        match self {
+            Command::Load { answer, .. } | Command::Unload { answer, .. } | Command::Change { answer, .. } => answer,
+        }
+    }
+}
+
 /// Both ends of the way to the reconciler.
 pub fn commands(settings: &Settings, backends: Backends, uploads: Uploads, state: SharedStore) -> (Commands, Orders) {
     let (sender, receiver) = mpsc::channel(QUEUE);
@@ -227,5 +252,44 @@ impl Commands {
         let (answer, answered) = oneshot::channel();
         self.sender.send(command(answer)).await.map_err(|_| stopping())?;
         answered.await.unwrap_or_else(|_| Err(stopping()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_asked_too_early_is_refused_and_what_comes_later_waits() {
+        let (sender, receiver) = mpsc::channel(4);
+        let mut orders = Orders(receiver);
+        let ask = || {
+            let (answer, answered) = oneshot::channel();
+            let name = ModelName::parse("m").unwrap();
+            (Command::Unload { name, answer }, answered)
+        };
+        let (ready, is_ready) = oneshot::channel::<()>();
+        let (early, refused) = ask();
+        let until = async { drop(is_ready.await) };
+        let telling = async {
+            sender.send(early).await.unwrap_or_default();
+            let refused = refused.await.unwrap().unwrap_err();
+            assert_eq!((refused.code, refused.message.as_str()), (Code::NotReady, "not yet"));
+            ready.send(()).unwrap();
+        };
+        tokio::join!(orders.refuse_until(until, || "not yet".to_owned()), telling);
+        let (late, mut answered) = ask();
+        sender.send(late).await.unwrap_or_default();
+        assert!(matches!(orders.0.recv().await, Some(Command::Unload { .. })));
+        assert!(answered.try_recv().is_err());
+    }
+
+    #[tokio::test]
+    async fn nobody_who_asks_is_no_reason_to_stop_waiting() {
+        let (sender, receiver) = mpsc::channel(1);
+        drop(sender);
+        let mut orders = Orders(receiver);
+        let waiting = orders.refuse_until(std::future::pending(), String::new);
+        assert!(tokio::time::timeout(std::time::Duration::from_millis(20), waiting).await.is_err());
     }
 }

@@ -109,6 +109,11 @@ impl Reconciler {
         }
     }
 
+    /// Refuses what is ordered until `ready` ends: before that the repository is not what there is to serve.
+    pub async fn refuse_until(&mut self, ready: impl Future<Output = ()>, why: impl Fn() -> String) {
+        self.orders.refuse_until(ready, why).await;
+    }
+
     /// Reconciles on every tick, kick, event and command. When told to stop it drains all versions, which may take as
     /// long as `stop` says, and returns how many requests were cut short.
     pub async fn run(mut self, mut kicks: mpsc::Receiver<()>, mut stop: oneshot::Receiver<Duration>) -> usize {

@@ -1,18 +1,31 @@
 //! The threads that follow the places models come from, away from everything that serves.
 
-use std::{path::PathBuf, sync::Arc, thread::JoinHandle, time::Duration};
+use std::{
+    any::Any,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread::JoinHandle,
+    time::Duration,
+};
 
 use anyhow::Context;
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    runtime::Runtime,
+    sync::{mpsc, watch},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::Config,
-    control, priority,
+    control,
+    id::{ModelName, Version},
+    model::{State, catalog::CatalogReader},
+    priority,
     source::{
         self, SourceUri,
         cache::{Cache, CacheConfig, mirror::Mirror},
-        follow::{FollowConfig, Followed, Follower, Select},
+        follow::{Fate, FollowConfig, Followed, Follower, Interest, SharedStatus, Status},
         places::Places,
     },
 };
@@ -34,12 +47,22 @@ pub struct Mirrors {
     thread: JoinHandle<()>,
     cancel: CancellationToken,
     mirrored: watch::Receiver<bool>,
+    status: SharedStatus,
+}
+
+/// What is mirrored is for the models of the catalog.
+struct Catalogued {
+    catalog: CatalogReader,
+    /// The folder of models whose settings count, when they are not mirrored with the versions.
+    settings: Option<PathBuf>,
 }
 
 impl Mirroring {
+    /// Mirrors for those models that `catalog` tells of.
+    ///
     /// # Errors
     /// When the place is none that can be mirrored, or the cache cannot be used.
-    pub fn open(uri: &SourceUri, config: &Config, followed: &Followed) -> anyhow::Result<Self> {
+    pub fn open(uri: &SourceUri, config: &Config, catalog: CatalogReader, followed: &Followed) -> anyhow::Result<Self> {
         let directory = config.cache_directory();
         let hint = || format!("cannot use the cache {}; name another one with --cache", directory.display());
         let source = source::open(uri)?;
@@ -47,8 +70,8 @@ impl Mirroring {
         let mirror = Mirror::open(cache, &uri.to_string()).with_context(hint)?;
         let is_filled = mirror.published().with_context(hint)?.values().any(|versions| !versions.is_empty());
         let models = mirror.models();
-        let select: Select = Box::new(control::wanted);
-        let follower = Follower::new(source, mirror, config.follow.clone(), select);
+        let interest = Box::new(Catalogued { catalog, settings: None });
+        let follower = Follower::new(source, mirror, config.follow.clone(), interest);
         followed.add(&follower.status());
         Ok(Self { models, follower, is_filled })
     }
@@ -60,8 +83,11 @@ impl Mirroring {
     pub fn start(self) -> anyhow::Result<Mirrors> {
         let cancel = CancellationToken::new();
         let (filled, mirrored) = watch::channel(self.is_filled);
-        let thread = on_thread(self.follower.run(cancel.clone(), filled))?;
-        Ok(Mirrors { thread, cancel, mirrored })
+        let status = self.follower.status();
+        let shown = status.clone();
+        let follower = self.follower.run(cancel.clone(), filled);
+        let thread = on_thread(follower, move |reason| shown.give_up(reason))?;
+        Ok(Mirrors { thread, cancel, mirrored, status })
     }
 }
 
@@ -75,20 +101,22 @@ pub struct Sourced {
     pub cache: CacheConfig,
     pub follow: FollowConfig,
     pub followed: Followed,
+    /// What it is for.
+    pub catalog: CatalogReader,
 }
 
 impl Sourced {
     /// Waits until a model names a place, and follows from then on until it is cancelled. `kick` hears of every change.
     pub async fn run(self, kick: mpsc::Sender<()>, cancel: CancellationToken) -> anyhow::Result<()> {
         let Some(cache) = cancel.run_until_cancelled(self.cache()).await else { return Ok(()) };
-        let models = self.models;
-        let select = move || -> Select {
-            let models = models.clone();
-            // The settings are not in the mirror.
-            Box::new(move |_, name, offered| control::wanted(&models.join(name.as_str()), name, offered))
+        let Self { places, follow, followed, models, catalog, .. } = self;
+        // The settings are not in the mirrors.
+        let interest = move || -> Box<dyn Interest> {
+            Box::new(Catalogued { catalog: catalog.clone(), settings: Some(models.clone()) })
         };
-        let thread =
-            on_thread(self.places.follow(cache, self.follow, select, self.followed, kick, cancel.child_token()))?;
+        let standing = followed.clone();
+        let follower = places.follow(cache, follow, interest, followed, kick, cancel.child_token());
+        let thread = on_thread(follower, move |reason| standing.give_up(&reason))?;
         cancel.cancelled().await;
         tokio::task::spawn_blocking(move || join(thread)).await?;
         Ok(())
@@ -116,7 +144,10 @@ impl Sourced {
 }
 
 /// Runs what follows on a thread of its own.
-fn on_thread(follow: impl Future<Output = ()> + Send + 'static) -> anyhow::Result<JoinHandle<()>> {
+fn on_thread(
+    follower: impl Future<Output = ()> + Send + 'static,
+    give_up: impl FnOnce(String) + Send + 'static,
+) -> anyhow::Result<JoinHandle<()>> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         // These are the threads that hash; the one that fetches is below.
@@ -125,7 +156,7 @@ fn on_thread(follow: impl Future<Output = ()> + Send + 'static) -> anyhow::Resul
         .build()?;
     let thread = std::thread::Builder::new().name("sources".to_owned()).spawn(move || {
         priority::be_patient();
-        runtime.block_on(follow);
+        follow(&runtime, follower, give_up);
         // What hashes or waits for the disk may do so to its end, which nobody waits for.
         runtime.shutdown_background();
     })?;
@@ -139,18 +170,99 @@ fn join(thread: JoinHandle<()>) {
 }
 
 impl Mirrors {
-    /// Ends when there is something to serve, or never will be.
+    /// Ends when there is something to serve, or the following was stopped.
     pub fn mirrored(&self) -> impl Future<Output = ()> + Send + 'static {
-        let mut mirrored = self.mirrored.clone();
+        let (mut mirrored, cancel) = (self.mirrored.clone(), self.cancel.clone());
         async move {
-            // An error is a follower that was stopped.
-            let _ = mirrored.wait_for(|mirrored| *mirrored).await;
+            // A follower that is gone without having been stopped has given up: what is not there does not come.
+            if mirrored.wait_for(|mirrored| *mirrored).await.is_err() {
+                cancel.cancelled().await;
+            }
         }
+    }
+
+    /// What others see of it.
+    pub fn status(&self) -> SharedStatus {
+        self.status.clone()
     }
 
     /// Ends the following; what is being fetched goes on after the next start.
     pub fn stop(self) {
         self.cancel.cancel();
         join(self.thread);
+    }
+}
+
+/// Why nothing can be ordered yet.
+pub fn still_waits(status: &Status) -> String {
+    let place = &status.uri;
+    match (&status.given_up, &status.away) {
+        (Some(reason), _) => format!("models are no longer mirrored from {place}: {reason}"),
+        (None, Some((_, error))) => format!("models are still being mirrored from {place}: {error}"),
+        (None, None) => format!("models are still being mirrored from {place}"),
+    }
+}
+
+/// Follows to the end, or says why that came too early: what was mirrored serves on.
+fn follow(runtime: &Runtime, follower: impl Future<Output = ()>, give_up: impl FnOnce(String)) {
+    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| runtime.block_on(follower))) {
+        let reason = format!("following it panicked: {}", said(panic.as_ref()));
+        tracing::error!(reason, "the models' place is followed no longer, until the server is started anew");
+        give_up(reason);
+    }
+}
+
+/// What a panic says.
+fn said(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("without a word")
+}
+
+impl Interest for Catalogued {
+    fn wanted(&self, folder: &Path, name: &ModelName, offered: &[Version]) -> Vec<Version> {
+        let settings = self.settings.as_ref().map(|models| models.join(name.as_str()));
+        control::wanted(settings.as_deref().unwrap_or(folder), name, offered)
+    }
+
+    fn fate(&self, name: &ModelName, version: &Version) -> Fate {
+        let catalog = self.catalog.load();
+        let entry = catalog.deployments.get(name).and_then(|deployment| deployment.entry(version.as_str()));
+        match entry.map(|entry| entry.state) {
+            Some(State::Settling | State::Loading | State::Ready | State::Draining) => Fate::InUse,
+            // What is held back does not serve by itself either; after a rollback the version before it does.
+            Some(State::Failed | State::Held) => Fate::Failed,
+            // The versions that a rollout needs are known once all that was there at start was looked at.
+            None if !catalog.complete => Fate::InUse,
+            None => Fate::Idle,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::time::timeout;
+
+    use super::*;
+
+    #[test]
+    fn a_follower_that_panics_is_seen_to_have_given_up_and_nothing_counts_as_mirrored() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let status = SharedStatus::default();
+        let (filled, mirrored) = watch::channel(false);
+        let follower = async move {
+            let _filled = filled;
+            panic!("as {}", "told");
+        };
+        follow(&runtime, follower, |reason| status.give_up(reason));
+        assert_eq!(status.read().given_up.as_deref(), Some("following it panicked: as told"));
+        assert_eq!(still_waits(&status.read()), "models are no longer mirrored from : following it panicked: as told");
+        let mirrors = Mirrors { thread: std::thread::spawn(|| {}), cancel: CancellationToken::new(), mirrored, status };
+        runtime.block_on(async {
+            assert!(timeout(Duration::from_millis(20), mirrors.mirrored()).await.is_err());
+            mirrors.cancel.cancel();
+            timeout(Duration::from_secs(5), mirrors.mirrored()).await.unwrap();
+        });
     }
 }

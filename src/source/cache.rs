@@ -107,7 +107,7 @@ impl Cache {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(SourceError::disk(&staging, &error)),
             _ => fs::create_dir_all(&staging).map_err(|error| SourceError::disk(&staging, &error))?,
         }
-        Ok(Self {
+        let cache = Self {
             root: root.to_path_buf(),
             max_bytes: config.max_bytes,
             connections: Semaphore::new(config.connections.max(1)),
@@ -116,7 +116,12 @@ impl Cache {
             fetching: Mutex::default(),
             linking: Mutex::default(),
             _lock: lock,
-        })
+        };
+        // Names without a content are in nobody's way today.
+        if let Err(error) = cache.forget_names() {
+            tracing::warn!(%error, "names of files that are no longer in the cache are kept");
+        }
+        Ok(cache)
     }
 
     /// Where the content with this SHA-256 lies, or will.
@@ -132,11 +137,32 @@ impl Cache {
 
     /// What a place calls `name`, when it was fetched before and is still here.
     fn named(&self, name: &str) -> Option<Blob> {
-        let text = fs::read_to_string(self.root.join("names").join(name)).ok()?;
+        self.written_of(&fs::read_to_string(self.root.join("names").join(name)).ok()?)
+    }
+
+    /// The content that a name's file says, when it is here.
+    fn written_of(&self, text: &str) -> Option<Blob> {
         match Digest::from_hex("sha256", text.trim())? {
             Digest::Sha256(sha256) => self.blob(sha256),
             _ => None,
         }
+    }
+
+    /// Forgets the names of contents that are no longer here. Names come with every file that is fetched, and would only
+    /// become more.
+    fn forget_names(&self) -> Result<(), SourceError> {
+        let folder = self.root.join("names");
+        let forgotten = || -> io::Result<()> {
+            for entry in fs::read_dir(&folder)? {
+                let path = entry?.path();
+                // What cannot be read now may be read another time.
+                if fs::read(&path).is_ok_and(|text| self.written_of(&String::from_utf8_lossy(&text)).is_none()) {
+                    fs::remove_file(&path)?;
+                }
+            }
+            Ok(())
+        };
+        forgotten().map_err(|error| SourceError::disk(&folder, &error))
     }
 
     /// Remembers that a place calls this content `name`. Without the note it would only be fetched again.
@@ -152,8 +178,9 @@ impl Cache {
     fn adopt(&self, path: &Path, blob: &Blob) -> Result<(), SourceError> {
         let target = self.blob_path(&blob.sha256);
         let placed = || -> io::Result<()> {
-            // Another file with the same content may have come meanwhile, and be linked to.
-            if target.exists() {
+            // Another file with the same content may have come meanwhile, and be linked to. One that is damaged makes way
+            // for this one, and the versions that have a link to it keep that until they are published anew.
+            if is_whole(&target, blob) {
                 return fs::remove_file(path);
             }
             let file = File::options().write(true).open(path)?;
@@ -184,6 +211,13 @@ impl Cache {
 fn blob_path(root: &Path, sha256: &[u8; 32]) -> PathBuf {
     let hex = digest::encode(sha256);
     root.join("blobs/sha256").join(&hex[..2]).join(hex)
+}
+
+/// Whether the content at `path` is there and is the one that it should be. Who asks has just fetched it, so reading it
+/// costs little beside that.
+fn is_whole(path: &Path, blob: &Blob) -> bool {
+    let is_long = fs::metadata(path).is_ok_and(|there| there.len() == blob.size);
+    is_long && evict::check(path, Some(Digest::Sha256(blob.sha256)), blob.size).is_ok()
 }
 
 /// A time in the years 2000 to 2016 that the digest alone decides, to the nanosecond.

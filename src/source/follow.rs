@@ -1,7 +1,7 @@
 //! Follows a source: looks, decides what is new, fetches and verifies it, and publishes it into a mirror.
 
 use std::{
-    collections::{BTreeMap, btree_map::Entry},
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     path::Path,
     sync::{
         Arc,
@@ -54,9 +54,26 @@ impl Default for FollowConfig {
     }
 }
 
-/// Which versions of a model are wanted, of those that there are in ascending order, as its settings (in the folder
-/// given) say. Those that are published already stay all the same, as long as they are at their place.
-pub type Select = Box<dyn Fn(&Path, &ModelName, &[Version]) -> Vec<Version> + Send + Sync>;
+/// Who versions are mirrored for: what they want, and what becomes of it. Asked at every look.
+pub trait Interest: Send + Sync {
+    /// Which versions of a model are wanted, of those `offered` in ascending order, as its settings (in the folder given)
+    /// say.
+    fn wanted(&self, folder: &Path, name: &ModelName, offered: &[Version]) -> Vec<Version>;
+
+    /// What becomes of a version that is published.
+    fn fate(&self, name: &ModelName, version: &Version) -> Fate;
+}
+
+/// What becomes of a published version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// Nobody uses it. When it is not wanted either, it makes room.
+    Idle,
+    /// It serves or is about to, or nobody can tell yet that it will not.
+    InUse,
+    /// It does not serve, whoever wants it: the version before it has to.
+    Failed,
+}
 
 /// One source and its mirror.
 pub struct Follower {
@@ -64,17 +81,21 @@ pub struct Follower {
     cache: Arc<Cache>,
     mirror: Mirror,
     config: FollowConfig,
-    select: Select,
+    interest: Box<dyn Interest>,
     status: SharedStatus,
     kick: Option<mpsc::Sender<()>>,
     /// Since when a revision is seen that is not published.
     fresh: BTreeMap<(ModelName, String), (String, Instant)>,
     /// What failed, so that it is not tried at every look.
     failed: BTreeMap<(ModelName, String), Failed>,
-    /// Since when models and versions are missing: once does not count.
+    /// Published versions that nobody wants or uses any more, as of the last look.
+    unwanted: BTreeSet<(ModelName, String)>,
+    /// Since when models and versions are missing or unwanted: once does not count.
     missing: BTreeMap<(ModelName, Option<String>), tokio::time::Instant>,
     /// Looks that were answered so far.
     looks: u32,
+    /// Whether there was a look at which nothing had to settle.
+    settled: bool,
 }
 
 /// A try that failed.
@@ -89,25 +110,30 @@ struct Failed {
 const MOST_SETTINGS: u64 = 1 << 20;
 /// Looks after which a server is ready although something at the place never settles.
 const PATIENCE: u32 = 15;
+/// Versions of a model that may fail, one after the other, before no older one is fetched for them: it is not the
+/// versions then, and there may be hundreds.
+const MOST_FAILED: usize = 3;
 
 /// What name the files beside versions go by, where versions have theirs. It is no version.
 const BESIDE: &str = "";
 
 impl Follower {
-    pub fn new(source: Arc<dyn Source>, mirror: Mirror, config: FollowConfig, select: Select) -> Self {
+    pub fn new(source: Arc<dyn Source>, mirror: Mirror, config: FollowConfig, interest: Box<dyn Interest>) -> Self {
         let status = SharedStatus::new(source.uri().to_string());
         Self {
             source,
             cache: mirror.cache().clone(),
             mirror,
             config,
-            select,
+            interest,
             status,
             kick: None,
             fresh: BTreeMap::new(),
             failed: BTreeMap::new(),
+            unwanted: BTreeSet::new(),
             missing: BTreeMap::new(),
             looks: 0,
+            settled: false,
         }
     }
 
@@ -171,6 +197,7 @@ impl Follower {
         }
         let settled = self.follow(&look).await;
         self.looks = self.looks.saturating_add(1);
+        self.settled |= settled;
         if settled || self.looks >= PATIENCE {
             self.status.settled();
             mirrored.send_replace(true);
@@ -192,6 +219,7 @@ impl Follower {
     /// Publishes what is new, takes out what is gone. Whether nothing has to settle yet.
     async fn follow(&mut self, look: &Look) -> bool {
         let mut settled = true;
+        self.unwanted.clear();
         for (name, model) in &look.models {
             settled &= self.follow_model(name, model).await;
         }
@@ -218,14 +246,27 @@ impl Follower {
             let result = self.publish_beside(name, &model.beside).await;
             self.note(&key, None, &revision, result.map(|_| ()));
         }
-        // What is never taken leaves the version before it wanted, as one that fails to load does in a folder.
+        // What is never taken leaves the version before it wanted, and so does what fails to load, as in a folder.
         let is_hopeless = |remote: &&RemoteVersion| {
             let failed = self.failed.get(&(name.clone(), remote.version.to_string()));
             failed.is_some_and(|failed| failed.revision == remote.revision && failed.again.is_none())
         };
-        let hopeful = model.versions.iter().filter(|remote| !is_hopeless(remote));
-        let offered: Vec<Version> = hopeful.map(|remote| remote.version.clone()).collect();
-        let mut wanted = (self.select)(&self.mirror.models().join(name.as_str()), name, &offered);
+        let has_failed = |remote: &&RemoteVersion| {
+            let published = self.mirror.manifest(name, &remote.version);
+            published.is_some_and(|manifest| manifest.revision == remote.revision)
+                && self.interest.fate(name, &remote.version) == Fate::Failed
+        };
+        let hopeful: Vec<&RemoteVersion> = model.versions.iter().filter(|remote| !is_hopeless(remote)).collect();
+        let sound: Vec<&RemoteVersion> = hopeful.iter().copied().filter(|remote| !has_failed(remote)).collect();
+        let [hopeful, offered] = [hopeful, sound]
+            .map(|list| list.into_iter().map(|remote| remote.version.clone()).collect::<Vec<Version>>());
+        let folder = self.mirror.models().join(name.as_str());
+        let mut wanted = self.interest.wanted(&folder, name, &offered);
+        if hopeful.len() - offered.len() >= MOST_FAILED {
+            let newest_failed = hopeful.iter().rposition(|version| !offered.contains(version));
+            let place = |version: &Version| hopeful.iter().position(|other| other == version);
+            wanted.retain(|version| place(version) > newest_failed || self.mirror.manifest(name, version).is_some());
+        }
         wanted.extend(model.default.clone());
         for remote in &model.versions {
             let published = self.mirror.manifest(name, &remote.version);
@@ -243,6 +284,8 @@ impl Follower {
                 self.note(&key, Some(&remote.version), &remote.revision, result);
             }
         }
+        let selected = self.interest.wanted(&folder, name, &hopeful);
+        self.note_unwanted(name, model, &wanted, &selected);
         if let Some(version) = &model.default {
             self.point(name, version);
         }
@@ -259,6 +302,29 @@ impl Follower {
             Ok(false) => {}
             Err(error) => tracing::error!(model = %name, %version, %error, "the pointer cannot be moved here"),
         }
+    }
+
+    /// Notes which versions make room: nobody uses them, and all that are wanted are here. Those that were `selected` and
+    /// are not `wanted` have failed; as long as others stand in for them, it is remembered of all that did.
+    fn note_unwanted(&mut self, name: &ModelName, model: &RemoteModel, wanted: &[Version], selected: &[Version]) {
+        let is_here = |version: &Version| self.mirror.manifest(name, version).is_some();
+        // What a pointer has pointed at is what one goes back to.
+        if !self.settled || model.default.is_some() || !wanted.iter().all(is_here) {
+            return;
+        }
+        let stood_in_for = selected.iter().any(|version| !wanted.contains(version));
+        let is_unwanted = |version: &&Version| {
+            !wanted.contains(version)
+                && !selected.contains(version)
+                && is_here(version)
+                && match self.interest.fate(name, version) {
+                    Fate::Idle => true,
+                    Fate::InUse => false,
+                    Fate::Failed => !stood_in_for,
+                }
+        };
+        let unwanted = model.versions.iter().map(|remote| &remote.version).filter(is_unwanted);
+        self.unwanted.extend(unwanted.map(|version| (name.clone(), version.to_string())));
     }
 
     /// Whether it is time to fetch this revision: it has settled, and did not fail a moment ago.
@@ -359,20 +425,25 @@ impl Follower {
         Ok(staged)
     }
 
-    /// Takes out what no look has shown for half an interval.
+    /// Takes out what no look has shown, or nobody wanted, for half an interval.
     fn withdraw(&mut self, look: &Look) -> Result<(), SourceError> {
         let mut missing = Vec::new();
         for (name, versions) in self.mirror.published()? {
             match look.models.get(&name) {
                 None => missing.push((name, None)),
                 Some(model) => {
-                    let gone = versions
+                    let mut gone: Vec<String> = versions
                         .into_keys()
-                        .filter(|version| !model.versions.iter().any(|remote| remote.version.as_str() == version));
-                    missing.extend(gone.map(|version| (name.clone(), Some(version))));
+                        .filter(|version| !model.versions.iter().any(|remote| remote.version.as_str() == version))
+                        .collect();
+                    if model.default.is_some() {
+                        self.spare_pointed_at(&name, &mut gone);
+                    }
+                    missing.extend(gone.into_iter().map(|version| (name.clone(), Some(version))));
                 }
             }
         }
+        missing.extend(self.unwanted.iter().map(|(name, version)| (name.clone(), Some(version.clone()))));
         let now = tokio::time::Instant::now();
         let since = |gone: &(ModelName, Option<String>)| self.missing.get(gone).copied().unwrap_or(now);
         self.missing = missing.into_iter().map(|gone| (gone.clone(), since(&gone))).collect();
@@ -386,9 +457,22 @@ impl Follower {
                     self.mirror.withdraw(name, &version)?;
                 }
             }
-            tracing::info!(model = %gone.0, version = gone.1, "gone from its place, and from here");
+            let unwanted =
+                gone.1.as_ref().is_some_and(|version| self.unwanted.contains(&(gone.0.clone(), version.clone())));
+            let why = if unwanted { "nobody wants it any more" } else { "gone from its place" };
+            tracing::info!(model = %gone.0, version = gone.1, why, "no longer mirrored");
         }
         Ok(())
+    }
+
+    /// Leaves out of `gone` what a pointer that has moved on pointed at: what is in use, and what it pointed at last, which is
+    /// what one goes back to.
+    fn spare_pointed_at(&self, name: &ModelName, gone: &mut Vec<String>) {
+        let parsed = |version: &String| Version::parse(version).ok();
+        let pointer = self.mirror.pointer(name);
+        let last = gone.iter().max_by_key(|version| parsed(version).and_then(|it| pointer.place(&it))).cloned();
+        let in_use = |version: &String| parsed(version).is_some_and(|it| self.interest.fate(name, &it) == Fate::InUse);
+        gone.retain(|version| Some(version) != last.as_ref() && !in_use(version));
     }
 }
 

@@ -20,10 +20,15 @@ use percent_encoding::percent_decode_str;
 use tokio_stream::StreamExt;
 
 use super::{ByteStream, Look, RemoteFile, RemoteVersion, Scheme, Source, SourceError, SourceUri, layout::Layout};
-use crate::{error::abridge, id::ModelName};
+use crate::{
+    error::{abridge, shorten},
+    id::ModelName,
+};
 
 /// Objects below the prefix that a look reads, at 1000 to a call; more is taken for another bucket than was meant.
 const MAX_OBJECTS: usize = 100_000;
+/// Folders in folders, of web servers; more are taken for a link that leads back to where it is.
+const MAX_DEPTH: usize = 32;
 /// How long a request may take: a part of a file over a connection of 30 KB/s.
 const TIMEOUT: &str = "10 minutes";
 const CONNECT_TIMEOUT: &str = "5 seconds";
@@ -133,7 +138,13 @@ impl Bucket {
         }
         // Many web servers list one folder at a time, and no more.
         let (mut folders, mut seen) = (vec![self.prefix.clone()], 0);
+        let depth = |folder: &Path| folder.parts().count() - self.prefix.parts().count();
         while let Some(folder) = folders.pop() {
+            if depth(&folder) > MAX_DEPTH {
+                let reason =
+                    format!("folders lie more than {MAX_DEPTH} deep in each other: {}", shorten(folder.as_ref()));
+                return Err(SourceError::Senseless { place: self.uri.to_string(), reason });
+            }
             let listed = self.store.list_with_delimiter(Some(&folder)).await.map_err(failed)?;
             let inside = |other: &Path| other.prefix_match(&folder).is_some_and(|mut parts| parts.next().is_some());
             folders.extend(listed.common_prefixes.into_iter().filter(inside));
@@ -282,6 +293,24 @@ mod tests {
         let left: Vec<String> = without_folders(files).into_iter().map(|file| file.path).collect();
         assert_eq!(left, ["iris/1/model.onnx", "iris/1/empty"]);
         assert_eq!(without_folders(vec![file("a", 1), file("a/b", 1)]).len(), 2);
+    }
+
+    #[tokio::test]
+    async fn folders_of_a_web_server_have_an_end() {
+        let uri = SourceUri::parse("http://host/models").unwrap();
+        let bucket = |depth: usize| {
+            let store = object_store::memory::InMemory::new();
+            let (inside, uri) = (format!("models/{}model.onnx", "a/".repeat(depth)), uri.clone());
+            async move {
+                store.put_opts(&Path::from(inside), "x".into(), object_store::PutOptions::default()).await.unwrap();
+                let bucket =
+                    Bucket { uri, store: Box::new(store), prefix: Path::from("models"), seen: Mutex::default() };
+                bucket.objects().await
+            }
+        };
+        assert_eq!(bucket(MAX_DEPTH).await.unwrap().len(), 1);
+        let error = bucket(MAX_DEPTH + 1).await.unwrap_err().to_string();
+        assert!(error.contains("makes no sense: folders lie more than 32 deep in each other: models/a/a/"), "{error}");
     }
 
     #[test]

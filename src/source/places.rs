@@ -16,7 +16,7 @@ use super::{
         Cache,
         mirror::{self, Mirror},
     },
-    follow::{FollowConfig, Followed, Follower, Select, SharedStatus},
+    follow::{FollowConfig, Followed, Follower, Interest, SharedStatus},
 };
 use crate::id::ModelName;
 
@@ -88,7 +88,7 @@ impl Places {
         self,
         cache: Arc<Cache>,
         config: FollowConfig,
-        select: impl Fn() -> Select,
+        interest: impl Fn() -> Box<dyn Interest>,
         followed: Followed,
         kick: mpsc::Sender<()>,
         cancel: CancellationToken,
@@ -127,7 +127,7 @@ impl Places {
                 let task = match opened {
                     Ok((source, mirror)) => {
                         tracing::info!(model = %name, source = %uri, "is followed");
-                        let follower = Follower::new(source, mirror, config.clone(), select())
+                        let follower = Follower::new(source, mirror, config.clone(), interest())
                             .with_status(status)
                             .telling(kick.clone());
                         tokio::spawn(follower.run(token.clone(), watch::Sender::new(false)))

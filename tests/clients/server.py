@@ -20,16 +20,20 @@ ADDRESS = re.compile(r"^\s*(REST|gRPC|ops)\b\D*([\d.]+:\d+)", re.MULTILINE)
 
 
 class Server:
-    """One process. `rest`, `grpc` and `ops` are its addresses, as `host:port`."""
+    """One process. `rest`, `grpc` and `ops` are its addresses, as `host:port`.
 
-    def __init__(self, models, home, config="", flags=(), host="127.0.0.1"):
+    It is ready, unless nobody wants to wait for that.
+    """
+
+    def __init__(self, models, home, config="", flags=(), host="127.0.0.1", wait=True):
         home.mkdir(parents=True, exist_ok=True)
         self.home = home
         self.process = launch(serve_command(models, home, config, flags, host), home)
         try:
             addresses = eventually(self.printed_addresses, START_TIMEOUT)
             self.rest, self.grpc, self.ops = (addresses[port] for port in PORTS.values())
-            eventually(self.is_ready, START_TIMEOUT)
+            if wait:
+                eventually(self.is_ready, START_TIMEOUT)
         except AssertionError as error:
             self.kill()
             raise AssertionError(

@@ -26,7 +26,7 @@ PART = 16 << 20
 class Bucket:
     """moto's S3 on a port of its own, and what the tests do to it on the way."""
 
-    def __init__(self):
+    def __init__(self, port=0):
         application = DomainDispatcherApplication(create_backend_app)
         self.before = lambda path: None
         self.spoiled = set()
@@ -42,7 +42,7 @@ class Bucket:
                 return (piece[: len(piece) // 2] for piece in body)
             return body
 
-        self.server = make_server("127.0.0.1", 0, on_the_way, threaded=True)
+        self.server = make_server("127.0.0.1", port, on_the_way, threaded=True)
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
         self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
         self.thread.start()
@@ -129,6 +129,65 @@ def test_a_prefix_may_be_a_single_model(bucket, serve):
     assert json.loads(call(server.rest, "GET", "/v2/models/plus").body)["versions"] == ["7"]
 
 
+def test_without_its_models_a_server_waits_and_says_so(bucket, serve):
+    bucket.put("plus/1/model.onnx", plus(1))
+    bucket.close()
+    # Somebody who looks often, and does not give up.
+    config = CONFIG + 'max_interval = "1s"\n'
+    server = serve("s3://models", config=config, flags=["--model-control", "explicit"], wait=False)
+
+    def away():
+        (status,) = json.loads(call(server.ops, "GET", "/admin/v1/sources").body)
+        return status if status["failures"] > 1 else None
+
+    status = eventually(away, SOON)
+    assert status["answered"] is None and status["away_since"] and status["given_up"] is None
+    assert "s3://models does not answer" in status["error"]
+    assert "s3://models is out of reach since 20" in listed(server)
+    assert not server.is_ready()
+    for order in ("load", "unload"):
+        refused = call(server.rest, "POST", f"/v2/repository/models/plus/{order}", {})
+        assert refused.status == 503
+        assert "models are still being mirrored from s3://models" in refused.json()["error"]
+    assert not server.is_ready()
+
+    again = Bucket(int(bucket.endpoint.rsplit(":", 1)[1]))
+    try:
+        eventually(server.is_ready, SOON)
+        loaded = call(server.rest, "POST", "/v2/repository/models/plus/load", {})
+        assert loaded.status == 200, loaded.body
+        assert answers(server) == 2
+        assert server.stop() == 0
+    finally:
+        again.close()
+
+
+def test_versions_that_nobody_wants_make_room(bucket, serve):
+    bucket.put("plus/1/model.onnx", plus(1))
+    server = serve("s3://models", config=CONFIG, flags=["--cache", "cache"])
+    bucket.put("plus/2/model.onnx", plus(10))
+    eventually(lambda: answers(server) == 11, SOON)
+
+    def kept():
+        done = run("cache", "ls", "--cache", "cache", "--json", home=server.home)
+        assert done.returncode == 0, done.stderr
+        return {version for file in json.loads(done.stdout) for version in file["versions"]}
+
+    eventually(lambda: kept() == {"plus/2"}, SOON)
+    # What cannot be loaded leaves the one before it; it is there still, and does not come anew.
+    reads = len(bucket.reads)
+    bucket.put("plus/3/model.onnx", b"no model at all")
+    eventually(lambda: log_has(server, "loading failed"), SOON)
+    assert answers(server) == 11
+    assert server.stop() == 0
+
+    # Started anew with another cache, the one before it is fetched.
+    server = serve("s3://models", name="other", config=CONFIG, flags=["--cache", "cache"])
+    eventually(lambda: answers(server) == 11, SOON)
+    assert len(bucket.reads) > reads
+    assert kept() == {"plus/2", "plus/3"}
+
+
 def test_a_restart_without_the_bucket_serves_from_the_cache(bucket, serve):
     bucket.put("plus/1/model.onnx", plus(1))
     cache = ["--cache", "cache"]
@@ -206,6 +265,13 @@ def test_the_cache_is_listed_checked_and_emptied(bucket, serve):
     spoiled.write_bytes(spoiled.read_bytes()[::-1])
     (broken,) = cache("verify", expected=2)["broken"]
     assert broken["versions"] == ["plus/1"] and kept["plus/1"]["digest"] in broken["error"]
+
+    repair = run("cache", "verify", "--repair", "--cache", "cache", home=server.home)
+    assert repair.returncode == 2 and "1 broken" in repair.stdout, repair.stderr
+    assert cache("verify")["broken"] == []
+    server = serve("s3://models", config=CONFIG, flags=["--cache", "cache"])
+    eventually(lambda: answers(server) == 2, SOON)
+    assert cache("verify")["broken"] == []
 
 
 def test_bytes_that_change_between_list_and_read_are_refused(bucket, serve):

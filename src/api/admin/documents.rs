@@ -109,6 +109,8 @@ pub struct SourceStatus {
     pub error: Option<String>,
     /// Looks in a row that failed.
     pub failures: u32,
+    /// Why it is followed no longer, until the server is started anew; null as long as it is.
+    pub given_up: Option<String>,
     pub fetching: Vec<FetchingStatus>,
     /// What could not be mirrored when that was tried last.
     pub problems: Vec<SourceProblem>,

@@ -34,6 +34,7 @@ impl From<Status> for SourceStatus {
             away_since,
             error,
             failures: status.failures,
+            given_up: status.given_up,
             fetching: fetching.collect(),
             problems: problems.collect(),
         }

@@ -7,9 +7,10 @@ use std::{
     io::{self, Read},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
-use super::{Cache, is_unused};
+use super::{Cache, is_unused, mirror};
 use crate::source::{Digest, RemoteFile, Source, SourceError, digest::Hasher};
 
 /// A content, or what is there of one that is being fetched.
@@ -53,9 +54,14 @@ pub fn list(root: &Path) -> Result<Vec<Kept>, SourceError> {
 /// # Errors
 /// `Corrupt` when it is not; `Disk` when it cannot be read.
 pub fn verify(kept: &Kept) -> Result<(), SourceError> {
-    let disk = |error: io::Error| SourceError::disk(&kept.path, &error);
-    let mut hasher = Hasher::new(kept.digest, kept.size);
-    let mut file = File::open(&kept.path).map_err(disk)?;
+    check(&kept.path, kept.digest, kept.size)
+}
+
+/// Reads the file at `path`, and whether its content is the one that `digest` says.
+pub(super) fn check(path: &Path, digest: Option<Digest>, size: u64) -> Result<(), SourceError> {
+    let disk = |error: io::Error| SourceError::disk(path, &error);
+    let mut hasher = Hasher::new(digest, size);
+    let mut file = File::open(path).map_err(disk)?;
     let mut buffer = vec![0; 256 << 10];
     loop {
         match file.read(&mut buffer).map_err(disk)? {
@@ -63,7 +69,7 @@ pub fn verify(kept: &Kept) -> Result<(), SourceError> {
             read => hasher.update(&buffer[..read]),
         }
     }
-    hasher.finish(&kept.path.display().to_string()).map(|_| ())
+    hasher.finish(&path.display().to_string()).map(|_| ())
 }
 
 impl Cache {
@@ -99,7 +105,22 @@ impl Cache {
     /// When the disk fails.
     pub fn prune(&self) -> Result<u64, SourceError> {
         let _linking = self.linking.lock();
-        self.evict(list(&self.root)?, u64::MAX)
+        let freed = self.evict(list(&self.root)?, u64::MAX)?;
+        self.forget_names()?;
+        Ok(freed)
+    }
+
+    /// Removes a content that is not what its name says, and the versions that use it, so that the next server fetches
+    /// them anew.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub fn discard(self: &Arc<Self>, broken: &Kept) -> Result<(), SourceError> {
+        if let Some(digest) = broken.digest {
+            mirror::withdraw_users(self, &digest.hex())?;
+        }
+        fs::remove_file(&broken.path).map_err(|error| SourceError::disk(&broken.path, &error))?;
+        self.forget_names()
     }
 
     /// Removes contents that no version uses until `bytes` are free, and returns how many are.

@@ -29,6 +29,8 @@ use crate::source::{Digest, RemoteFile, Source, SourceError, digest};
 const SILENCE: Duration = Duration::from_secs(30);
 /// Tries in a row of which none brings a byte.
 const TRIES: u32 = 3;
+/// Tries for one part, however much each of them brings: nobody is asked for a part byte by byte.
+const MOST_TRIES: u32 = 64;
 /// The pause before the second of them; twice as long before the next.
 const PAUSE: Duration = Duration::from_millis(250);
 
@@ -177,8 +179,9 @@ impl Part {
         let permit = self.cache.connections.acquire().await;
         let _permit = permit.map_err(|error| SourceError::Disk { what: "cache".into(), reason: error.to_string() })?;
         let mut position = range.start;
-        let mut failed = 0;
+        let (mut failed, mut tries) = (0, 0);
         loop {
+            tries += 1;
             let before = position;
             let result = self.read(&mut position, range.end).await;
             failed = if position > before { 1 } else { failed + 1 };
@@ -186,7 +189,7 @@ impl Part {
                 // A connection that breaks when every byte has come has done its work.
                 Err(SourceError::Unavailable { .. }) if position == range.end => return Ok(()),
                 Err(SourceError::Unavailable { .. } | SourceError::Corrupt { .. })
-                    if failed < TRIES && position < range.end =>
+                    if failed < TRIES && tries < MOST_TRIES && position < range.end =>
                 {
                     sleep(PAUSE * (1 << (failed - 1))).await;
                 }
@@ -218,5 +221,30 @@ impl Part {
             return Err(wrong(format!("it ends after {position} of {} bytes", self.file.size)));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::cache::{CacheConfig, tests::Shelf};
+
+    #[tokio::test(start_paused = true)]
+    async fn a_part_that_comes_byte_by_byte_is_given_up() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("part");
+        let shelf = Shelf::new();
+        let part = Part {
+            cache: Arc::new(Cache::open(root.path(), &CacheConfig::default()).unwrap()),
+            source: shelf.clone(),
+            file: shelf.put("model.onnx", &[7; 100]),
+            into: File::create(&path).unwrap(),
+            path,
+            fetched: Arc::default(),
+        };
+        *shelf.breaks.lock() = vec![1; 100];
+        let error = part.fetch(0..100).await.unwrap_err();
+        assert!(matches!(error, SourceError::Unavailable { .. }), "{error}");
+        assert_eq!(shelf.reads.load(Ordering::Relaxed), MOST_TRIES as usize);
     }
 }

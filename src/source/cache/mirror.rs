@@ -182,7 +182,16 @@ impl Mirror {
         let before: Beside = read(&path).unwrap_or_default();
         let files = stored(&staged.files);
         let now = Beside { revision: revision.to_owned(), files };
-        if before.files == now.files {
+        let is_inside = |name: &&String| {
+            let first = name.split_once('/').and_then(|(first, _)| Version::parse(first).ok());
+            first.is_some_and(|version| version.number().is_some())
+        };
+        if let Some(name) = now.files.keys().find(is_inside) {
+            let reason = "it lies within a version and is not of it".to_owned();
+            return Err(SourceError::Refused { file: name.clone(), reason });
+        }
+        // A list without a revision is of files that may be there.
+        if before.files == now.files && !before.revision.is_empty() {
             self.write(&path, &now)?;
             return Ok(false);
         }
@@ -191,21 +200,17 @@ impl Mirror {
         meanwhile.files.extend(now.files.clone());
         self.write(&path, &meanwhile)?;
         let folder = self.models().join(model.as_str());
+        // First what goes: where a file was there may be a folder now, and the other way round.
+        for name in meanwhile.files.keys().filter(|name| !now.files.contains_key(*name)) {
+            remove_below(&folder, name).map_err(|error| SourceError::disk(&folder.join(name), &error))?;
+        }
         for name in staged.files.keys() {
-            let first = name.split('/').next().unwrap_or_default();
-            if name.contains('/') && Version::parse(first).is_ok_and(|version| version.number().is_some()) {
-                let reason = "it lies within a version and is not of it".to_owned();
-                return Err(SourceError::Refused { file: name.clone(), reason });
-            }
             let (from, to) = (staged.folder.path().join(name), folder.join(name));
             let placed = || -> io::Result<()> {
                 fs::create_dir_all(to.parent().unwrap_or(&folder))?;
                 fs::rename(&from, &to)
             };
             placed().map_err(|error| SourceError::disk(&to, &error))?;
-        }
-        for name in meanwhile.files.keys().filter(|name| !now.files.contains_key(*name)) {
-            remove(&folder.join(name))?;
         }
         self.write(&path, &now)?;
         Ok(true)
@@ -330,6 +335,31 @@ pub fn users(root: &Path) -> Result<BTreeMap<String, Vec<String>>, SourceError> 
     Ok(users)
 }
 
+/// Takes the versions out, and the files beside versions, that have the content of this SHA-256 in hexadecimal, in every
+/// mirror of the cache.
+pub(super) fn withdraw_users(cache: &Arc<Cache>, sha256: &str) -> Result<(), SourceError> {
+    for (_, root) in folders(&cache.root.join("mirrors"))? {
+        let mirror = Mirror { cache: cache.clone(), root };
+        for (model, versions) in mirror.published()? {
+            for (version, manifest) in versions {
+                if let Ok(version) = Version::parse(&version)
+                    && manifest.files.values().any(|stored| stored.sha256 == sha256)
+                {
+                    mirror.withdraw(&model, &version)?;
+                }
+            }
+            let path = mirror.beside_path(&model);
+            let Some(beside) = read::<Beside>(&path) else { continue };
+            let folder = mirror.models().join(model.as_str());
+            for (name, _) in beside.files.iter().filter(|(_, stored)| stored.sha256 == sha256) {
+                mirror.write(&path, &Beside { revision: String::new(), files: beside.files.clone() })?;
+                remove_below(&folder, name).map_err(|error| SourceError::disk(&folder.join(name), &error))?;
+            }
+        }
+    }
+    Ok(())
+}
+
 impl Staged {
     /// Adds a content as the file `path`.
     ///
@@ -428,6 +458,23 @@ fn read<T: for<'de> Deserialize<'de>>(path: &Path) -> Option<T> {
 
 fn remove(path: &Path) -> Result<(), SourceError> {
     fs::remove_file(path).or_else(absent).map_err(|error| SourceError::disk(path, &error))
+}
+
+/// Removes the file `name` below `folder`, which may be none by now, and the folders that nothing is left in.
+fn remove_below(folder: &Path, name: &str) -> io::Result<()> {
+    match fs::remove_file(folder.join(name)) {
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotADirectory | io::ErrorKind::IsADirectory) => {
+            return Ok(());
+        }
+        result => result.or_else(absent)?,
+    }
+    for (end, _) in name.rmatch_indices('/') {
+        // What still holds something stays.
+        if fs::remove_dir(folder.join(&name[..end])).is_err() {
+            break;
+        }
+    }
+    Ok(())
 }
 
 fn absent(error: io::Error) -> io::Result<()> {

@@ -417,7 +417,42 @@ async fn files_beside_versions_come_change_and_go() {
     assert!(!mirror.models().join("m/warmup/1.json").exists());
     let error = beside("d", &[("1/model.onnx", b"x")]).await.unwrap_err();
     assert!(error.to_string().contains("it lies within a version"), "{error}");
+    let error = beside("d", &[("0/x", b"x"), ("model.toml", b"x = 3")]).await.unwrap_err();
+    assert!(error.to_string().contains("file '0/x' is refused"), "{error}");
+    // What is refused is refused before anything is touched.
+    assert_eq!(mirror.beside_revision(&model).as_deref(), Some("c"));
+    assert_eq!(fs::read(mirror.models().join("m/model.toml")).unwrap(), b"x = 2");
+
+    // A file becomes a folder, and is one again.
+    assert!(beside("e", &[("labels", b"a")]).await.unwrap());
+    assert!(beside("f", &[("labels/all/a.txt", b"a"), ("labels/b.txt", b"b")]).await.unwrap());
+    assert_eq!(fs::read(mirror.models().join("m/labels/all/a.txt")).unwrap(), b"a");
+    assert!(beside("g", &[("labels", b"a")]).await.unwrap());
+    assert_eq!(fs::read(mirror.models().join("m/labels")).unwrap(), b"a");
+    assert_eq!(mirror.beside_revision(&model).as_deref(), Some("g"));
+}
+
+#[tokio::test]
+async fn files_beside_versions_that_did_not_all_arrive_are_placed_once_more() {
+    let fixture = Fixture::new();
+    let mirror = Mirror::open(fixture.cache.clone(), "shelf").unwrap();
+    let model = ModelName::parse("m").unwrap();
+    let folder = mirror.models().join("m");
+    // A folder that is in the way: nothing can be put in its place.
+    fs::create_dir_all(folder.join("model.toml/in the way")).unwrap();
+    let beside = async || {
+        let mut staged = mirror.stage().unwrap();
+        for (path, text) in [("labels.txt", b"a"), ("model.toml", b"#")] {
+            staged.add(path, &fixture.fetch(&fixture.shelf.put(path, text)).await.unwrap()).unwrap();
+        }
+        mirror.publish_beside(&model, &staged, "a")
+    };
+    assert!(matches!(beside().await.unwrap_err(), SourceError::Disk { .. }));
     assert_eq!(mirror.beside_revision(&model).as_deref(), Some(""));
+    fs::remove_dir_all(folder.join("model.toml")).unwrap();
+    assert!(beside().await.unwrap());
+    assert_eq!(fs::read(folder.join("model.toml")).unwrap(), b"#");
+    assert_eq!(mirror.beside_revision(&model).as_deref(), Some("a"));
 }
 
 #[tokio::test]
@@ -454,6 +489,83 @@ async fn a_content_that_rots_is_found() {
     fs::write(&path, b"rotten").unwrap();
     let error = evict::verify(&fixture.blobs()[0]).unwrap_err();
     assert!(error.to_string().contains("expected sha256:"), "{error}");
+}
+
+/// Writes over a content where it lies, as a disk that fails does.
+fn spoil(cache: &Cache, blob: &Blob, bytes: &[u8]) {
+    let path = cache.blob_path(&blob.sha256);
+    fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
+    fs::write(&path, bytes).unwrap();
+}
+
+#[tokio::test]
+async fn a_damaged_content_makes_way_for_one_that_is_fetched() {
+    let fixture = Fixture::new();
+    let file = fixture.shelf.put("model.onnx", TEXT);
+    let blob = fixture.fetch(&file).await.unwrap();
+    let path = fixture.cache.blob_path(&blob.sha256);
+    // Of another length it is not taken for the content at all; of the same, another fetch finds out.
+    let reversed: Vec<u8> = TEXT.iter().rev().copied().collect();
+    for (damage, pin) in [(&b"rotten"[..], "v1"), (&reversed, "v2")] {
+        spoil(&fixture.cache, &blob, damage);
+        fixture.fetch(&RemoteFile { pin: Some(pin.into()), ..file.clone() }).await.unwrap();
+        assert_eq!(fs::read(&path).unwrap(), TEXT);
+        evict::verify(&fixture.blobs()[0]).unwrap();
+    }
+    // One that is whole stays, with the links to it.
+    let before = fs::metadata(&path).unwrap().ino();
+    fixture.fetch(&RemoteFile { pin: Some("v3".into()), ..file }).await.unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().ino(), before);
+    assert_eq!(fixture.partial(), 0);
+}
+
+#[tokio::test]
+async fn what_is_discarded_is_fetched_and_published_anew() {
+    let fixture = Fixture::new();
+    let mirror = Mirror::open(fixture.cache.clone(), "shelf").unwrap();
+    let (model, one) = (ModelName::parse("m").unwrap(), Version::parse("1").unwrap());
+    publish(&fixture, &mirror, "1", &[("model.onnx", TEXT), ("data", b"1234")]).await;
+    publish(&fixture, &mirror, "2", &[("model.onnx", b"other")]).await;
+    let settings = async || {
+        let blob = fixture.fetch(&fixture.shelf.put("labels.txt", TEXT)).await.unwrap();
+        let mut staged = mirror.stage().unwrap();
+        staged.add("labels.txt", &blob).unwrap();
+        mirror.publish_beside(&model, &staged, "a").unwrap()
+    };
+    assert!(settings().await);
+
+    let broken = fixture.blobs().into_iter().find(|kept| kept.digest == Some(sha256(TEXT))).unwrap();
+    fixture.cache.discard(&broken).unwrap();
+    assert_eq!((mirror.manifest(&model, &one), mirror.models().join("m/1").exists()), (None, false));
+    assert_eq!(mirror.published().unwrap()[&model].len(), 1);
+    assert_eq!(mirror.beside_revision(&model).as_deref(), Some(""));
+    assert!(!mirror.models().join("m/labels.txt").exists());
+    assert_eq!(fixture.blobs().len(), 2);
+
+    publish(&fixture, &mirror, "1", &[("model.onnx", TEXT), ("data", b"1234")]).await;
+    assert!(settings().await);
+    assert_eq!(fs::read(mirror.models().join("m/1/model.onnx")).unwrap(), TEXT);
+    assert_eq!(fs::read(mirror.models().join("m/labels.txt")).unwrap(), TEXT);
+}
+
+#[tokio::test]
+async fn names_go_with_what_they_name() {
+    let fixture = Fixture::new();
+    for text in [&b"one"[..], b"three"] {
+        let file = RemoteFile { likeness: Some("alike".into()), ..fixture.shelf.put("model.onnx", text) };
+        fixture.fetch(&file).await.unwrap();
+    }
+    let names = |root: &Path| fs::read_dir(root.join("names")).unwrap().count();
+    assert!(names(fixture.root.path()) >= 2);
+    fs::write(fixture.root.path().join("names/scribble"), b"\xff").unwrap();
+    let kept = fixture.blobs();
+    fs::remove_file(&kept[0].path).unwrap();
+    let before = names(fixture.root.path());
+    let fixture = fixture.restart(1 << 20).await;
+    let left = names(fixture.root.path());
+    assert!(left > 0 && left < before, "{left} of {before}");
+    assert_eq!(fixture.cache.prune().unwrap(), kept[1].size);
+    assert_eq!(names(fixture.root.path()), 0);
 }
 
 #[test]

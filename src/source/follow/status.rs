@@ -30,6 +30,8 @@ pub struct Status {
     pub failures: u32,
     /// Whether all was tried once that there was to mirror.
     pub settled: bool,
+    /// Why it is followed no longer, though nobody has stopped it.
+    pub given_up: Option<String>,
     /// What the pointer of each model points at, for places that have one.
     pub defaults: BTreeMap<ModelName, Version>,
     /// What is being fetched; `None` stands for the files beside the versions.
@@ -82,6 +84,11 @@ impl Followed {
         self.0.lock().iter().map(SharedStatus::read).collect()
     }
 
+    /// None of them is followed any longer.
+    pub fn give_up(&self, reason: &str) {
+        self.0.lock().iter().for_each(|one| one.give_up(reason.to_owned()));
+    }
+
     /// Has those look at once whose place somebody knows to have changed; how many there are.
     pub fn wake(&self, is_meant: impl Fn(&Status) -> bool) -> usize {
         let followed = self.0.lock();
@@ -130,6 +137,13 @@ impl SharedStatus {
         status.away = Some((since, error.to_string()));
         status.failures = status.failures.saturating_add(1);
         status.failures
+    }
+
+    /// It is followed no longer.
+    pub fn give_up(&self, reason: String) {
+        let mut status = self.status.lock();
+        status.fetching.clear();
+        status.given_up = Some(reason);
     }
 
     pub(super) fn fetching(&self, name: &ModelName, version: Option<&Version>, total: u64, counted: Arc<AtomicU64>) {

@@ -2,11 +2,30 @@
 
 use std::fs;
 
+use parking_lot::Mutex;
 use tempfile::TempDir;
 use tokio::time::timeout;
 
 use super::*;
 use crate::source::cache::tests::{Shelf, cache};
+
+/// Wants the newest version of each model.
+#[derive(Clone, Default)]
+struct Newest {
+    /// What becomes of the versions of `m`; all others are in use.
+    fates: Arc<Mutex<BTreeMap<String, Fate>>>,
+}
+
+impl Interest for Newest {
+    fn wanted(&self, _: &Path, _: &ModelName, offered: &[Version]) -> Vec<Version> {
+        offered.iter().rev().take(1).cloned().collect()
+    }
+
+    fn fate(&self, model: &ModelName, version: &Version) -> Fate {
+        let fate = self.fates.lock().get(version.as_str()).copied().filter(|_| *model == name());
+        fate.unwrap_or(Fate::InUse)
+    }
+}
 
 struct Fixture {
     shelf: Arc<Shelf>,
@@ -14,19 +33,25 @@ struct Fixture {
     follower: Option<Follower>,
     models: std::path::PathBuf,
     status: SharedStatus,
+    newest: Newest,
 }
 
 impl Fixture {
     fn new(max_bytes: u64) -> Self {
         let root = tempfile::tempdir().unwrap();
         let shelf = Shelf::new();
-        let latest: Select = Box::new(|_, _, offered| offered.iter().rev().take(1).cloned().collect());
+        let newest = Newest::default();
         let source: Arc<dyn Source> = shelf.clone();
         let cache = cache(root.path(), max_bytes);
         let mirror = Mirror::open(cache, "shelf").unwrap();
-        let follower = Follower::new(source, mirror, FollowConfig::default(), latest);
+        let follower = Follower::new(source, mirror, FollowConfig::default(), Box::new(newest.clone()));
         let (models, status) = (follower.mirror().models(), follower.status());
-        Self { shelf, root, follower: Some(follower), models, status }
+        Self { shelf, root, follower: Some(follower), models, status, newest }
+    }
+
+    /// From now on, this becomes of a version of `m`.
+    fn fate(&self, version: &str, fate: Fate) {
+        self.newest.fates.lock().insert(version.to_owned(), fate);
     }
 
     /// One look and what follows; whether everything that there is to mirror was tried.
@@ -52,6 +77,11 @@ impl Fixture {
         walk(&self.models, &self.models, &mut found);
         found.sort();
         found
+    }
+
+    /// What failed is tried at the next look.
+    fn failures_are_over(&mut self) {
+        self.follower.as_mut().unwrap().failed.clear();
     }
 
     fn problem(&self, version: &str) -> String {
@@ -137,6 +167,127 @@ async fn what_the_pointer_points_at_is_mirrored_whatever_is_newest() {
     shelf.change(|models| models.get_mut(&name()).unwrap().default = Version::parse("2").ok());
     fixture.round().await;
     assert_eq!(pointed(&fixture), "2");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_pointer_has_pointed_at_stays_while_it_is_used_and_the_last_of_it_beyond() {
+    let mut fixture = Fixture::new(1 << 20);
+    let shelf = fixture.shelf.clone();
+    // A place that shows nothing but what its pointer points at.
+    for version in ["10", "9", "11", "12"] {
+        shelf.change(|models| models.clear());
+        shelf.version("m", version, vec![shelf.put("model.onnx", version.as_bytes())]);
+        shelf.change(|models| models.get_mut(&name()).unwrap().default = Version::parse(version).ok());
+        fixture.round().await;
+        fixture.round().await;
+    }
+    assert_eq!(fixture.published()[1..], ["m/10/model.onnx", "m/11/model.onnx", "m/12/model.onnx", "m/9/model.onnx"]);
+    for version in ["10", "9", "11", "12"] {
+        fixture.fate(version, Fate::Idle);
+    }
+    fixture.round().await;
+    fixture.round().await;
+    assert_eq!(fixture.published(), ["m/.pointer", "m/11/model.onnx", "m/12/model.onnx"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_nobody_wants_or_uses_any_more_makes_room() {
+    let mut fixture = Fixture::new(100);
+    let shelf = fixture.shelf.clone();
+    shelf.version("m", "1", vec![shelf.put("model.onnx", &[1; 40])]);
+    fixture.round().await;
+    shelf.version("m", "2", vec![shelf.put("model.onnx", &[2; 40])]);
+    fixture.round().await;
+    fixture.round().await;
+    assert_eq!(fixture.published(), ["m/1/model.onnx", "m/2/model.onnx"]);
+
+    // It is out of use for good, not between two looks.
+    fixture.fate("1", Fate::Idle);
+    fixture.round().await;
+    assert_eq!(fixture.published(), ["m/1/model.onnx", "m/2/model.onnx"]);
+    fixture.fate("1", Fate::InUse);
+    fixture.round().await;
+    fixture.fate("1", Fate::Idle);
+    fixture.round().await;
+    assert_eq!(fixture.published(), ["m/1/model.onnx", "m/2/model.onnx"]);
+    fixture.round().await;
+    assert_eq!(fixture.published(), ["m/2/model.onnx"]);
+
+    // What is wanted stays, used or not, and so does what was there before it until it has come.
+    fixture.fate("2", Fate::Idle);
+    let third = shelf.put("model.onnx", &[3; 40]);
+    shelf.version("m", "3", vec![RemoteFile { digest: Some(crate::source::Digest::Sha256([7; 32])), ..third.clone() }]);
+    for _ in 0..3 {
+        fixture.round().await;
+    }
+    assert_eq!(fixture.published(), ["m/2/model.onnx"]);
+    fixture.failures_are_over();
+    shelf.version("m", "3", vec![third]);
+    fixture.round().await;
+    fixture.round().await;
+    assert_eq!(fixture.published(), ["m/3/model.onnx"]);
+    // Its bytes are what the next version's may take the place of.
+    let reads = shelf.reads.load(Ordering::Relaxed);
+    shelf.change(|models| models.get_mut(&name()).unwrap().versions.retain(|one| one.version.as_str() == "2"));
+    fixture.round().await;
+    assert!(fixture.published().contains(&"m/2/model.onnx".to_owned()));
+    assert_eq!(shelf.reads.load(Ordering::Relaxed), reads);
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_makes_room_before_a_look_has_settled() {
+    let mut fixture = Fixture::new(1 << 20);
+    let shelf = fixture.shelf.clone();
+    shelf.version("m", "1", vec![shelf.put("model.onnx", b"one")]);
+    fixture.round().await;
+    shelf.version("m", "2", vec![shelf.put("model.onnx", b"two")]);
+    fixture.round().await;
+    fixture.fate("1", Fate::Idle);
+    fixture.follower.as_mut().unwrap().settled = false;
+    // The first of these settles, and only those that follow may count.
+    fixture.round().await;
+    assert!(fixture.follower.as_ref().unwrap().unwanted.is_empty());
+    fixture.round().await;
+    fixture.round().await;
+    assert_eq!(fixture.published(), ["m/2/model.onnx"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn for_a_version_that_fails_to_load_the_one_before_it_is_mirrored() {
+    let mut fixture = Fixture::new(1 << 20);
+    let shelf = fixture.shelf.clone();
+    for version in ["1", "2", "3", "4", "5"] {
+        shelf.version("m", version, vec![shelf.put("model.onnx", version.as_bytes())]);
+        fixture.fate(version, Fate::Idle);
+    }
+    fixture.round().await;
+    assert_eq!(fixture.published(), ["m/5/model.onnx"]);
+    fixture.fate("5", Fate::Failed);
+    for _ in 0..4 {
+        fixture.round().await;
+    }
+    assert_eq!(fixture.published(), ["m/4/model.onnx", "m/5/model.onnx"]);
+
+    // When all of them fail, it is something else, and not everything there ever was is fetched for it.
+    for version in ["1", "2", "3", "4"] {
+        fixture.fate(version, Fate::Failed);
+    }
+    for _ in 0..8 {
+        fixture.round().await;
+    }
+    assert_eq!(fixture.published(), ["m/3/model.onnx", "m/4/model.onnx", "m/5/model.onnx"]);
+
+    // Other bytes may do.
+    shelf.version("m", "4", vec![shelf.put("model.onnx", b"better")]);
+    fixture.round().await;
+    fixture.fate("4", Fate::InUse);
+    assert_eq!(fs::read(fixture.models.join("m/4/model.onnx")).unwrap(), b"better");
+    // A newer one is fetched all the same, and nobody has to stand in for what failed.
+    shelf.version("m", "6", vec![shelf.put("model.onnx", b"six")]);
+    for _ in 0..3 {
+        fixture.round().await;
+    }
+    assert_eq!(fixture.published(), ["m/4/model.onnx", "m/6/model.onnx"]);
 }
 
 #[tokio::test(start_paused = true)]
