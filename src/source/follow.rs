@@ -443,6 +443,10 @@ impl Follower {
                 }
             }
         }
+        // Much may have been fetched since they were noted.
+        self.unwanted.retain(|(name, version)| {
+            Version::parse(version).is_ok_and(|version| self.interest.fate(name, &version) != Fate::InUse)
+        });
         missing.extend(self.unwanted.iter().map(|(name, version)| (name.clone(), Some(version.clone()))));
         let now = tokio::time::Instant::now();
         let since = |gone: &(ModelName, Option<String>)| self.missing.get(gone).copied().unwrap_or(now);

@@ -253,6 +253,25 @@ async fn nothing_makes_room_before_a_look_has_settled() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_is_used_again_while_others_are_fetched_stays() {
+    let mut fixture = Fixture::new(1 << 20);
+    let shelf = fixture.shelf.clone();
+    shelf.version("m", "1", vec![shelf.put("model.onnx", b"one")]);
+    fixture.round().await;
+    let look = shelf.look.lock().clone().unwrap();
+    for (fate, left) in [(Fate::InUse, 1), (Fate::Idle, 0)] {
+        fixture.fate("1", fate);
+        for _ in 0..2 {
+            let follower = fixture.follower.as_mut().unwrap();
+            follower.unwanted.insert((name(), "1".to_owned()));
+            follower.withdraw(&look).unwrap();
+            tokio::time::advance(FollowConfig::default().interval).await;
+        }
+        assert_eq!(fixture.published().len(), left);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn for_a_version_that_fails_to_load_the_one_before_it_is_mirrored() {
     let mut fixture = Fixture::new(1 << 20);
     let shelf = fixture.shelf.clone();
