@@ -22,7 +22,7 @@ const LAYERS: [(u8, &[&str]); 12] = [
 ];
 
 /// The only places (files, or folders and the file of the same name) that may name a foreign crate.
-const HOMES: [(&str, &[&str]); 29] = [
+const HOMES: [(&str, &[&str]); 30] = [
     ("ort", &["backend/onnx"]),
     ("libc", &["priority", "heap"]),
     ("half", &["backend/onnx", "model/warmup", "api/codec", "observe/compare"]),
@@ -40,6 +40,7 @@ const HOMES: [(&str, &[&str]); 29] = [
     ("sha1", &["source/digest"]),
     ("object_store", &["source/object"]),
     ("reqwest", &["source"]),
+    ("saphyr_parser", &["source/mlflow/flavor"]),
     ("async_trait", &["source"]),
     ("tempfile", &["control/upload", "source/cache", "backend/onnx/shared", "backend/onnx/testing"]),
     ("axum", &["api", "server"]),
