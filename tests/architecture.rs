@@ -41,6 +41,7 @@ const HOMES: [(&str, &[&str]); 30] = [
     ("sha1", &["source/digest"]),
     ("object_store", &["source/object"]),
     ("reqwest", &["source"]),
+    ("saphyr_parser", &["source/mlflow/flavor"]),
     ("async_trait", &["source"]),
     ("tempfile", &["control/upload", "source/cache", "backend/onnx/shared", "backend/onnx/testing"]),
     ("axum", &["api", "server"]),

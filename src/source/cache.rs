@@ -36,7 +36,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 
 use super::{Digest, SourceError, digest};
-pub use vet::list as check_list;
+pub use vet::{is_pickle_name, list as check_list};
 
 /// Where fetched files are kept, and how they are fetched.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]

@@ -9,6 +9,7 @@ pub mod follow;
 mod layout;
 pub mod lineage;
 pub mod local;
+mod mlflow;
 mod object;
 pub mod places;
 pub mod pointer;
@@ -38,6 +39,12 @@ pub trait Source: Send + Sync {
     /// How long a version must stay as it is before it is taken for complete. Registries write versions at once.
     fn settle_time(&self) -> Duration {
         Duration::ZERO
+    }
+
+    /// Whether a file can be read from its middle on. Where it cannot, each read costs as much as one of all that is before
+    /// it, and may take long to begin.
+    fn seeks(&self, _file: &RemoteFile) -> bool {
+        true
     }
 
     /// What there is now. The one call that is made again and again, so it is a cheap one.
@@ -77,9 +84,8 @@ pub trait Source: Send + Sync {
 pub fn open(uri: &SourceUri) -> Result<Arc<dyn Source>, SourceError> {
     match uri.scheme() {
         Scheme::S3 | Scheme::Gs | Scheme::Az | Scheme::Http | Scheme::Https => Ok(Arc::new(object::Bucket::open(uri)?)),
-        _ => Err(SourceError::Uri(format!(
-            "source '{uri}': expected s3://, gs://, az://, http:// or https://, or a folder"
-        ))),
+        Scheme::Mlflow | Scheme::MlflowHttps | Scheme::Models => Ok(Arc::new(mlflow::Registry::open(uri)?)),
+        Scheme::Folder => Err(SourceError::Uri(format!("source '{uri}': a folder is read as it is"))),
     }
 }
 

@@ -157,6 +157,12 @@ impl Bucket {
         Ok(objects)
     }
 
+    /// The files below the prefix, their paths beginning there.
+    pub async fn files(&self) -> Result<Vec<RemoteFile>, SourceError> {
+        let objects = self.objects().await?;
+        Ok(without_folders(objects.into_iter().filter_map(|object| self.file(object)).collect()))
+    }
+
     /// An object as a file, its path beginning at the prefix.
     fn file(&self, object: ObjectMeta) -> Option<RemoteFile> {
         let parts: Vec<_> = object.location.prefix_match(&self.prefix)?.collect();
@@ -188,8 +194,7 @@ impl Source for Bucket {
     }
 
     async fn look(&self) -> Result<Look, SourceError> {
-        let files = self.objects().await?.into_iter().filter_map(|object| self.file(object)).collect();
-        let layout = Layout::of(without_folders(files), self.single());
+        let layout = Layout::of(self.files().await?, self.single());
         let look = layout.look();
         *self.seen.lock() = layout;
         Ok(look)

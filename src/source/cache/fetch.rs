@@ -27,6 +27,8 @@ use crate::source::{Digest, RemoteFile, Source, SourceError, digest};
 
 /// How long no byte may come before a connection is given up.
 const SILENCE: Duration = Duration::from_secs(30);
+/// The same where a file cannot be read from its middle on: the place may be fetching all of it for itself.
+const SILENCE_OF_WHOLE: Duration = Duration::from_secs(600);
 /// Tries in a row of which none brings a byte.
 const TRIES: u32 = 3;
 /// Tries for one part, however much each of them brings: nobody is asked for a part byte by byte.
@@ -58,7 +60,8 @@ impl Cache {
         }
         // Without a name nothing says that what comes now goes with what came before.
         let resumable = file.digest.is_some() || !names.is_empty();
-        let mut partial = Partial::open(&self.root.join("partial"), &key, file.size, self.part, resumable)?;
+        let part = if source.seeks(file) { self.part } else { file.size.max(1) };
+        let mut partial = Partial::open(&self.root.join("partial"), &key, file.size, part, resumable)?;
         fetched.fetch_add(partial.bytes(), Ordering::Relaxed);
         let result = self.complete(source, file, &mut partial, fetched).await;
         if let Err(SourceError::Corrupt { .. } | SourceError::Changed { .. } | SourceError::Refused { .. }) = &result {
@@ -200,14 +203,15 @@ impl Part {
 
     /// Reads from `position` to `end` in one go, moving `position` along.
     async fn read(&self, position: &mut u64, end: u64) -> Result<(), SourceError> {
+        let silence = if self.source.seeks(&self.file) { SILENCE } else { SILENCE_OF_WHOLE };
         let silent = || SourceError::Unavailable {
             place: self.source.uri().to_string(),
-            reason: format!("no byte of '{}' came in {SILENCE:?}", self.file.path),
+            reason: format!("no byte of '{}' came in {silence:?}", self.file.path),
         };
         let wrong = |reason: String| SourceError::Corrupt { file: self.file.path.clone(), reason };
         let reading = self.source.read(&self.file, *position..end);
-        let mut stream = timeout(SILENCE, reading).await.map_err(|_| silent())??;
-        while let Some(bytes) = timeout(SILENCE, stream.next()).await.map_err(|_| silent())? {
+        let mut stream = timeout(silence, reading).await.map_err(|_| silent())??;
+        while let Some(bytes) = timeout(silence, stream.next()).await.map_err(|_| silent())? {
             let bytes = bytes?;
             if bytes.len() as u64 > end - *position {
                 return Err(wrong(format!("more bytes come than the {} that were announced", self.file.size)));
