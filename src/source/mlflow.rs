@@ -14,7 +14,7 @@ use serde::Deserialize;
 use tokio_stream::StreamExt;
 
 use super::{
-    ByteStream, Look, RemoteFile, RemoteModel, RemoteVersion, Scheme, Source, SourceError, SourceUri, digest,
+    ByteStream, Lineage, Look, RemoteFile, RemoteModel, RemoteVersion, Scheme, Source, SourceError, SourceUri, digest,
     object::Bucket,
 };
 use crate::{
@@ -24,9 +24,11 @@ use crate::{
 
 mod client;
 mod flavor;
+mod lineage;
 
 use client::{Client, Settings, below};
 use flavor::{Flavors, MLMODEL};
+use lineage::{Registered, Run, lineage};
 
 /// Below a server's root.
 const API: &str = "api/2.0/mlflow";
@@ -96,7 +98,8 @@ impl Registry {
         match &self.pointer {
             Pointer::Alias(alias) => {
                 let path = format!("{API}/registered-models/alias");
-                let found: One = self.client.call(root, &path, &[("name", name), ("alias", alias)], &what).await?;
+                let found: One<ModelVersion> =
+                    self.client.call(root, &path, &[("name", name), ("alias", alias)], &what).await?;
                 Ok(found.model_version)
             }
             Pointer::Version(version) => self.version(version).await,
@@ -117,7 +120,7 @@ impl Registry {
         let path = format!("{API}/model-versions/get");
         let what = format!("version {version} of model '{}'", self.model);
         let query = [("name", self.model.as_str()), ("version", version)];
-        let found: One = self.client.call(self.client.root(), &path, &query, &what).await?;
+        let found: One<ModelVersion> = self.client.call(self.client.root(), &path, &query, &what).await?;
         Ok(found.model_version)
     }
 
@@ -352,6 +355,26 @@ impl Source for Registry {
         flavors.select(files)
     }
 
+    /// Without its run, which may be deleted or not ours to see, what is known is what the registry says.
+    async fn lineage(&self, _: &ModelName, version: &RemoteVersion) -> Result<Option<Lineage>, SourceError> {
+        let (root, version) = (self.client.root(), version.version.as_str());
+        let what = format!("version {version} of model '{}'", self.model);
+        let query = [("name", self.model.as_str()), ("version", version)];
+        let path = format!("{API}/model-versions/get");
+        let found: One<Registered> = self.client.call(root, &path, &query, &what).await?;
+        let version = found.model_version;
+        if version.run_id.is_empty() {
+            return Ok(Some(lineage(version, None)));
+        }
+        let what = format!("run '{}'", shorten(&version.run_id));
+        let path = format!("{API}/runs/get");
+        let run = self.client.call::<OfRun>(root, &path, &[("run_id", &version.run_id)], &what).await;
+        let run = run
+            .inspect_err(|error| tracing::warn!(model = %self.model, %error, "nothing is known of the version's run"))
+            .map(|found| found.run);
+        Ok(Some(lineage(version, run.ok())))
+    }
+
     async fn read(&self, file: &RemoteFile, range: Range<u64>) -> Result<ByteStream, SourceError> {
         Ok(self.bytes(file, range).await?.0)
     }
@@ -430,8 +453,13 @@ fn is_alias(text: &str) -> bool {
 }
 
 #[derive(Deserialize)]
-struct One {
-    model_version: ModelVersion,
+struct One<T> {
+    model_version: T,
+}
+
+#[derive(Deserialize)]
+struct OfRun {
+    run: Run,
 }
 
 #[derive(Deserialize)]

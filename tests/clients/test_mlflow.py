@@ -169,6 +169,35 @@ def test_the_server_of_the_environment(mlflow, steps, serve, monkeypatch):
     assert answers(serve("models:/plus@live")) == 2
 
 
+def test_a_version_shows_how_it_was_made(mlflow, iris, serve):
+    import mlflow as module
+    import pandas
+
+    with mlflow.run() as run_made:
+        module.log_params({"trees": 7})
+        module.log_metrics({"accuracy": 0.97})
+        frame = pandas.DataFrame(iris.samples[:5])
+        module.log_input(module.data.from_pandas(frame, name="iris_train"), context="training")
+        done = module.onnx.log_model(
+            plus(1), name="model", registered_model_name="made", pip_requirements=["onnxruntime"]
+        )
+    version = str(done.registered_model_version)
+    mlflow.client.set_model_version_tag("made", version, "validation_status", "passed")
+    mlflow.client.set_registered_model_alias("made", "live", version)
+    server = serve(mlflow.uri("made@live"))
+    shown = json.loads(call(server.ops, "GET", f"/admin/v1/models/made/versions/{version}").body)
+    assert shown["source"] == mlflow.uri("made@live") and shown["digest"].startswith("sha256:")
+    lineage = shown["lineage"]
+    assert (lineage["version"], lineage["aliases"], lineage["run_id"]) == (version, ["live"], run_made.info.run_id)
+    assert (lineage["parameters"], lineage["metrics"]) == ({"trees": "7"}, {"accuracy": 0.97})
+    assert lineage["tags"]["validation_status"] == "passed"
+    (dataset,) = lineage["datasets"]
+    assert (dataset["name"], dataset["context"]) == ("iris_train", "training") and dataset["digest"]
+    assert shown["card"]["format"] == "generated"
+    printed = run("models", "show", "made", "--ops", server.ops, home=server.home).stdout
+    assert run_made.info.run_id in printed and "accuracy = 0.97" in printed and "iris_train" in printed
+
+
 def test_weights_beside_the_graph_come_along(mlflow, serve):
     weights = np.arange(WIDTH, dtype=np.float32)
     graph = model(
