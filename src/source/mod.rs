@@ -6,6 +6,7 @@
 pub mod cache;
 pub mod digest;
 pub mod follow;
+mod hub;
 mod layout;
 pub mod local;
 mod object;
@@ -64,8 +65,9 @@ pub trait Source: Send + Sync {
 pub fn open(uri: &SourceUri) -> Result<Arc<dyn Source>, SourceError> {
     match uri.scheme() {
         Scheme::S3 | Scheme::Gs | Scheme::Az | Scheme::Http | Scheme::Https => Ok(Arc::new(object::Bucket::open(uri)?)),
+        Scheme::Hf => Ok(Arc::new(hub::Hub::open(uri)?)),
         _ => Err(SourceError::Uri(format!(
-            "source '{uri}': expected s3://, gs://, az://, http:// or https://, or a folder"
+            "source '{uri}': expected s3://, gs://, az://, http://, https:// or hf://, or a folder"
         ))),
     }
 }
