@@ -64,7 +64,8 @@ enum Command {
 /// environment, the environment over the file.
 #[derive(Args)]
 struct ServeArgs {
-    /// Folder of models: <NAME>/<VERSION>/model.onnx; or s3://BUCKET/PREFIX, gs://…, az://…, https://… [default: ./models]
+    /// Folder of models: <NAME>/<VERSION>/model.onnx; or s3://BUCKET/PREFIX, gs://…, az://…, https://…,
+    /// mlflow://HOST/NAME@ALIAS, hf://ORG/NAME [default: ./models]
     #[arg(long, value_name = "PATH")]
     models: Option<PathBuf>,
     #[command(flatten)]

@@ -65,13 +65,14 @@ pub fn models(args: &ModelsArgs) -> anyhow::Result<ExitCode> {
 /// How a place stands that models are mirrored from.
 fn source(source: &SourceStatus) -> anyhow::Result<()> {
     let uri = &source.uri;
+    say(format_args!(""))?;
     match (&source.away_since, &source.error, &source.answered) {
         _ if source.given_up.is_some() => {
-            say(format_args!("\n{uri} is followed no longer: {}", source.given_up.as_deref().unwrap_or_default()))?;
+            say(format_args!("{uri} is followed no longer: {}", source.given_up.as_deref().unwrap_or_default()))?;
         }
-        (Some(since), Some(error), _) => say(format_args!("\n{uri} is out of reach since {since}: {error}"))?,
-        (_, _, Some(answered)) => say(format_args!("\n{uri} answered {answered}"))?,
-        _ => say(format_args!("\n{uri} was not looked at yet"))?,
+        (Some(since), Some(error), _) => say(format_args!("{uri} is out of reach since {since}: {error}"))?,
+        (_, _, Some(answered)) => say(format_args!("{uri} answered {answered}"))?,
+        _ => say(format_args!("{uri} was not looked at yet"))?,
     }
     let named = |model: &str, version: &Option<String>| match version {
         Some(version) => format!("version {version} of {model}"),

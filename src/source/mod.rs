@@ -6,6 +6,7 @@
 pub mod cache;
 pub mod digest;
 pub mod follow;
+mod hub;
 mod layout;
 pub mod lineage;
 pub mod local;
@@ -85,6 +86,7 @@ pub fn open(uri: &SourceUri) -> Result<Arc<dyn Source>, SourceError> {
     match uri.scheme() {
         Scheme::S3 | Scheme::Gs | Scheme::Az | Scheme::Http | Scheme::Https => Ok(Arc::new(object::Bucket::open(uri)?)),
         Scheme::Mlflow | Scheme::MlflowHttps | Scheme::Models => Ok(Arc::new(mlflow::Registry::open(uri)?)),
+        Scheme::Hf => Ok(Arc::new(hub::Hub::open(uri)?)),
         Scheme::Folder => Err(SourceError::Uri(format!("source '{uri}': a folder is read as it is"))),
     }
 }

@@ -27,10 +27,12 @@ pub enum Scheme {
     MlflowHttps,
     /// MLflow's own form, which leaves the server to `MLFLOW_TRACKING_URI`.
     Models,
+    /// A repository of the Hugging Face Hub, or of what speaks like it.
+    Hf,
 }
 
 /// Every scheme but that of folders, which goes without one.
-const SCHEMES: [(&str, Scheme); 8] = [
+const SCHEMES: [(&str, Scheme); 9] = [
     ("s3", Scheme::S3),
     ("gs", Scheme::Gs),
     ("az", Scheme::Az),
@@ -39,6 +41,7 @@ const SCHEMES: [(&str, Scheme); 8] = [
     ("mlflow", Scheme::Mlflow),
     ("mlflow+https", Scheme::MlflowHttps),
     ("models", Scheme::Models),
+    ("hf", Scheme::Hf),
 ];
 
 /// A place, parsed as far as all schemes agree.
@@ -75,7 +78,9 @@ impl SourceUri {
             _ => (None, rest),
         };
         let is_bucket = matches!(scheme, Scheme::S3 | Scheme::Gs | Scheme::Az);
-        if is_bucket && authority.contains('@') {
+        // A repository without an organization may have its revision here; tokens are known by how they begin.
+        let is_token = *scheme == Scheme::Hf && authority.contains('@') && authority.starts_with("hf_");
+        if is_bucket && authority.contains('@') || is_token || *scheme == Scheme::Hf && authority.contains(':') {
             return Err(wrong("credentials are taken from the environment only".to_owned()));
         }
         // The secret of a login that has a slash in it would be part of the path, and shown.
@@ -88,6 +93,7 @@ impl SourceUri {
             return Err(wrong(match scheme {
                 Scheme::Models => "expected a model's name after 'models:/'".to_owned(),
                 Scheme::S3 | Scheme::Gs | Scheme::Az => format!("expected a bucket after '{name}://'"),
+                Scheme::Hf => "expected a repository, such as hf://org/name or hf://org/name@revision".to_owned(),
                 _ => format!("expected a host after '{name}://'"),
             }));
         }
@@ -193,6 +199,8 @@ mod tests {
         assert_eq!(parts("https://host:8443/a%20b"), of(Scheme::Https, "host:8443", "a%20b"));
         assert_eq!(parts("mlflow://host:5000/iris@champion"), of(Scheme::Mlflow, "host:5000", "iris@champion"));
         assert_eq!(parts("mlflow+https://host/iris/3"), of(Scheme::MlflowHttps, "host", "iris/3"));
+        assert_eq!(parts("hf://acme/iris@refs/pr/1"), of(Scheme::Hf, "acme", "iris@refs/pr/1"));
+        assert_eq!(parts("hf://gpt2@main"), of(Scheme::Hf, "gpt2@main", ""));
         assert_eq!(SourceUri::parse("models:/iris@champion").unwrap().to_string(), "models:/iris@champion");
         assert_eq!(SourceUri::parse("./models:/here").unwrap().folder(), Some("./models:/here".into()));
         assert_eq!(SourceUri::parse("a/b").unwrap().folder(), Some("a/b".into()));
@@ -222,6 +230,11 @@ mod tests {
         assert!(said("https://host/models?token=1").contains("a query or fragment"));
         assert!(said("s3://KEY:SECRET@bucket").contains("from the environment only"));
         assert!(!said("s3://KEY:SECRET@bucket").contains("SECRET"));
+        assert!(said("hf://").contains("expected a repository"));
+        for secret in ["hf://ada:SECRET@acme/iris", "hf://hf_SECRET@acme/iris"] {
+            let error = said(secret);
+            assert!(error.contains("from the environment only") && !error.contains("SECRET"), "{error}");
+        }
         let error = said("https://ada:p/ss@host/models");
         assert!(error.contains("%2F") && !error.contains("ss@"), "{error}");
         assert!(SourceUri::parse("mlflow://host:5000/iris@champion").is_ok());
