@@ -28,6 +28,8 @@ pub struct Shelf {
     pub breaks: Mutex<Vec<u64>>,
     /// Whether every read breaks at once.
     pub away: std::sync::atomic::AtomicBool,
+    /// Whether files come from their start only.
+    pub whole: std::sync::atomic::AtomicBool,
     /// Bytes that went out.
     pub read: AtomicU64,
     pub reads: AtomicUsize,
@@ -42,6 +44,7 @@ impl Shelf {
             bytes: Mutex::default(),
             breaks: Mutex::default(),
             away: false.into(),
+            whole: false.into(),
             read: AtomicU64::new(0),
             reads: AtomicUsize::new(0),
         })
@@ -97,6 +100,10 @@ impl GetOrInsert for Result<Look, SourceError> {
 impl Source for Shelf {
     fn uri(&self) -> &SourceUri {
         &self.uri
+    }
+
+    fn seeks(&self, _file: &RemoteFile) -> bool {
+        !self.whole.load(Ordering::Relaxed)
     }
 
     async fn look(&self) -> Result<Look, SourceError> {
@@ -198,6 +205,17 @@ async fn a_file_comes_in_parts_and_is_kept_by_its_digest() {
     assert_eq!((fixture.partial(), fixture.blobs().len()), (0, 4));
     assert_eq!(fixture.shelf.reads.load(Ordering::Relaxed), TEXT.len().div_ceil(8) + 1 + 2);
     fixture.blobs().iter().for_each(|kept| evict::verify(kept).unwrap());
+}
+
+#[tokio::test]
+async fn a_file_that_cannot_be_read_from_its_middle_comes_in_one_part() {
+    let fixture = Fixture::new();
+    fixture.shelf.whole.store(true, Ordering::Relaxed);
+    for text in [TEXT, b""] {
+        let blob = fixture.fetch(&fixture.shelf.put("model.onnx", text)).await.unwrap();
+        assert_eq!(Digest::Sha256(blob.sha256), sha256(text));
+    }
+    assert_eq!(fixture.shelf.reads.load(Ordering::Relaxed), 1);
 }
 
 #[tokio::test]
