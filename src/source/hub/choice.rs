@@ -47,7 +47,7 @@ pub fn version<'a>(paths: &[&'a str]) -> Result<Vec<(&'a str, &'a str)>, String>
 /// and labels.
 pub fn beside<'a>(paths: &[&'a str]) -> Vec<&'a str> {
     let is_settings = |path: &&str| [MODEL_FILE, TRITON_FILE].contains(path);
-    if !paths.iter().any(|path| is_settings(path)) {
+    if !paths.iter().any(is_settings) {
         return Vec::new();
     }
     let is_named = |path: &str| match path.split_once('/') {
