@@ -30,7 +30,7 @@ use crate::{
         ops, rest,
         shared_memory::{Reach, Regions},
     },
-    backend::Backends,
+    backend::{Backends, Signature},
     config::Config,
     control::{
         self, ModelControl,
@@ -150,8 +150,11 @@ impl Server {
             draining: CancellationToken::new(),
             closing: CancellationToken::new(),
         });
-        let loader =
-            Loader { backends, decode: Decode { sample: decode_sample, cases: api::codec::decode_cases }, metrics };
+        let loader = Loader {
+            backends,
+            decode: Decode { sample: decode_sample, example: decode_example, cases: api::codec::decode_cases },
+            metrics,
+        };
         let ops_closing = CancellationToken::new();
         let ops_thread = start_ops(ops_port, ops::router(app.clone()), config, &ops_closing)?;
 
@@ -231,6 +234,14 @@ fn settings(config: &Config, models: PathBuf, is_mirror: bool, places: Places, c
 fn decode_sample(body: &[u8]) -> Result<Vec<Tensor>, Error> {
     let mut call = api::codec::decode_json(&Bytes::copy_from_slice(body), None)?;
     // No client's memory belongs to a model.
+    Reach::Off.fetch(&mut call, 0)?;
+    Ok(call.inputs)
+}
+
+/// The tensors of an example as MLflow keeps it, which is a body of its scoring server.
+fn decode_example(body: &[u8], signature: &Signature) -> Result<Vec<Tensor>, Error> {
+    let document = api::codec::Document::parse(&Bytes::copy_from_slice(body))?;
+    let (mut call, _) = api::shapes::invocations::read_json(&document, signature, usize::MAX)?;
     Reach::Off.fetch(&mut call, 0)?;
     Ok(call.inputs)
 }

@@ -25,10 +25,17 @@ use crate::{
 /// Turns a sample request in the protocol's JSON into tensors; given by the layer that knows JSON.
 pub type DecodeSample = fn(&[u8]) -> Result<Vec<Tensor>, Error>;
 
+/// Turns the example of a request that MLflow keeps with a model into tensors, likewise.
+pub type DecodeExample = fn(&[u8], &Signature) -> Result<Vec<Tensor>, Error>;
+
+/// The file of that example, in a version's folder.
+const EXAMPLE: &str = "serving_input_example.json";
+
 /// What the layer that knows JSON reads for a load.
 #[derive(Clone, Copy)]
 pub struct Decode {
     pub sample: DecodeSample,
+    pub example: DecodeExample,
     pub cases: golden::DecodeCases,
 }
 
@@ -134,7 +141,7 @@ pub fn load(plan: Plan, backends: &Backends, decode: Decode) -> Result<Loaded, E
         tracing::warn!(model = %plan.name, version = %plan.version, "{note}");
     }
     let labels = labels::read(&plan.labels, &signature).map_err(|error| error.of_model(plan.name.as_str()))?;
-    let samples = collect_samples(&plan, &signature, decode.sample)?;
+    let samples = collect_samples(&plan, &signature, decode)?;
     let rows_limit = plan.max_batch_size.unwrap_or(warmup::MAX_SWEEP_ROWS).min(warmup::MAX_SWEEP_ROWS);
     let wanted = Wanted { batching: plan.batching, limit: rows_limit, sizes: &plan.schedule.preferred_batch_sizes };
     let warmed = warmup::warm(first.as_mut(), &samples, &wanted, plan.name.as_str())?;
@@ -236,11 +243,12 @@ fn check_golden(
     result
 }
 
-/// Configured samples first, then those in the folders. Only a configured one can fail the load.
-fn collect_samples(plan: &Plan, signature: &Signature, decode: DecodeSample) -> Result<Vec<Sample>, Error> {
+/// Configured samples first, then those in the folders, and the example that came with the version. Only a configured one
+/// can fail the load, and the example when it can be read and does not run.
+fn collect_samples(plan: &Plan, signature: &Signature, decode: Decode) -> Result<Vec<Sample>, Error> {
+    let content = |path: &Path| std::fs::read(path).map_err(|error| Error::invalid(error.to_string()));
     let read = |path: &Path| -> Result<Vec<Tensor>, Error> {
-        let body = std::fs::read(path).map_err(|error| Error::invalid(error.to_string()))?;
-        signature.arrange(plan.name.as_str(), decode(&body)?)
+        signature.arrange(plan.name.as_str(), (decode.sample)(&content(path)?)?)
     };
     let name = |path: &Path| -> Arc<str> { path.display().to_string().into() };
     let mut samples = Vec::new();
@@ -261,6 +269,17 @@ fn collect_samples(plan: &Plan, signature: &Signature, decode: DecodeSample) -> 
             Ok(inputs) => samples.push(Sample { name: name(&path), inputs, required: false, runs: 1 }),
             Err(error) => {
                 tracing::warn!(model = %plan.name, sample = %path.display(), %error, "warm-up sample skipped");
+            }
+        }
+    }
+    let path = plan.files.join(EXAMPLE);
+    if path.is_file() {
+        let inputs = content(&path).and_then(|body| (decode.example)(&body, signature));
+        match inputs.and_then(|inputs| signature.arrange(plan.name.as_str(), inputs)) {
+            Ok(inputs) => samples.push(Sample { name: name(&path), inputs, required: true, runs: 1 }),
+            // Examples of tables say less than the graph wants to know.
+            Err(error) => {
+                tracing::warn!(model = %plan.name, sample = %path.display(), %error, "example skipped");
             }
         }
     }

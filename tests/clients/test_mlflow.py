@@ -362,3 +362,32 @@ def bucket_settings(bucket):
         "AWS_ENDPOINT_URL": bucket.endpoint,
         "AWS_ALLOW_HTTP": "true",
     }
+
+
+def test_the_example_of_a_version_is_its_smoke_test(repository, serve):
+    """The file that MLflow keeps beside a model, in a folder as it is."""
+    graph = model(
+        [helper.make_node("Gather", ["table", "x"], ["y"])],
+        [value("x", "INT64", ["rows"])],
+        [value("y", "FP32", ["rows"])],
+        {"table": np.float32([10, 20])},
+    )
+
+    def with_example(text):
+        def write(folder):
+            (folder / "model.onnx").write_bytes(graph.SerializeToString())
+            (folder / "serving_input_example.json").write_text(text)
+
+        return write
+
+    repository.put("m", "1", "", with_example('{"inputs": {"x": [1]}}'))
+    server = serve(repository.path)
+    assert served(server, "m") == ["1"] and not log_has(server, "example skipped")
+    # What it holds does not run.
+    repository.put("m", "2", "", with_example('{"inputs": {"x": [7]}}'))
+    eventually(lambda: log_has(server, "loading failed", "serving_input_example.json"), SOON)
+    assert served(server, "m") == ["1"]
+    # What cannot be read says nothing of the model.
+    repository.put("m", "3", "", with_example('{"inputs": {"z": [7]}}'))
+    eventually(lambda: served(server, "m") == ["3"], SOON)
+    assert log_has(server, "example skipped", "m/3")
