@@ -10,7 +10,7 @@ use crate::{
     config::Config,
     control, priority,
     source::{
-        self, SourceUri,
+        self, Scratch, SourceUri,
         cache::Cache,
         follow::{Follower, Select, SharedStatus},
     },
@@ -38,7 +38,7 @@ impl Mirroring {
     pub fn open(uri: &SourceUri, config: &Config) -> anyhow::Result<Self> {
         let directory = config.cache_directory();
         let hint = || format!("cannot use the cache {}; name another one with --cache", directory.display());
-        let source = source::open(uri)?;
+        let source = source::open(uri, Scratch::of(&directory, &config.cache))?;
         let cache = Arc::new(Cache::open(&directory, &config.cache).with_context(hint)?);
         let select: Select = Box::new(control::wanted);
         let follower = Follower::new(source, cache, config.follow.clone(), select).with_context(hint)?;

@@ -3,12 +3,15 @@
 //! `control` sees folders only. What lies elsewhere is looked at, fetched, verified and published into a folder by
 //! `follow`, with its bytes in `cache`; no request and no pass of the reconciler waits for a registry.
 
+mod arrange;
 pub mod cache;
 pub mod digest;
+mod disk;
 pub mod follow;
 mod layout;
 pub mod local;
 mod object;
+mod oci;
 pub mod uri;
 
 use std::{collections::BTreeMap, ops::Range, pin::Pin, sync::Arc, time::Duration};
@@ -18,6 +21,7 @@ use bytes::Bytes;
 use thiserror::Error;
 use tokio_stream::Stream;
 
+pub use cache::Scratch;
 pub use digest::Digest;
 pub use uri::{Scheme, SourceUri};
 
@@ -57,15 +61,16 @@ pub trait Source: Send + Sync {
     async fn read(&self, file: &RemoteFile, range: Range<u64>) -> Result<ByteStream, SourceError>;
 }
 
-/// The source that a URI speaks of.
+/// The source that a URI speaks of. What it unpacks goes into `scratch`.
 ///
 /// # Errors
 /// `Uri` when it is a folder, which needs no source, or the environment's settings for it do not do.
-pub fn open(uri: &SourceUri) -> Result<Arc<dyn Source>, SourceError> {
+pub fn open(uri: &SourceUri, scratch: Scratch) -> Result<Arc<dyn Source>, SourceError> {
     match uri.scheme() {
         Scheme::S3 | Scheme::Gs | Scheme::Az | Scheme::Http | Scheme::Https => Ok(Arc::new(object::Bucket::open(uri)?)),
+        Scheme::Oci | Scheme::OciHttp => Ok(Arc::new(oci::Artifact::open(uri, scratch)?)),
         _ => Err(SourceError::Uri(format!(
-            "source '{uri}': expected s3://, gs://, az://, http:// or https://, or a folder"
+            "source '{uri}': expected s3://, gs://, az://, http://, https://, oci:// or dvc://, or a folder"
         ))),
     }
 }
