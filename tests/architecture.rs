@@ -22,7 +22,7 @@ const LAYERS: [(u8, &[&str]); 12] = [
 ];
 
 /// The only places (files, or folders and the file of the same name) that may name a foreign crate.
-const HOMES: [(&str, &[&str]); 30] = [
+const HOMES: [(&str, &[&str]); 31] = [
     ("ort", &["backend/onnx"]),
     ("libc", &["priority", "heap"]),
     ("half", &["backend/onnx", "model/warmup", "api/codec", "observe/compare"]),
@@ -47,6 +47,7 @@ const HOMES: [(&str, &[&str]); 30] = [
     ("socket2", &["api/listen"]),
     ("flate2", &["api/compression", "source/oci"]),
     ("ruzstd", &["source/oci"]),
+    ("saphyr_parser", &["source/dvc"]),
     ("metrics_exporter_prometheus", &["metrics"]),
     ("metrics_process", &["metrics"]),
     ("arc_swap", &["model/catalog"]),

@@ -7,6 +7,7 @@ mod arrange;
 pub mod cache;
 pub mod digest;
 mod disk;
+mod dvc;
 pub mod follow;
 mod layout;
 pub mod local;
@@ -69,6 +70,7 @@ pub fn open(uri: &SourceUri, scratch: Scratch) -> Result<Arc<dyn Source>, Source
     match uri.scheme() {
         Scheme::S3 | Scheme::Gs | Scheme::Az | Scheme::Http | Scheme::Https => Ok(Arc::new(object::Bucket::open(uri)?)),
         Scheme::Oci | Scheme::OciHttp => Ok(Arc::new(oci::Artifact::open(uri, scratch)?)),
+        Scheme::Dvc => Ok(Arc::new(dvc::Tracked::open(uri)?)),
         _ => Err(SourceError::Uri(format!(
             "source '{uri}': expected s3://, gs://, az://, http://, https://, oci:// or dvc://, or a folder"
         ))),
