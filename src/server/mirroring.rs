@@ -23,7 +23,7 @@ use crate::{
     model::{State, catalog::CatalogReader},
     priority,
     source::{
-        self, SourceUri,
+        self, Scratch, SourceUri,
         cache::{Cache, CacheConfig, mirror::Mirror},
         follow::{Fate, FollowConfig, Followed, Follower, Interest, SharedStatus, Status},
         places::Places,
@@ -65,7 +65,7 @@ impl Mirroring {
     pub fn open(uri: &SourceUri, config: &Config, catalog: CatalogReader, followed: &Followed) -> anyhow::Result<Self> {
         let directory = config.cache_directory();
         let hint = || format!("cannot use the cache {}; name another one with --cache", directory.display());
-        let source = source::open(uri)?;
+        let source = source::open(uri, Scratch::of(&directory, &config.cache))?;
         let cache = Arc::new(Cache::open(&directory, &config.cache).with_context(hint)?);
         let mirror = Mirror::open(cache, &uri.to_string()).with_context(hint)?;
         let is_filled = mirror.published().with_context(hint)?.values().any(|versions| !versions.is_empty());
@@ -109,13 +109,14 @@ impl Sourced {
     /// Waits until a model names a place, and follows from then on until it is cancelled. `kick` hears of every change.
     pub async fn run(self, kick: mpsc::Sender<()>, cancel: CancellationToken) -> anyhow::Result<()> {
         let Some(cache) = cancel.run_until_cancelled(self.cache()).await else { return Ok(()) };
+        let scratch = Scratch::of(&self.directory, &self.cache);
         let Self { places, follow, followed, models, catalog, .. } = self;
         // The settings are not in the mirrors.
         let interest = move || -> Box<dyn Interest> {
             Box::new(Catalogued { catalog: catalog.clone(), settings: Some(models.clone()) })
         };
         let standing = followed.clone();
-        let follower = places.follow(cache, follow, interest, followed, kick, cancel.child_token());
+        let follower = places.follow(cache, scratch, follow, interest, followed, kick, cancel.child_token());
         let thread = on_thread(follower, move |reason| standing.give_up(&reason))?;
         cancel.cancelled().await;
         tokio::task::spawn_blocking(move || join(thread)).await?;

@@ -86,7 +86,7 @@ fn refused(file: &str, reason: impl Into<String>) -> SourceError {
     SourceError::Refused { file: crate::error::abridge(file), reason: reason.into() }
 }
 
-/// Whether a file of this name is taken for a pickle, whatever it holds.
+/// Whether a file is taken for a pickle by its name alone.
 pub fn is_pickle_name(path: &str) -> bool {
     let name = path.rsplit('/').next().unwrap_or_default().to_ascii_lowercase();
     PICKLES.iter().any(|ending| name.ends_with(ending))
