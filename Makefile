@@ -32,7 +32,8 @@ test-rust: setup
 	cargo test --locked --workspace
 
 test-clients: build .venv/clients.installed
-	@deploy/apt.sh promtool=prometheus "nginx=nginx-light libnginx-mod-http-dav-ext"
+	@deploy/apt.sh promtool=prometheus "nginx=nginx-light libnginx-mod-http-dav-ext" docker-registry=docker-registry \
+		htpasswd=apache2-utils zstd=zstd
 	$(PYTHON) -m pytest -q tests/clients
 
 # FUZZ_SECONDS for each target, 15 by default; after test-rust, whose compiled dependencies it shares.

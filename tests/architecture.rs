@@ -22,7 +22,7 @@ const LAYERS: [(u8, &[&str]); 12] = [
 ];
 
 /// The only places (files, or folders and the file of the same name) that may name a foreign crate.
-const HOMES: [(&str, &[&str]); 31] = [
+const HOMES: [(&str, &[&str]); 32] = [
     ("ort", &["backend/onnx"]),
     ("libc", &["priority", "heap"]),
     ("half", &["backend/onnx", "model/warmup", "api/codec", "observe/compare"]),
@@ -32,7 +32,7 @@ const HOMES: [(&str, &[&str]); 31] = [
     ("tonic_reflection", &["api/reflection"]),
     ("prost_reflect", &["control/pbtxt", "api/reflection"]),
     ("miette", &["control/pbtxt"]),
-    ("base64", &["api", "source/object"]),
+    ("base64", &["api", "source/object", "source/oci"]),
     ("twox_hash", &["rollout/route", "source/local"]),
     ("rusqlite", &["control/store"]),
     ("hmac", &["api/hooks"]),
@@ -43,11 +43,12 @@ const HOMES: [(&str, &[&str]); 31] = [
     ("reqwest", &["source"]),
     ("saphyr_parser", &["source/mlflow/flavor"]),
     ("async_trait", &["source"]),
-    ("tempfile", &["control/upload", "source/cache", "backend/onnx/shared", "backend/onnx/testing"]),
+    ("tempfile", &["control/upload", "source/cache", "source/oci", "backend/onnx/shared", "backend/onnx/testing"]),
     ("axum", &["api", "server"]),
     ("hyper_util", &["api/listen", "cli"]),
     ("socket2", &["api/listen"]),
-    ("flate2", &["api/compression"]),
+    ("flate2", &["api/compression", "source/oci"]),
+    ("ruzstd", &["source/oci"]),
     ("metrics_exporter_prometheus", &["metrics"]),
     ("metrics_process", &["metrics"]),
     ("arc_swap", &["model/catalog"]),

@@ -23,7 +23,7 @@ use crate::{
     model::{State, catalog::CatalogReader},
     priority,
     source::{
-        self, SourceUri,
+        self, Scratch, SourceUri,
         cache::{Cache, CacheConfig, mirror::Mirror},
         follow::{Fate, FollowConfig, Followed, Follower, Interest, SharedStatus, Status},
         places::Places,
@@ -65,7 +65,7 @@ impl Mirroring {
     pub fn open(uri: &SourceUri, config: &Config, catalog: CatalogReader, followed: &Followed) -> anyhow::Result<Self> {
         let directory = config.cache_directory();
         let hint = || format!("cannot use the cache {}; name another one with --cache", directory.display());
-        let source = source::open(uri)?;
+        let source = source::open(uri, Scratch::of(&directory, &config.cache))?;
         let cache = Arc::new(Cache::open(&directory, &config.cache).with_context(hint)?);
         let mirror = Mirror::open(cache, &uri.to_string()).with_context(hint)?;
         let is_filled = mirror.published().with_context(hint)?.values().any(|versions| !versions.is_empty());

@@ -38,6 +38,9 @@ use tokio::sync::Semaphore;
 use super::{Digest, SourceError, digest};
 pub use vet::{is_pickle_name, list as check_list};
 
+/// What is emptied whenever a server starts.
+const STAGING: &str = "staging";
+
 /// Where fetched files are kept, and how they are fetched.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -54,6 +57,22 @@ pub struct CacheConfig {
 impl Default for CacheConfig {
     fn default() -> Self {
         Self { directory: None, max_bytes: 100 << 30, connections: 8 }
+    }
+}
+
+/// Where a source may put what it has to unpack, and how much of it.
+#[derive(Clone, Debug)]
+pub struct Scratch {
+    /// Nothing in it outlives the server.
+    pub folder: PathBuf,
+    pub max_bytes: u64,
+}
+
+impl Scratch {
+    /// That of the cache in `root`, once it is open. What is unpacked does not count among the cache's bytes: for a
+    /// moment there may be as much again.
+    pub fn of(root: &Path, config: &CacheConfig) -> Self {
+        Self { folder: root.join(STAGING), max_bytes: config.max_bytes }
     }
 }
 
@@ -102,7 +121,7 @@ impl Cache {
             },
         })?;
         // What was being put together when the last server ended is put together anew.
-        let staging = root.join("staging");
+        let staging = root.join(STAGING);
         match fs::remove_dir_all(&staging) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(SourceError::disk(&staging, &error)),
             _ => fs::create_dir_all(&staging).map_err(|error| SourceError::disk(&staging, &error))?,
@@ -122,6 +141,11 @@ impl Cache {
             tracing::warn!(%error, "names of files that are no longer in the cache are kept");
         }
         Ok(cache)
+    }
+
+    /// Where its sources may unpack.
+    pub fn scratch(&self) -> Scratch {
+        Scratch { folder: self.root.join(STAGING), max_bytes: self.max_bytes }
     }
 
     /// Where the content with this SHA-256 lies, or will.

@@ -19,6 +19,11 @@ pub enum Digest {
 }
 
 impl Digest {
+    /// SHA-256 of what is whole already.
+    pub fn of(bytes: &[u8]) -> Self {
+        Digest::Sha256(Sha256::digest(bytes).into())
+    }
+
     /// Reads `sha256:…`, `md5:…` or `git-sha1:…`, in hexadecimal.
     ///
     /// # Errors

@@ -3,8 +3,10 @@
 //! `control` sees folders only. What lies elsewhere is looked at, fetched, verified and published into a folder by
 //! `follow`, with its bytes in `cache`; no request and no pass of the reconciler waits for a registry.
 
+mod arrange;
 pub mod cache;
 pub mod digest;
+mod disk;
 pub mod follow;
 mod hub;
 mod layout;
@@ -12,6 +14,7 @@ pub mod lineage;
 pub mod local;
 mod mlflow;
 mod object;
+mod oci;
 pub mod places;
 pub mod pointer;
 pub mod uri;
@@ -23,6 +26,7 @@ use bytes::Bytes;
 use thiserror::Error;
 use tokio_stream::Stream;
 
+pub use cache::Scratch;
 pub use digest::Digest;
 pub use lineage::Lineage;
 pub use uri::{Scheme, SourceUri};
@@ -78,16 +82,17 @@ pub trait Source: Send + Sync {
     async fn read(&self, file: &RemoteFile, range: Range<u64>) -> Result<ByteStream, SourceError>;
 }
 
-/// The source that a URI speaks of.
+/// The source that a URI speaks of. What it unpacks goes into `scratch`.
 ///
 /// # Errors
 /// `Uri` when it is a folder, which needs no source, or the environment's settings for it do not do.
-pub fn open(uri: &SourceUri) -> Result<Arc<dyn Source>, SourceError> {
+pub fn open(uri: &SourceUri, scratch: Scratch) -> Result<Arc<dyn Source>, SourceError> {
     match uri.scheme() {
         Scheme::S3 | Scheme::Gs | Scheme::Az | Scheme::Http | Scheme::Https => Ok(Arc::new(object::Bucket::open(uri)?)),
         Scheme::Mlflow | Scheme::MlflowHttps | Scheme::Models => Ok(Arc::new(mlflow::Registry::open(uri)?)),
         Scheme::Hf => Ok(Arc::new(hub::Hub::open(uri)?)),
-        Scheme::Folder => Err(SourceError::Uri(format!("source '{uri}': a folder is read as it is"))),
+        Scheme::Oci | Scheme::OciHttp => Ok(Arc::new(oci::Artifact::open(uri, scratch)?)),
+        Scheme::Folder | Scheme::Dvc => Err(SourceError::Uri(format!("source '{uri}': a folder is read as it is"))),
     }
 }
 

@@ -119,7 +119,7 @@ impl Places {
                 let status = SharedStatus::new(uri.to_string());
                 self.standing.lock().insert(name.clone(), status.clone());
                 followed.add(&status);
-                let opened = super::open(&uri).and_then(|source| {
+                let opened = super::open(&uri, cache.scratch()).and_then(|source| {
                     let mirror = Mirror::open(cache.clone(), &key(&name, &uri))?;
                     Ok((Arc::new(Named::new(source, name.clone())), mirror))
                 });

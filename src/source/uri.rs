@@ -29,10 +29,16 @@ pub enum Scheme {
     Models,
     /// A repository of the Hugging Face Hub, or of what speaks like it.
     Hf,
+    /// A registry of OCI artifacts and images, over http when it is on this machine, else over https.
+    Oci,
+    /// The same over http.
+    OciHttp,
+    /// A checkout with DVC's pointer files in it.
+    Dvc,
 }
 
 /// Every scheme but that of folders, which goes without one.
-const SCHEMES: [(&str, Scheme); 9] = [
+const SCHEMES: [(&str, Scheme); 12] = [
     ("s3", Scheme::S3),
     ("gs", Scheme::Gs),
     ("az", Scheme::Az),
@@ -42,6 +48,9 @@ const SCHEMES: [(&str, Scheme); 9] = [
     ("mlflow+https", Scheme::MlflowHttps),
     ("models", Scheme::Models),
     ("hf", Scheme::Hf),
+    ("oci", Scheme::Oci),
+    ("oci+http", Scheme::OciHttp),
+    ("dvc", Scheme::Dvc),
 ];
 
 /// A place, parsed as far as all schemes agree.
@@ -70,7 +79,10 @@ impl SourceUri {
             let known: Vec<String> = SCHEMES.iter().map(|(name, _)| format!("{name}:")).collect();
             return Err(wrong(format!("scheme '{name}' is not known; expected a path, or one of {}", known.join(" "))));
         };
-        let is_web = matches!(scheme, Scheme::Http | Scheme::Https | Scheme::Mlflow | Scheme::MlflowHttps);
+        let is_web = matches!(
+            scheme,
+            Scheme::Http | Scheme::Https | Scheme::Mlflow | Scheme::MlflowHttps | Scheme::Oci | Scheme::OciHttp
+        );
         let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
         // An `@` after the first slash is an alias, not a login.
         let (login, rest) = match authority.rsplit_once('@') {
@@ -89,7 +101,13 @@ impl SourceUri {
             return Err(SourceError::Uri("source: a slash in a login must be written as %2F".to_owned()));
         }
         let rest = rest.trim_end_matches('/');
-        if rest.is_empty() || (*scheme != Scheme::Models && rest.starts_with('/')) {
+        if *scheme == Scheme::Dvc && rest.split_once('#').is_none_or(|(path, file)| path.is_empty() || file.is_empty())
+        {
+            return Err(wrong(
+                "expected a checkout and a file in it, as in dvc://path/to/checkout#iris.onnx.dvc".to_owned(),
+            ));
+        }
+        if rest.is_empty() || (!matches!(scheme, Scheme::Models | Scheme::Dvc) && rest.starts_with('/')) {
             return Err(wrong(match scheme {
                 Scheme::Models => "expected a model's name after 'models:/'".to_owned(),
                 Scheme::S3 | Scheme::Gs | Scheme::Az => format!("expected a bucket after '{name}://'"),
@@ -97,7 +115,8 @@ impl SourceUri {
                 _ => format!("expected a host after '{name}://'"),
             }));
         }
-        if path.contains(['?', '#']) || authority.contains(['?', '#']) {
+        let unread: &[char] = if *scheme == Scheme::Dvc { &['?'] } else { &['?', '#'] };
+        if path.contains(unread) || authority.contains(unread) {
             return Err(wrong("a query or fragment is not read here; write ? and # as %3F and %23".to_owned()));
         }
         if rest.chars().any(|letter| letter.is_control() || letter == ' ') {
@@ -123,6 +142,11 @@ impl SourceUri {
     /// What follows the authority, without slashes around it; as it was written, so percent-encoded.
     pub fn path(&self) -> &str {
         self.rest.split_once('/').map_or("", |(_, path)| path.trim_start_matches('/'))
+    }
+
+    /// The checkout and the file in it, when it is one of DVC's; as they were written, so percent-encoded.
+    pub fn checkout(&self) -> Option<(&str, &str)> {
+        self.rest.split_once('#').filter(|_| self.scheme == Scheme::Dvc)
     }
 
     /// The user and the secret of `user:secret@host`, as they were written.
@@ -201,6 +225,12 @@ mod tests {
         assert_eq!(parts("mlflow+https://host/iris/3"), of(Scheme::MlflowHttps, "host", "iris/3"));
         assert_eq!(parts("hf://acme/iris@refs/pr/1"), of(Scheme::Hf, "acme", "iris@refs/pr/1"));
         assert_eq!(parts("hf://gpt2@main"), of(Scheme::Hf, "gpt2@main", ""));
+        assert_eq!(parts("oci://host:5000/team/iris:v3"), of(Scheme::Oci, "host:5000", "team/iris:v3"));
+        assert_eq!(parts("oci+http://host/iris@sha256:0"), of(Scheme::OciHttp, "host", "iris@sha256:0"));
+        let checkout = SourceUri::parse("dvc:///srv/models#sub/iris.onnx.dvc").unwrap();
+        assert_eq!(checkout.checkout(), Some(("/srv/models", "sub/iris.onnx.dvc")));
+        assert_eq!(checkout.to_string(), "dvc:///srv/models#sub/iris.onnx.dvc");
+        assert_eq!(SourceUri::parse("dvc://.#a.dvc").unwrap().checkout(), Some((".", "a.dvc")));
         assert_eq!(SourceUri::parse("models:/iris@champion").unwrap().to_string(), "models:/iris@champion");
         assert_eq!(SourceUri::parse("./models:/here").unwrap().folder(), Some("./models:/here".into()));
         assert_eq!(SourceUri::parse("a/b").unwrap().folder(), Some("a/b".into()));
@@ -228,6 +258,9 @@ mod tests {
         assert!(said("https://").contains("expected a host"));
         assert!(said("models:/").contains("expected a model's name"));
         assert!(said("https://host/models?token=1").contains("a query or fragment"));
+        assert!(said("dvc://checkout").contains("as in dvc://path/to/checkout#iris.onnx.dvc"));
+        assert!(said("dvc://#a.dvc").contains("expected a checkout"));
+        assert!(said("oci://host/iris:v3#x").contains("a query or fragment"));
         assert!(said("s3://KEY:SECRET@bucket").contains("from the environment only"));
         assert!(!said("s3://KEY:SECRET@bucket").contains("SECRET"));
         assert!(said("hf://").contains("expected a repository"));
