@@ -31,7 +31,7 @@ fmt:
 test-rust: setup
 	cargo test --locked --workspace
 
-test-clients: build .venv/clients.installed
+test-clients: build .venv/clients.installed .venv/dvc.installed
 	@deploy/apt.sh promtool=prometheus "nginx=nginx-light libnginx-mod-http-dav-ext" docker-registry=docker-registry \
 		htpasswd=apache2-utils zstd=zstd
 	$(PYTHON) -m pytest -q tests/clients
@@ -77,6 +77,12 @@ clean:
 
 .venv/clients.installed: tests/clients/requirements.txt
 	$(PIP) -r $<
+	touch $@
+
+# By itself: its libraries for S3 and those of the other clients want different versions of the same packages.
+.venv/dvc.installed: tests/clients/dvc.txt .venv/clients.installed
+	$(PYTHON) -m venv .venv/dvc
+	.venv/dvc/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
 .venv/models.installed: models/requirements.txt

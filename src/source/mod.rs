@@ -7,6 +7,7 @@ mod arrange;
 pub mod cache;
 pub mod digest;
 mod disk;
+mod dvc;
 pub mod follow;
 mod hub;
 mod layout;
@@ -92,7 +93,8 @@ pub fn open(uri: &SourceUri, scratch: Scratch) -> Result<Arc<dyn Source>, Source
         Scheme::Mlflow | Scheme::MlflowHttps | Scheme::Models => Ok(Arc::new(mlflow::Registry::open(uri)?)),
         Scheme::Hf => Ok(Arc::new(hub::Hub::open(uri)?)),
         Scheme::Oci | Scheme::OciHttp => Ok(Arc::new(oci::Artifact::open(uri, scratch)?)),
-        Scheme::Folder | Scheme::Dvc => Err(SourceError::Uri(format!("source '{uri}': a folder is read as it is"))),
+        Scheme::Dvc => Ok(Arc::new(dvc::Tracked::open(uri)?)),
+        Scheme::Folder => Err(SourceError::Uri(format!("source '{uri}': a folder is read as it is"))),
     }
 }
 

@@ -8,7 +8,8 @@ use async_trait::async_trait;
 use base64::{Engine, prelude::BASE64_STANDARD};
 use http::{HeaderMap, HeaderValue, header};
 use object_store::{
-    BackoffConfig, ClientConfigKey, ClientOptions, Error, GetOptions, GetRange, ObjectMeta, ObjectStore, RetryConfig,
+    BackoffConfig, ClientConfigKey, ClientOptions, Error, GetOptions, GetRange, ObjectMeta, ObjectStore,
+    ObjectStoreExt, RetryConfig,
     aws::{AmazonS3Builder, AmazonS3ConfigKey},
     azure::{AzureConfigKey, MicrosoftAzureBuilder},
     gcp::{GoogleCloudStorageBuilder, GoogleConfigKey},
@@ -161,6 +162,22 @@ impl Bucket {
     pub async fn files(&self) -> Result<Vec<RemoteFile>, SourceError> {
         let objects = self.objects().await?;
         Ok(without_folders(objects.into_iter().filter_map(|object| self.file(object)).collect()))
+    }
+
+    /// The object of a path below the prefix, for those who know where it is.
+    ///
+    /// # Errors
+    /// When it is not there, or the store does not answer.
+    pub async fn find(&self, path: &str) -> Result<RemoteFile, SourceError> {
+        let wrong = |error: object_store::path::Error| SourceError::Senseless {
+            place: self.uri.to_string(),
+            reason: error.to_string(),
+        };
+        let below = Path::parse(path).map_err(wrong)?;
+        let location: Path = self.prefix.parts().chain(below.parts()).collect();
+        let object = self.store.head(&location).await.map_err(|error| self.failed(&error, &format!("'{path}'")))?;
+        let what = || SourceError::NotFound { place: self.uri.to_string(), what: format!("'{path}'") };
+        self.file(object).ok_or_else(what)
     }
 
     /// An object as a file, its path beginning at the prefix.

@@ -134,8 +134,11 @@ impl SourceUri {
         (self.scheme == Scheme::Folder).then(|| PathBuf::from(&self.rest))
     }
 
-    /// The bucket, or the host and its port.
+    /// The bucket, the host and its port, or the checkout.
     pub fn authority(&self) -> &str {
+        if let Some((checkout, _)) = self.checkout() {
+            return checkout;
+        }
         self.rest.split_once('/').map_or(self.rest.as_str(), |(authority, _)| authority)
     }
 
