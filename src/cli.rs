@@ -65,7 +65,7 @@ enum Command {
 #[derive(Args)]
 struct ServeArgs {
     /// Folder of models: <NAME>/<VERSION>/model.onnx; or s3://BUCKET/PREFIX, gs://…, az://…, https://…,
-    /// mlflow://HOST/NAME@ALIAS, hf://ORG/NAME [default: ./models]
+    /// mlflow://HOST/NAME@ALIAS, hf://ORG/NAME, oci://HOST/NAME:TAG, dvc://CHECKOUT#FILE.dvc [default: ./models]
     #[arg(long, value_name = "PATH")]
     models: Option<PathBuf>,
     #[command(flatten)]

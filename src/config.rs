@@ -32,8 +32,9 @@ pub struct Config {
     /// The folder of models: `<name>/<version>/model.onnx`. Or where such a repository, or a single model, is mirrored
     /// from: `s3://bucket/prefix`, `gs://…`, `az://container/prefix`, with credentials and endpoints from the
     /// environment (AWS_…, GOOGLE_…, AZURE_…), or `https://host/path` of a web server that speaks WebDAV; a registered
-    /// model, `mlflow://host:5000/name@alias` (`/3`, `/Production`, `/latest`; `mlflow+https://…`, `models:/…`), or a
-    /// repository of a Hugging Face hub, `hf://org/name@revision`.
+    /// model, `mlflow://host:5000/name@alias` (`/3`, `/Production`, `/latest`; `mlflow+https://…`, `models:/…`), a
+    /// repository of a Hugging Face hub, `hf://org/name@revision`, an artifact or image of a registry,
+    /// `oci://registry/name:tag` (or `@sha256:…`), or what DVC tracks in a checkout, `dvc://path/to/checkout#name.dvc`.
     #[serde(serialize_with = "without_login")]
     pub models: PathBuf,
     /// Where the server keeps its own files. Default: `.tidegate` inside the models folder, or in the working folder

@@ -109,14 +109,13 @@ impl Sourced {
     /// Waits until a model names a place, and follows from then on until it is cancelled. `kick` hears of every change.
     pub async fn run(self, kick: mpsc::Sender<()>, cancel: CancellationToken) -> anyhow::Result<()> {
         let Some(cache) = cancel.run_until_cancelled(self.cache()).await else { return Ok(()) };
-        let scratch = Scratch::of(&self.directory, &self.cache);
         let Self { places, follow, followed, models, catalog, .. } = self;
         // The settings are not in the mirrors.
         let interest = move || -> Box<dyn Interest> {
             Box::new(Catalogued { catalog: catalog.clone(), settings: Some(models.clone()) })
         };
         let standing = followed.clone();
-        let follower = places.follow(cache, scratch, follow, interest, followed, kick, cancel.child_token());
+        let follower = places.follow(cache, follow, interest, followed, kick, cancel.child_token());
         let thread = on_thread(follower, move |reason| standing.give_up(&reason))?;
         cancel.cancelled().await;
         tokio::task::spawn_blocking(move || join(thread)).await?;

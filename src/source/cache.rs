@@ -143,6 +143,11 @@ impl Cache {
         Ok(cache)
     }
 
+    /// Where its sources may unpack.
+    pub fn scratch(&self) -> Scratch {
+        Scratch { folder: self.root.join(STAGING), max_bytes: self.max_bytes }
+    }
+
     /// Where the content with this SHA-256 lies, or will.
     fn blob_path(&self, sha256: &[u8; 32]) -> PathBuf {
         blob_path(&self.root, sha256)

@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    ByteStream, Lineage, Look, RemoteFile, RemoteVersion, Scratch, Source, SourceError, SourceUri,
+    ByteStream, Lineage, Look, RemoteFile, RemoteVersion, Source, SourceError, SourceUri,
     cache::{
         Cache,
         mirror::{self, Mirror},
@@ -87,7 +87,6 @@ impl Places {
     pub async fn follow(
         self,
         cache: Arc<Cache>,
-        scratch: Scratch,
         config: FollowConfig,
         interest: impl Fn() -> Box<dyn Interest>,
         followed: Followed,
@@ -120,7 +119,7 @@ impl Places {
                 let status = SharedStatus::new(uri.to_string());
                 self.standing.lock().insert(name.clone(), status.clone());
                 followed.add(&status);
-                let opened = super::open(&uri, scratch.clone()).and_then(|source| {
+                let opened = super::open(&uri, cache.scratch()).and_then(|source| {
                     let mirror = Mirror::open(cache.clone(), &key(&name, &uri))?;
                     Ok((Arc::new(Named::new(source, name.clone())), mirror))
                 });

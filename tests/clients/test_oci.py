@@ -3,6 +3,7 @@
 import base64
 import json
 import subprocess
+import time
 
 import oras.client
 import pytest
@@ -106,6 +107,20 @@ def test_an_image_is_unpacked_layer_by_layer(registry, serve):
     registry.image("image/plus", "v1", [below])
     eventually(lambda: log_has(server, "not mirrored", "'link' is refused", "symbolic link"), SOON)
     assert answers(server) == 11
+    assert server.stop() == 0
+
+
+def test_a_tag_that_moves_to_what_does_not_load_leaves_what_runs(registry, serve):
+    registry.model_pack("broken/plus", "v1", {"model.onnx": graph(1)})
+    server = serve(f"oci://{registry.host}/broken/plus:v1", config=CONFIG)
+    assert answers(server) == 2
+    registry.model_pack("broken/plus", "v1", {"model.onnx": b"no graph"})
+    eventually(lambda: log_has(server, "loading failed"), SOON)
+    # Some looks later.
+    time.sleep(3)
+    assert answers(server) == 2
+    registry.model_pack("broken/plus", "v1", {"model.onnx": graph(10)})
+    eventually(lambda: answers(server) == 11, SOON)
     assert server.stop() == 0
 
 
