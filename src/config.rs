@@ -270,9 +270,9 @@ fn read(path: &Path) -> anyhow::Result<Table> {
     toml::from_str(&text).with_context(|| format!("{} is not valid", path.display()))
 }
 
-/// The error without any line of a file that holds the token, which shows nowhere.
+/// The error without any line of a file that holds a token, a secret or a place's login, which show nowhere.
 fn without_token(text: &str, error: toml::de::Error) -> anyhow::Error {
-    if !text.contains("token") {
+    if !["token", "secret", "@"].iter().any(|sign| text.contains(sign)) {
         return error.into();
     }
     let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();

@@ -35,7 +35,10 @@
 //!
 //! # A version's way
 //! Models that are elsewhere are mirrored into a folder first: `source::follow` looks at a `Source` again and again, has
-//! `source::cache` fetch and verify what is new, and publishes each version by one rename, on a thread of its own.
+//! `source::cache` fetch and verify what is new, and publishes each version by one rename, on a thread of its own. So it
+//! is for a whole repository, or for single models whose settings name their place (`source::places`). Where a registry
+//! has a pointer (an alias, a tag, a branch), its way is kept beside the versions (`source::pointer`) and decides which of
+//! them is the newest; `source::lineage` is what the registry knows of each.
 //! `control::reconcile` scans the folder (`source::local`), waits until files settle, and has `model::load` load and
 //! warm them on a low-priority thread, as `control::spec` says (from model.toml, or through `control::pbtxt` from
 //! Triton's config.pbtxt). What the author declares of inputs and outputs is a session before the graph's

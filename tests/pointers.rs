@@ -30,7 +30,7 @@ const CANARY: &str = r#"
 /// Has the model's pointer come to a version, as a mirror has it.
 fn point(repository: &Repository, version: &str) {
     let folder = repository.0.path().join("m");
-    let mut pointer = Pointer::read(&folder);
+    let mut pointer = Pointer::read(&folder).unwrap();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis();
     pointer.move_to(&Version::parse(version).unwrap(), now.try_into().unwrap());
     let staged = repository.0.path().join(".staged");
@@ -116,6 +116,25 @@ async fn a_pointer_that_moves_goes_through_the_models_policy_and_back_at_once() 
     // And so it stays after a restart.
     Arc::into_inner(running).unwrap().stop().await;
     let running = start(&config).await;
+    assert_eq!(running.infer("m", &[1.0]).await.body["model_version"], "1");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_version_that_was_given_up_is_tried_again_when_the_pointer_comes_back() {
+    let repository = Repository::with("m", "scale = 1.0");
+    repository.settings("m", CANARY);
+    point(&repository, "1");
+    let running = start(&config(&repository)).await;
+    repository.put("m", "2", "fail_load = true");
+    point(&repository, "2");
+    eventually("it is given up", async || rollout(&running).await["phase"] == "aborted").await;
+    assert_eq!(rollout(&running).await["id"], "m/r1");
+    tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+    assert_eq!(rollout(&running).await["id"], "m/r1", "several looks later");
+    point(&repository, "1");
+    tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+    point(&repository, "2");
+    eventually("it is tried again", async || rollout(&running).await["id"] == "m/r2").await;
     assert_eq!(running.infer("m", &[1.0]).await.body["model_version"], "1");
 }
 

@@ -4,7 +4,7 @@
 //! Read when somebody scrapes, so that nothing is left of models that went.
 
 use std::{
-    collections::BTreeSet,
+    collections::BTreeMap,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -22,11 +22,10 @@ use crate::{
 /// Everything there is to show of the catalog and of the places now.
 pub(super) fn page(catalog: &Catalog, sources: Vec<Status>) -> Page {
     let mut page = Page::default();
-    let mut shown = BTreeSet::new();
-    // Models may have one place in common, which answers them all or none.
-    for source in sources.iter().filter(|source| shown.insert(source.uri.as_str())) {
-        show_source(source, &mut page);
-    }
+    // Models may have one place in common.
+    let mut places: BTreeMap<&str, Vec<&Status>> = BTreeMap::new();
+    sources.iter().for_each(|source| places.entry(&source.uri).or_default().push(source));
+    places.into_iter().for_each(|(uri, followed)| show_place(uri, &followed, &mut page));
     for (name, deployment) in &catalog.deployments {
         let Deployment { rollout, entries, .. } = deployment;
         if let Some(rollout) = rollout {
@@ -42,13 +41,15 @@ pub(super) fn page(catalog: &Catalog, sources: Vec<Status>) -> Page {
     page
 }
 
-fn show_source(status: &Status, page: &mut Page) {
+fn show_place(uri: &str, followed: &[&Status], page: &mut Page) {
+    let is_up = |status: &&Status| status.answered.is_some() && status.away.is_none() && status.given_up.is_none();
+    let fetching = followed.iter().flat_map(|status| status.fetching.values());
     page.source(&SourceStanding {
-        source: &status.uri,
-        up: status.answered.is_some() && status.away.is_none() && status.given_up.is_none(),
-        answered: status.answered,
-        problems: status.problems.len(),
-        fetching: status.fetching.values().map(|one| one.total.saturating_sub(one.fetched)).sum(),
+        source: uri,
+        up: followed.iter().copied().all(|status| is_up(&status)),
+        answered: followed.iter().filter_map(|status| status.answered).min(),
+        problems: followed.iter().map(|status| status.problems.len()).sum(),
+        fetching: fetching.map(|one| one.total.saturating_sub(one.fetched)).sum(),
     });
 }
 

@@ -143,9 +143,6 @@ fn details(version: &VersionDetails) -> anyhow::Result<()> {
             line("tag", &format!("{name} = {value}"))?;
         }
     }
-    if let Some(card) = &version.card {
-        line("card", &format!("{} (--json shows it)", card.format))?;
-    }
     for file in &version.files {
         line("file", &format!("{} {} bytes, sha256 {}", file.path, file.bytes, file.sha256))?;
     }

@@ -35,7 +35,7 @@ use crate::{
         golden,
         load::{self, Decode, Loaded, Plan},
     },
-    priority,
+    priority, rollout,
     source::local::{self, Fingerprint, FoundModel, FoundVersion, Origin, Scan},
 };
 
@@ -70,6 +70,8 @@ pub struct Reconciler {
     /// Without watching, what the settings said when the model was looked at.
     specs: BTreeMap<ModelName, Result<ModelSpec, Error>>,
     complete: bool,
+    /// When the repository was looked at last.
+    looked_at: rollout::Moment,
     orders: Orders,
     ordered: orders::Ordered,
     rollouts: Rollouts,
@@ -103,6 +105,7 @@ impl Reconciler {
             first_scan: None,
             specs: BTreeMap::new(),
             complete: false,
+            looked_at: 0,
             orders,
             ordered: orders::Ordered::default(),
             rollouts,
@@ -162,6 +165,7 @@ impl Reconciler {
 
     /// What there is and shall be looked at, by the control mode.
     async fn scan(&mut self) -> std::io::Result<Scan> {
+        self.looked_at = promote::now();
         if let (Some(first), true) = (&self.first_scan, self.settings.control != ModelControl::Watch) {
             return Ok(first.clone());
         }
@@ -288,10 +292,12 @@ impl Reconciler {
             }
         }
         model.forget_missing(&found.versions);
+        // Where versions are on their way, or nobody can tell whether there are any, what serves does so until then.
+        let is_bare = model.source.is_none() || model.is_bare;
         for (wanted, claim) in to_load {
             self.start_load(name, found, wanted, claim, spec.clone());
         }
-        self.retire_unwanted(name, found.versions.is_empty());
+        self.retire_unwanted(name, found.versions.is_empty() && is_bare);
     }
 
     /// What the model's settings are. Without watching, changes to the file wait until the model is looked at again.

@@ -155,7 +155,15 @@ impl ModelSpec {
     /// # Errors
     /// What is wrong, naming the key.
     pub fn from_toml(text: &str) -> Result<Self, String> {
-        let spec: ModelSpec = toml::from_str(text).map_err(|error| error.to_string())?;
+        let spec: ModelSpec = toml::from_str(text).map_err(|error| {
+            // The line that it quotes may have a login in it.
+            let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+            let line = before.matches('\n').count();
+            match text.lines().nth(line) {
+                Some(quoted) if quoted.contains('@') => format!("line {}: {}", line + 1, error.message()),
+                _ => error.to_string(),
+            }
+        })?;
         spec.validate().map(|()| spec)
     }
 
@@ -357,6 +365,15 @@ mod tests {
             let message = read(text).unwrap_err();
             assert!(message.contains(word) && message.contains("model.toml"), "{message}");
         }
+    }
+
+    #[test]
+    fn a_login_in_a_source_shows_in_no_mistake() {
+        for source in ["s3://KEY:SECRET@bucket", "https://ada:SECRET@host/x?y", "https://ada:SECRET@host\\q"] {
+            let message = read(&format!("# where\nsource = \"{source}\"")).unwrap_err();
+            assert!(message.contains("line 2") && !message.contains("SECRET"), "{message}");
+        }
+        assert!(read("source = \"https://ada:SECRET@host\"\ninstances = 0").is_err_and(|it| !it.contains("SECRET")));
     }
 
     #[test]

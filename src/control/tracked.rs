@@ -39,6 +39,10 @@ pub(super) struct Tracked {
     pub(super) found: Vec<FoundVersion>,
     /// Where its versions come from, when its settings say so.
     pub(super) source: Option<SourceUri>,
+    /// Whether the first versions from there are on their way.
+    pub(super) is_awaited: bool,
+    /// Whether that place has been seen to hold none.
+    pub(super) is_bare: bool,
     /// What its registry's pointer pointed at then.
     pub(super) pointer: Pointer,
     /// Whether requests were answered since it last had nothing that serves.

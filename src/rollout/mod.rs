@@ -125,6 +125,9 @@ pub struct Rollout {
     /// Whether the step was passed that it is paused at, so that the next one is its turn.
     #[serde(default)]
     pub passed: bool,
+    /// When it began.
+    #[serde(default)]
+    pub begun: Moment,
     /// Since when it is in this phase and step.
     pub since: Moment,
     /// When the candidate was promoted.
@@ -168,6 +171,7 @@ impl Rollout {
             step: 0,
             paused_in: None,
             passed: false,
+            begun: now,
             since: now,
             promoted_at: None,
             objective: None,

@@ -130,8 +130,12 @@ impl Sourced {
             let opened = tokio::task::spawn_blocking(move || Cache::open(&directory, &config)).await;
             match opened.map_err(|error| error.to_string()).and_then(|opened| opened.map_err(|error| error.to_string()))
             {
-                Ok(cache) => return Arc::new(cache),
+                Ok(cache) => {
+                    self.places.unusable(None);
+                    return Arc::new(cache);
+                }
                 Err(error) => {
+                    self.places.unusable(Some(error.clone()));
                     tracing::error!(
                         error,
                         "no model that names a source can be fetched; name another cache with --cache"
@@ -231,8 +235,9 @@ impl Interest for Catalogued {
             Some(State::Settling | State::Loading | State::Ready | State::Draining) => Fate::InUse,
             // What is held back does not serve by itself either; after a rollback the version before it does.
             Some(State::Failed | State::Held) => Fate::Failed,
-            // The versions that a rollout needs are known once all that was there at start was looked at.
-            None if !catalog.complete => Fate::InUse,
+            // The versions that a rollout needs are known once all that was there at start was looked at, and those of a
+            // model that nobody has loaded are not.
+            None if !catalog.complete || !catalog.deployments.contains_key(name) => Fate::InUse,
             None => Fate::Idle,
         }
     }

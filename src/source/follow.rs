@@ -437,7 +437,7 @@ impl Follower {
                         .filter(|version| !model.versions.iter().any(|remote| remote.version.as_str() == version))
                         .collect();
                     if model.default.is_some() {
-                        self.spare_pointed_at(&name, &mut gone);
+                        self.spare_pointed_at(&name, &mut gone)?;
                     }
                     missing.extend(gone.into_iter().map(|version| (name.clone(), Some(version))));
                 }
@@ -471,12 +471,13 @@ impl Follower {
 
     /// Leaves out of `gone` what a pointer that has moved on pointed at: what is in use, and what it pointed at last, which is
     /// what one goes back to.
-    fn spare_pointed_at(&self, name: &ModelName, gone: &mut Vec<String>) {
+    fn spare_pointed_at(&self, name: &ModelName, gone: &mut Vec<String>) -> Result<(), SourceError> {
         let parsed = |version: &String| Version::parse(version).ok();
-        let pointer = self.mirror.pointer(name);
+        let pointer = self.mirror.pointer(name)?;
         let last = gone.iter().max_by_key(|version| parsed(version).and_then(|it| pointer.place(&it))).cloned();
         let in_use = |version: &String| parsed(version).is_some_and(|it| self.interest.fate(name, &it) == Fate::InUse);
         gone.retain(|version| Some(version) != last.as_ref() && !in_use(version));
+        Ok(())
     }
 }
 

@@ -9,7 +9,6 @@ use std::{
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use super::{
     SourceError,
@@ -103,16 +102,6 @@ fn hash(path: &Path) -> io::Result<([u8; 32], u64)> {
         }
     }
     Ok((hasher.finish("").map_err(io::Error::other)?, size))
-}
-
-/// The model card that lies among a version's files or is made of what its registry knows; `None` without either.
-///
-/// A card of the Hugging Face hub is the front matter of README.md, one of CycloneDX the `modelCard` of its first
-/// component that has one.
-pub fn card(files: &Path, lineage: Option<&Lineage>) -> Option<(&'static str, Value)> {
-    let _ = files;
-    let lineage = lineage.filter(|lineage| **lineage != Lineage::default())?;
-    Some(("generated", serde_json::to_value(lineage).ok()?))
 }
 
 #[cfg(test)]

@@ -133,7 +133,7 @@ pub fn scan_model(directory: &Path, is_model: &impl Fn(&str) -> bool) -> io::Res
     }
     let mut settings = vec![directory.join(MODEL_FILE), directory.join(TRITON_FILE)];
     settings.retain(|path| path.is_file());
-    let pointer = Pointer::read(directory);
+    let pointer = Pointer::read(directory)?;
     let mut versions = Vec::new();
     let mut bare = false;
     let mut folders = 0;

@@ -7,7 +7,10 @@ use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinHandle,
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -29,22 +32,25 @@ pub struct Places {
     /// The folder of the cache, where mirrors lie.
     cache: PathBuf,
     wanted: watch::Sender<Wanted>,
-    standing: Arc<Mutex<BTreeMap<ModelName, SharedStatus>>>,
+    standing: Arc<Mutex<BTreeMap<ModelName, (SourceUri, SharedStatus)>>>,
+    /// Why nothing can be followed at all.
+    unusable: Arc<Mutex<Option<String>>>,
 }
 
-/// How a model's place stands.
+/// How far the following of a model's place has come.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Standing {
+pub enum Trial {
     /// Nobody has looked, or what the first look found is on its way.
     Awaited(String),
     /// What there was to mirror was tried; why there may be less than expected.
-    Tried(Option<String>),
+    Over(Option<String>),
 }
 
 impl Places {
     /// For a cache in the folder `cache`, which nobody makes before there is something to follow.
     pub fn new(cache: PathBuf) -> Self {
-        Self { cache, wanted: watch::Sender::new(Wanted::new()), standing: Arc::default() }
+        let wanted = watch::Sender::new(Wanted::new());
+        Self { cache, wanted, standing: Arc::default(), unusable: Arc::default() }
     }
 
     /// Says which models come from where, all of them.
@@ -63,18 +69,26 @@ impl Places {
         mirror::folder(&self.cache, &key(name, uri)).join("models").join(name.as_str())
     }
 
-    /// How the place of a model stands.
-    pub fn standing(&self, name: &ModelName) -> Standing {
-        let status = self.standing.lock().get(name).map(SharedStatus::read);
-        let Some(status) = status else {
-            return Standing::Awaited("its place was not looked at yet".to_owned());
-        };
-        let problem = status.problems.values().next().map(|problem| problem.error.to_string());
-        match (&status.away, status.settled) {
-            (Some((_, said)), _) => Standing::Tried(Some(said.clone())),
-            (None, false) => Standing::Awaited(format!("its versions are on their way from {}", status.uri)),
-            (None, true) => Standing::Tried(problem),
+    /// How far the following of a model's place has come.
+    pub fn trial(&self, name: &ModelName, uri: &SourceUri) -> Trial {
+        if let Some(reason) = self.unusable.lock().clone() {
+            return Trial::Over(Some(reason));
         }
+        let status = self.standing.lock().get(name).filter(|(of, _)| of == uri).map(|(_, status)| status.read());
+        let Some(status) = status else {
+            return Trial::Awaited(format!("{uri} was not looked at yet"));
+        };
+        let problem = status.problems.into_values().next().map(|problem| problem.error.to_string());
+        match (status.given_up, status.away, status.settled) {
+            (Some(reason), ..) | (None, Some((_, reason)), _) => Trial::Over(Some(reason)),
+            (None, None, false) => Trial::Awaited(format!("its versions are on their way from {uri}")),
+            (None, None, true) => Trial::Over(problem),
+        }
+    }
+
+    /// Says why nothing can be followed, or that it can.
+    pub fn unusable(&self, reason: Option<String>) {
+        *self.unusable.lock() = reason;
     }
 
     /// Ends when there is something to follow.
@@ -94,62 +108,99 @@ impl Places {
         cancel: CancellationToken,
     ) {
         let mut wanted = self.wanted.subscribe();
-        let mut running: BTreeMap<ModelName, (SourceUri, CancellationToken, tokio::task::JoinHandle<()>)> =
-            BTreeMap::new();
+        let mut running: BTreeMap<ModelName, Following> = BTreeMap::new();
         loop {
             let places = wanted.borrow_and_update().clone();
-            let over: Vec<ModelName> = {
-                let is_over = |(name, (uri, ..)): &(&ModelName, &(SourceUri, _, _))| places.get(*name) != Some(uri);
-                running.iter().filter(is_over).map(|(name, _)| name.clone()).collect()
-            };
-            for name in over {
-                if let Some((uri, token, task)) = running.remove(&name) {
-                    token.cancel();
-                    let _ = task.await;
-                    if let Some(status) = self.standing.lock().remove(&name) {
-                        followed.remove(&status);
-                    }
-                    tracing::info!(model = %name, source = %uri, "is not followed any more");
-                }
+            let is_over = |(name, one): &(&ModelName, &Following)| places.get(*name) != Some(&one.uri) || one.may_retry;
+            let over: Vec<ModelName> = running.iter().filter(is_over).map(|(name, _)| name.clone()).collect();
+            for one in over.iter().filter_map(|name| running.remove(name)) {
+                followed.remove(&one.status);
+                one.end().await;
             }
+            self.standing.lock().retain(|name, _| running.contains_key(name));
             for (name, uri) in places {
                 if running.contains_key(&name) {
                     continue;
                 }
                 let status = SharedStatus::new(uri.to_string());
-                self.standing.lock().insert(name.clone(), status.clone());
                 followed.add(&status);
-                let opened = super::open(&uri, cache.scratch()).and_then(|source| {
-                    let mirror = Mirror::open(cache.clone(), &key(&name, &uri))?;
-                    Ok((Arc::new(Named::new(source, name.clone())), mirror))
-                });
-                let token = cancel.child_token();
-                let task = match opened {
-                    Ok((source, mirror)) => {
-                        tracing::info!(model = %name, source = %uri, "is followed");
-                        let follower = Follower::new(source, mirror, config.clone(), interest())
-                            .with_status(status)
-                            .telling(kick.clone());
-                        tokio::spawn(follower.run(token.clone(), watch::Sender::new(false)))
-                    }
-                    Err(error) => {
-                        tracing::error!(model = %name, source = %uri, %error, "cannot be followed");
-                        status.failed(&error);
-                        let _ = kick.try_send(());
-                        tokio::spawn(std::future::ready(()))
-                    }
-                };
-                running.insert(name, (uri, token, task));
+                let one = self.start(&cache, &config, interest(), kick.clone(), (&name, uri, status), &cancel);
+                self.standing.lock().insert(name.clone(), (one.uri.clone(), one.status.clone()));
+                let _ = kick.try_send(());
+                running.insert(name, one);
             }
             tokio::select! {
                 () = cancel.cancelled() => break,
                 // The sender is in `self`.
                 _ = wanted.changed() => {}
+                () = tokio::time::sleep(config.max_interval) => {}
             }
         }
-        for (_, _, task) in running.into_values() {
-            let _ = task.await;
+        for one in running.into_values() {
+            one.end().await;
         }
+    }
+
+    fn start(
+        &self,
+        cache: &Arc<Cache>,
+        config: &FollowConfig,
+        interest: Box<dyn Interest>,
+        kick: mpsc::Sender<()>,
+        (name, uri, status): (&ModelName, SourceUri, SharedStatus),
+        cancel: &CancellationToken,
+    ) -> Following {
+        let opened = super::open(&uri, cache.scratch()).and_then(|source| {
+            let mirror = Mirror::open(cache.clone(), &key(name, &uri))?;
+            let is_filled = mirror.published()?.get(name).is_some_and(|versions| !versions.is_empty());
+            Ok((Arc::new(Named::new(source, name.clone())), mirror, is_filled))
+        });
+        let token = cancel.child_token();
+        let (task, may_retry) = match opened {
+            Ok((source, mirror, is_filled)) => {
+                tracing::info!(model = %name, source = %uri, "is followed");
+                if is_filled {
+                    // What an earlier server has left is there to serve.
+                    status.settled();
+                }
+                let follower =
+                    Follower::new(source, mirror, config.clone(), interest).with_status(status.clone()).telling(kick);
+                let following = tokio::spawn(follower.run(token.clone(), watch::Sender::new(false)));
+                (tokio::spawn(watched(following, name.clone(), status.clone())), false)
+            }
+            Err(error) => {
+                tracing::error!(model = %name, source = %uri, %error, "cannot be followed");
+                status.failed(&error);
+                (tokio::spawn(std::future::ready(())), error.passes())
+            }
+        };
+        Following { uri, status, token, task, may_retry }
+    }
+}
+
+/// A model's place that is followed, or could not be.
+struct Following {
+    uri: SourceUri,
+    status: SharedStatus,
+    token: CancellationToken,
+    task: JoinHandle<()>,
+    /// Whether it could not be, and may be later.
+    may_retry: bool,
+}
+
+impl Following {
+    async fn end(self) {
+        self.token.cancel();
+        let _ = self.task.await;
+    }
+}
+
+/// Says when following ended that nobody has ended.
+async fn watched(following: JoinHandle<()>, name: ModelName, status: SharedStatus) {
+    if let Err(error) = following.await {
+        let reason = format!("following it panicked: {error}");
+        tracing::error!(model = %name, reason, "its place is followed no longer, until the server is started anew");
+        status.give_up(reason);
     }
 }
 
@@ -201,6 +252,10 @@ impl Source for Named {
 
     fn settle_time(&self) -> std::time::Duration {
         self.source.settle_time()
+    }
+
+    fn seeks(&self, file: &RemoteFile) -> bool {
+        self.source.seeks(file)
     }
 
     async fn look(&self) -> Result<Look, SourceError> {

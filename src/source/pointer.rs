@@ -3,7 +3,7 @@
 //! It lies in the model's folder, so that it outlives a restart with the registry away: a line for each version, the one
 //! that it came to last at the end, and the milliseconds since the epoch at which that was seen.
 
-use std::{fmt::Write, fs, path::Path};
+use std::{fmt::Write, fs, io, path::Path};
 
 use crate::id::Version;
 
@@ -22,13 +22,21 @@ pub struct Pointer {
 
 impl Pointer {
     /// The pointer of the model in `folder`; one that points at nothing when there is none.
-    pub fn read(folder: &Path) -> Self {
-        let text = fs::read_to_string(folder.join(POINTER_FILE)).unwrap_or_default();
+    ///
+    /// # Errors
+    /// When nobody can tell.
+    pub fn read(folder: &Path) -> io::Result<Self> {
+        let text = match fs::read_to_string(folder.join(POINTER_FILE)) {
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                String::new()
+            }
+            text => text?,
+        };
         let entry = |line: &str| {
             let (version, since) = line.split_once(' ')?;
             Some((Version::parse(version).ok().filter(is_folder)?, since.parse().ok()?))
         };
-        Self { passed: text.lines().filter_map(entry).collect() }
+        Ok(Self { passed: text.lines().filter_map(entry).collect() })
     }
 
     /// The file's text.
@@ -83,14 +91,14 @@ mod tests {
     #[test]
     fn the_way_is_remembered_in_the_order_of_the_last_visits() {
         let folder = tempfile::tempdir().unwrap();
-        assert_eq!(Pointer::read(folder.path()), Pointer::default());
+        assert_eq!(Pointer::read(folder.path()).unwrap(), Pointer::default());
         let mut pointer = Pointer::default();
         assert!(pointer.move_to(&version("2"), 10));
         assert!(pointer.move_to(&version("main-1"), 20));
         assert!(!pointer.move_to(&version("main-1"), 30), "it is there already");
         assert!(pointer.move_to(&version("2"), 40));
         fs::write(folder.path().join(POINTER_FILE), pointer.text()).unwrap();
-        let read = Pointer::read(folder.path());
+        let read = Pointer::read(folder.path()).unwrap();
         assert_eq!(read, pointer);
         assert_eq!((read.version(), read.since()), (Some(&version("2")), Some(40)));
         assert_eq!(
@@ -103,7 +111,7 @@ mod tests {
     fn a_file_of_something_else_points_at_nothing_outside() {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join(POINTER_FILE), "../x 1\n.. 2\n\n3\nv4 x\nv5 6\n").unwrap();
-        assert_eq!(Pointer::read(folder.path()).text(), "v5 6\n");
+        assert_eq!(Pointer::read(folder.path()).unwrap().text(), "v5 6\n");
         let mut long = Pointer::default();
         (0..200).for_each(|number| assert!(long.move_to(&version(&number.to_string()), number)));
         assert_eq!((long.text().lines().count(), long.version()), (MOST, Some(&version("199"))));

@@ -73,7 +73,6 @@ pub struct VersionDetails {
     pub revision: Option<String>,
     /// What the registry knew of it when it was fetched.
     pub lineage: Option<Lineage>,
-    pub card: Option<CardStatus>,
 }
 
 /// A file of a version.
@@ -84,16 +83,6 @@ pub struct FileStatus {
     pub bytes: u64,
     /// In hexadecimal.
     pub sha256: String,
-}
-
-/// A model card.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-pub struct CardStatus {
-    /// `huggingface` (the front matter of README.md), `cyclonedx` (a component's modelCard), or `generated` from the
-    /// lineage when no card came with the files.
-    pub format: String,
-    /// The card as it is there.
-    pub card: Value,
 }
 
 /// A place that models are mirrored from.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::{Json, extract::State};
 use tokio::sync::Semaphore;
 
-use super::documents::{CardStatus, FileStatus, VersionDetails};
+use super::documents::{FileStatus, VersionDetails};
 use crate::{
     api::{
         App,
@@ -13,7 +13,7 @@ use crate::{
     },
     error::Error,
     model::catalog::Entry,
-    source::lineage::{Provenance, card},
+    source::lineage::Provenance,
 };
 
 /// Who asks for a version in a folder has its files read; that is for one at a time.
@@ -30,22 +30,21 @@ pub(super) async fn show(State(app): State<Arc<App>>, named: Named) -> Result<Js
             Error::not_found(format!("model '{model}' has no version '{version}'; it has {}", known.join(", ")))
         })?
     };
-    let Some(files) = entry.files.clone() else { return Ok(Json(details(model, &entry, None, None))) };
-    let _turn = READING.acquire().await;
+    let Some(files) = entry.files.clone() else { return Ok(Json(details(model, &entry, None))) };
+    let turn = READING.acquire().await;
     let read = tokio::task::spawn_blocking(move || {
-        let provenance = Provenance::of(&files)?;
-        let card = card(&files, provenance.lineage.as_ref());
-        Ok::<_, crate::source::SourceError>((provenance, card))
+        // It is read to the end, also when nobody waits for it any more.
+        let _turn = turn;
+        Provenance::of(&files)
     });
-    let (provenance, card) = read
+    let provenance = read
         .await
         .map_err(|error| Error::internal(error.to_string()))?
         .map_err(|error| Error::internal(format!("model '{model}' version '{version}': {error}")))?;
-    let card = card.map(|(format, card)| CardStatus { format: format.to_owned(), card });
-    Ok(Json(details(model, &entry, Some(provenance), card)))
+    Ok(Json(details(model, &entry, Some(provenance))))
 }
 
-fn details(model: String, entry: &Entry, found: Option<Provenance>, card: Option<CardStatus>) -> VersionDetails {
+fn details(model: String, entry: &Entry, found: Option<Provenance>) -> VersionDetails {
     let digest = found.as_ref().map(|found| found.digest.clone());
     let Provenance { files, origin, lineage, .. } = found.unwrap_or_default();
     let (source, revision) = origin.unzip();
@@ -64,6 +63,5 @@ fn details(model: String, entry: &Entry, found: Option<Provenance>, card: Option
         source,
         revision,
         lineage,
-        card,
     }
 }

@@ -122,12 +122,38 @@ impl Reconciler {
         }
         let names: Vec<ModelName> = self.models.keys().cloned().collect();
         for name in names {
+            self.try_again(&name).await;
             if let Some(back) =
                 self.models.get(&name).and_then(|model| called_back(model, self.rollouts.standing(&name)))
             {
                 self.happen(&name, back, REPOSITORY).await;
             }
             self.follow(&name).await;
+        }
+    }
+
+    /// Who points at a version that was given up before wants it tried again.
+    async fn try_again(&mut self, name: &ModelName) {
+        let Some(pointer) = self.models.get(name).map(|model| &model.pointer) else { return };
+        let (Some(version), Some(since)) = (pointer.version().cloned(), pointer.since()) else { return };
+        let mut standing = self.rollouts.standing(name).clone();
+        if !standing.passed_over.iter().any(|passed| passed.version == version && passed.since < since) {
+            return;
+        }
+        standing.take_back(&version);
+        let reason = format!("the registry points at version '{version}' again");
+        let asked = Asked { author: REPOSITORY.to_owned(), reason, epoch: None };
+        let mut entry = entry(&asked, "try_again", promote::now(), json!({ "version": version }));
+        entry.model = name.to_string();
+        if let Err(error) = self.rollouts.change(name, standing, entry).await {
+            return tracing::debug!(model = %name, %error, "the version that is pointed at again waits");
+        }
+        let tracked = self.models.get_mut(name).and_then(|model| model.find(&version));
+        let has_failed = |tracked: &&mut TrackedVersion| {
+            tracked.serving.is_none() && matches!(tracked.progress, Progress::Failed { .. } | Progress::Held { .. })
+        };
+        if let Some(tracked) = tracked.filter(has_failed) {
+            tracked.progress = Progress::Gone;
         }
     }
 
@@ -238,7 +264,8 @@ impl Reconciler {
             return;
         }
         let settings = model.settings.clone();
-        if let Err(error) = begin(name, &mut standing, [answers, news], &settings, now) {
+        // What a pointer does from the look on that has led here comes after it.
+        if let Err(error) = begin(name, &mut standing, [answers, news], &settings, self.looked_at) {
             return tracing::error!(model = %name, %error, "no rollout to the new version");
         }
         let details = json!({ "rollout": standing.rollout.as_ref().map(|rollout| &rollout.id), "settings": settings });
@@ -261,7 +288,6 @@ fn news(model: &Tracked, standing: &Standing, stable: &Version) -> Option<Versio
 fn called_back(model: &Tracked, standing: &Standing) -> Option<Event> {
     let rollout = standing.rollout.as_ref()?;
     let pointed = model.pointer.version().filter(|version| **version == rollout.stable)?;
-    let begun = rollout.history.first().map_or(rollout.since, |first| first.at);
     let command = match rollout.phase {
         Phase::Pending | Phase::Shadow | Phase::Canary | Phase::Paused => Command::Abort,
         Phase::Promoting | Phase::Watching => Command::Rollback,
@@ -271,7 +297,7 @@ fn called_back(model: &Tracked, standing: &Standing) -> Option<Event> {
         Phase::Done | Phase::Aborted | Phase::RolledBack => return None,
     };
     // Who starts a rollout by hand may lead away from what the pointer points at; only a move since then is a word.
-    let is_news = model.pointer.since()? > begun;
+    let is_news = model.pointer.since()? >= rollout.begun;
     is_news.then(|| Event::Told(command, format!("the registry points at version '{pointed}' again")))
 }
 

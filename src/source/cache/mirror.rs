@@ -227,7 +227,7 @@ impl Mirror {
     /// When the disk fails; it points then where it did.
     pub fn point(&self, model: &ModelName, version: &Version) -> Result<bool, SourceError> {
         let folder = self.models().join(model.as_str());
-        let mut pointer = Pointer::read(&folder);
+        let mut pointer = self.pointer(model)?;
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let moved = pointer.move_to(version, u64::try_from(since.as_millis()).unwrap_or(u64::MAX));
         if moved {
@@ -239,8 +239,12 @@ impl Mirror {
     }
 
     /// Where a model's pointer points, and pointed before.
-    pub fn pointer(&self, model: &ModelName) -> Pointer {
-        Pointer::read(&self.models().join(model.as_str()))
+    ///
+    /// # Errors
+    /// When nobody can tell.
+    pub fn pointer(&self, model: &ModelName) -> Result<Pointer, SourceError> {
+        let folder = self.models().join(model.as_str());
+        Pointer::read(&folder).map_err(|error| SourceError::disk(&folder, &error))
     }
 
     /// Takes a version out of the repository, at once and whole.

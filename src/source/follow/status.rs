@@ -108,7 +108,7 @@ impl SharedStatus {
     }
 
     /// All was tried that there was to mirror.
-    pub(super) fn settled(&self) {
+    pub(in crate::source) fn settled(&self) {
         self.status.lock().settled = true;
     }
 

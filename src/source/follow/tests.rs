@@ -152,7 +152,7 @@ async fn what_the_pointer_points_at_is_mirrored_whatever_is_newest() {
     assert_eq!(fixture.published(), ["m/.pointer", "m/1/model.onnx", "m/2/model.onnx"]);
     assert_eq!(fixture.status.read().defaults[&name()].as_str(), "1");
     let pointed = |fixture: &Fixture| {
-        let pointer = crate::source::pointer::Pointer::read(&fixture.models.join("m"));
+        let pointer = crate::source::pointer::Pointer::read(&fixture.models.join("m")).unwrap();
         pointer.version().unwrap().to_string()
     };
     assert_eq!(pointed(&fixture), "1");
