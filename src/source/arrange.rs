@@ -1,5 +1,7 @@
 //! The files of one model that were packed by somebody else: brought to where a version's folder has them.
 
+use std::collections::BTreeSet;
+
 use super::{RemoteFile, cache::is_pickle_name};
 
 /// What a version's folder calls its graph.
@@ -27,6 +29,12 @@ pub fn arrange(mut files: Vec<RemoteFile>) -> Result<Vec<RemoteFile>, String> {
     };
     files.retain(|file| !file.path.ends_with(".py") && !is_pickle_name(&file.path));
     let below = |path: &str| path.strip_prefix(&folder).is_some_and(|rest| !rest.is_empty());
+    // What lies with the graph goes before what is around it.
+    let inside: BTreeSet<String> =
+        files.iter().filter(|file| below(&file.path)).map(|file| file.path[folder.len()..].to_owned()).collect();
+    let first = |path: &str| path.split('/').next().unwrap_or_default().to_owned();
+    let taken: BTreeSet<String> = inside.iter().map(|path| first(path)).collect();
+    files.retain(|file| below(&file.path) || !taken.contains(&first(&file.path)));
     for file in &mut files {
         if below(&file.path) {
             file.path.drain(..folder.len());
@@ -85,7 +93,11 @@ mod tests {
 
     #[test]
     fn a_graph_comes_to_the_root_with_what_is_its_own() {
-        let cases: [(&[&str], &[&str]); 8] = [
+        let cases: [(&[&str], &[&str]); 9] = [
+            (
+                &["config.json", "onnx/config.json", "data", "onnx/data/a", "onnx/model.onnx"],
+                &["config.json", "data/a", "model.onnx"],
+            ),
             (&["model.onnx", "labels.txt"], &["model.onnx", "labels.txt"]),
             (&["iris.onnx", "iris.data"], &["model.onnx", "iris.data"]),
             (&["models/iris/1/model.onnx", "models/iris/1/a/b"], &["model.onnx", "a/b"]),

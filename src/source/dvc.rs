@@ -95,7 +95,12 @@ impl Tracked {
 
     /// Where the pointer's contents may be.
     fn stores(&self, pointer: &Pointer) -> Result<Stores, SourceError> {
-        let wrong = |reason: String| SourceError::Uri(format!("source '{}': {reason}", self.uri));
+        // Settings may be mended, so nothing of them is refused for good.
+        let wrong = |reason: String| self.senseless(reason);
+        let open = |uri: String| {
+            let opened = SourceUri::parse(&uri).and_then(|uri| Bucket::open(&uri));
+            opened.map(Arc::new).map_err(|error| wrong(error.to_string()))
+        };
         let folder = self.checkout.join(".dvc");
         let mut settings = Settings::default();
         for name in ["config", "config.local"] {
@@ -111,10 +116,10 @@ impl Tracked {
         match url.split_once("://") {
             None => stores.folders.push(folder.join(url)),
             Some((scheme @ ("s3" | "gs" | "http" | "https"), rest)) => {
-                stores.bucket = Some(Arc::new(Bucket::open(&SourceUri::parse(&format!("{scheme}://{rest}"))?)?));
+                stores.bucket = Some(open(format!("{scheme}://{rest}"))?);
             }
             Some(("azure", rest)) => {
-                stores.bucket = Some(Arc::new(Bucket::open(&SourceUri::parse(&format!("az://{rest}"))?)?));
+                stores.bucket = Some(open(format!("az://{rest}"))?);
             }
             Some((scheme, _)) => {
                 return Err(wrong(format!(
@@ -172,6 +177,10 @@ impl Tracked {
         let mut pieces = self.read_from(stores.bucket.as_ref(), &file, 0..file.size).await?;
         while let Some(piece) = pieces.next().await {
             let piece = piece?;
+            if (json.len() + piece.len()) as u64 > file.size {
+                let reason = format!("more bytes come than the {} that were announced", file.size);
+                return Err(SourceError::Corrupt { file: pointer.path.clone(), reason });
+            }
             hasher.update(&piece);
             json.extend_from_slice(&piece);
         }
@@ -218,7 +227,7 @@ impl Tracked {
     }
 
     fn senseless(&self, reason: String) -> SourceError {
-        SourceError::Senseless { place: self.uri.to_string(), reason }
+        SourceError::Senseless { place: self.uri.to_string(), reason: crate::error::abridge(&reason) }
     }
 }
 

@@ -96,6 +96,8 @@ pub struct Follower {
     looks: u32,
     /// Whether there was a look at which nothing had to settle.
     settled: bool,
+    /// Whether something was fetched that a pointer may have left meanwhile.
+    look_again: bool,
 }
 
 /// A try that failed.
@@ -134,6 +136,7 @@ impl Follower {
             missing: BTreeMap::new(),
             looks: 0,
             settled: false,
+            look_again: false,
         }
     }
 
@@ -202,6 +205,9 @@ impl Follower {
             self.status.settled();
             mirrored.send_replace(true);
         }
+        if std::mem::take(&mut self.look_again) {
+            return Duration::ZERO;
+        }
         jittered(if settled { self.config.interval } else { self.source.settle_time().min(self.config.interval) })
     }
 
@@ -261,6 +267,7 @@ impl Follower {
         let [hopeful, offered] = [hopeful, sound]
             .map(|list| list.into_iter().map(|remote| remote.version.clone()).collect::<Vec<Version>>());
         let folder = self.mirror.models().join(name.as_str());
+        let mut came = Vec::new();
         let mut wanted = self.interest.wanted(&folder, name, &offered);
         if hopeful.len() - offered.len() >= MOST_FAILED {
             let newest_failed = hopeful.iter().rposition(|version| !offered.contains(version));
@@ -278,6 +285,7 @@ impl Follower {
             if self.is_due(&key, &remote.revision, &mut settled) {
                 let result = self.publish(name, remote).await;
                 let result = result.map(|manifest| {
+                    came.push(remote.version.clone());
                     let digest = manifest.digest;
                     tracing::info!(model = %name, version = %remote.version, digest, "mirrored");
                 });
@@ -286,15 +294,24 @@ impl Follower {
         }
         let selected = self.interest.wanted(&folder, name, &hopeful);
         self.note_unwanted(name, model, &wanted, &selected);
-        if let Some(version) = &model.default {
-            self.point(name, version);
+        let pointed =
+            model.default.as_ref().and_then(|version| model.versions.iter().find(|it| it.version == *version));
+        match pointed {
+            // It may have taken long to fetch, and the pointer be elsewhere by now.
+            Some(remote) if came.contains(&remote.version) => {
+                self.look_again = true;
+                settled = false;
+            }
+            Some(remote) => self.point(name, remote),
+            None => {}
         }
         settled
     }
 
     /// Has the mirror's pointer follow the one at the place, as soon as the version that it points at is here.
-    fn point(&self, name: &ModelName, version: &Version) {
-        if self.mirror.manifest(name, version).is_none() {
+    fn point(&self, name: &ModelName, remote: &RemoteVersion) {
+        let version = &remote.version;
+        if self.mirror.manifest(name, version).is_none_or(|manifest| manifest.revision != remote.revision) {
             return;
         }
         match self.mirror.point(name, version) {
@@ -475,7 +492,8 @@ impl Follower {
         let parsed = |version: &String| Version::parse(version).ok();
         let pointer = self.mirror.pointer(name)?;
         let last = gone.iter().max_by_key(|version| parsed(version).and_then(|it| pointer.place(&it))).cloned();
-        let in_use = |version: &String| parsed(version).is_some_and(|it| self.interest.fate(name, &it) == Fate::InUse);
+        // What has failed to load may do so later, and cannot be fetched again.
+        let in_use = |version: &String| parsed(version).is_some_and(|it| self.interest.fate(name, &it) != Fate::Idle);
         gone.retain(|version| Some(version) != last.as_ref() && !in_use(version));
         Ok(())
     }

@@ -110,7 +110,8 @@ impl Registry {
                     query.push(("stages", stage));
                 }
                 let found: Several = self.client.call(root, &path, &query, &what).await?;
-                let newest = found.model_versions.into_iter().max_by_key(ModelVersion::number);
+                // One that could not be registered does not stand in the way of those that are.
+                let newest = found.model_versions.into_iter().max_by_key(|one| (one.is_ready(), one.number()));
                 newest.ok_or_else(|| SourceError::NotFound { place: self.client.place().to_owned(), what })
             }
         }
@@ -130,7 +131,7 @@ impl Registry {
         let version = version.ok_or_else(|| {
             self.client.senseless(format!("version '{}' of model '{}'", shorten(&found.version), self.model))
         })?;
-        if let Some(status) = found.status.as_deref().filter(|status| *status != "READY") {
+        if let Some(status) = found.status.as_deref().filter(|_| !found.is_ready()) {
             let what = format!("a ready version {version} of model '{}' (it is {})", self.model, shorten(status));
             return Err(SourceError::NotFound { place: self.client.place().to_owned(), what });
         }
@@ -480,6 +481,10 @@ struct ModelVersion {
 }
 
 impl ModelVersion {
+    fn is_ready(&self) -> bool {
+        self.status.as_deref().is_none_or(|status| status == "READY")
+    }
+
     fn number(&self) -> Option<u64> {
         self.version.parse().ok()
     }

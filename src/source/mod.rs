@@ -98,6 +98,9 @@ pub fn open(uri: &SourceUri, scratch: Scratch) -> Result<Arc<dyn Source>, Source
     }
 }
 
+/// How long a place may ask to be left alone.
+const LONGEST_PATIENCE: Duration = Duration::from_secs(3600);
+
 /// Bytes as they arrive, in pieces of at most a few hundred KiB.
 pub type ByteStream = Pin<Box<dyn Stream<Item = Result<Bytes, SourceError>> + Send>>;
 
@@ -188,10 +191,10 @@ impl SourceError {
         !matches!(self, SourceError::Uri(_) | SourceError::Refused { .. })
     }
 
-    /// How long the place asks to be left alone.
+    /// How long the place asks to be left alone; an hour at most, whatever it says.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
-            SourceError::Limited { retry_after, .. } => *retry_after,
+            SourceError::Limited { retry_after, .. } => retry_after.map(|wanted| wanted.min(LONGEST_PATIENCE)),
             _ => None,
         }
     }

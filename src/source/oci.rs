@@ -22,7 +22,7 @@ use tokio_stream::StreamExt;
 use self::{
     manifest::{Contents, Descriptor, IMAGE_FOLDER, Manifest, Packing},
     registry::Registry,
-    unpack::Entry,
+    unpack::{Budget, Entry},
 };
 use super::{
     ByteStream, Digest, Look, RemoteFile, RemoteModel, RemoteVersion, Scheme, Scratch, Source, SourceError, SourceUri,
@@ -36,6 +36,8 @@ const DEFAULT_TAG: &str = "latest";
 const MAX_TAG: usize = 128;
 /// Tries in a row that bring no byte of an archive.
 const TRIES: u32 = 3;
+/// Tries for one archive, however much each of them brings.
+const MOST_TRIES: u32 = 64;
 const PAUSE: Duration = Duration::from_millis(250);
 /// How long no byte may come.
 const SILENCE: Duration = Duration::from_secs(30);
@@ -90,10 +92,11 @@ impl Artifact {
 
     /// The files of an image's folder.
     async fn image(&self, layers: &[Descriptor], spool: &Arc<TempDir>) -> Result<Vec<RemoteFile>, SourceError> {
-        let mut left = self.scratch.max_bytes;
+        let mut left = Budget::of(self.scratch.max_bytes);
         let mut entries = BTreeMap::new();
         for (number, layer) in layers.iter().enumerate() {
-            entries = self.unpack(layer, number, Some(IMAGE_FOLDER), spool, &mut left).await?.over(entries);
+            let above = self.unpack(layer, number, Some(IMAGE_FOLDER), spool, &mut left).await?;
+            entries = spawn_blocking(move || above.over(entries)).await.map_err(unfinished)?;
         }
         if entries.is_empty() {
             return Err(self.refused(format!("the image has nothing in /{IMAGE_FOLDER}, where its model is expected")));
@@ -107,7 +110,7 @@ impl Artifact {
         layers: Vec<(Packing, &Descriptor)>,
         spool: &Arc<TempDir>,
     ) -> Result<Vec<RemoteFile>, SourceError> {
-        let mut left = self.scratch.max_bytes;
+        let mut left = Budget::of(self.scratch.max_bytes);
         let mut files = Vec::new();
         for (number, (packing, layer)) in layers.into_iter().enumerate() {
             match packing {
@@ -142,10 +145,10 @@ impl Artifact {
         number: usize,
         keep: Option<&'static str>,
         spool: &Arc<TempDir>,
-        left: &mut u64,
+        left: &mut Budget,
     ) -> Result<unpack::Layer, SourceError> {
         let path = spool.path().join(layer.digest.replace(':', "-"));
-        if layer.size > *left {
+        if layer.size > left.bytes {
             return Err(
                 self.refused(format!("layer {} is larger than the cache may be (cache.max_bytes)", layer.digest))
             );
@@ -153,16 +156,18 @@ impl Artifact {
         self.download(layer, &path).await?;
         tracing::debug!(source = %self.uri, layer = layer.digest, bytes = layer.size, "downloaded to be unpacked");
         let (spool, mut budget) = (spool.clone(), *left);
+        // What is packed lies there as long as what comes out of it.
+        budget.bytes -= layer.size;
+        let packed = layer.size;
         let unpacking = spawn_blocking(move || {
             let into = spool.path().join(number.to_string());
             std::fs::create_dir(&into).map_err(|error| SourceError::disk(&into, &error))?;
             let unpacked = unpack::unpack(&path, &into, keep, &mut budget)?;
             std::fs::remove_file(&path).map_err(|error| SourceError::disk(&path, &error))?;
-            Ok((unpacked, budget))
+            budget.bytes += packed;
+            Ok::<_, SourceError>((unpacked, budget))
         });
-        let (unpacked, budget) = unpacking
-            .await
-            .map_err(|error| SourceError::Disk { what: "unpacking".to_owned(), reason: error.to_string() })??;
+        let (unpacked, budget) = unpacking.await.map_err(unfinished)??;
         *left = budget;
         Ok(unpacked)
     }
@@ -173,9 +178,10 @@ impl Artifact {
         let corrupt = |reason: String| SourceError::Corrupt { file: layer.digest.clone(), reason };
         let mut hasher = Hasher::new(Some(self.sha256(layer)?), layer.size);
         let mut file = File::create(path).map_err(disk)?;
-        let (mut position, mut failed) = (0, 0);
+        let (mut position, mut failed, mut tries) = (0, 0, 0);
         while position < layer.size {
             let before = position;
+            tries += 1;
             let reading = async {
                 let mut stream = self.registry.blob(&layer.digest, position..layer.size).await?;
                 let silent = || SourceError::Unavailable {
@@ -197,8 +203,8 @@ impl Artifact {
             failed = if position > before { 1 } else { failed + 1 };
             match result {
                 Err(error) if !matches!(error, SourceError::Unavailable { .. }) => return Err(error),
-                Err(error) if failed >= TRIES => return Err(error),
-                Ok(()) if position < layer.size && failed >= TRIES => {
+                Err(error) if failed >= TRIES || tries >= MOST_TRIES => return Err(error),
+                Ok(()) if position < layer.size && (failed >= TRIES || tries >= MOST_TRIES) => {
                     return Err(corrupt(format!("it ends after {position} of {} bytes", layer.size)));
                 }
                 _ if position < layer.size => tokio::time::sleep(PAUSE * (1 << (failed - 1))).await,
@@ -220,7 +226,7 @@ impl Artifact {
 
     /// What is never taken, as long as it has this digest.
     fn refused(&self, reason: String) -> SourceError {
-        SourceError::Refused { file: self.uri.to_string(), reason }
+        SourceError::Refused { file: self.uri.to_string(), reason: crate::error::abridge(&reason) }
     }
 }
 
@@ -228,6 +234,10 @@ impl Artifact {
 impl Source for Artifact {
     fn uri(&self) -> &SourceUri {
         &self.uri
+    }
+
+    fn seeks(&self, file: &RemoteFile) -> bool {
+        file.location.starts_with(UNPACKED) || self.registry.seeks()
     }
 
     async fn look(&self) -> Result<Look, SourceError> {
@@ -266,6 +276,11 @@ impl Source for Artifact {
         let spool = self.spool.lock().clone().ok_or_else(gone)?;
         disk::read(&spool.path().join(path), range)
     }
+}
+
+/// Unpacking panicked, or the server stops.
+fn unfinished(error: tokio::task::JoinError) -> SourceError {
+    SourceError::Disk { what: "unpacking".to_owned(), reason: error.to_string() }
 }
 
 /// A file that was unpacked.

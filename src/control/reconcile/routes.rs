@@ -286,7 +286,7 @@ fn news(model: &Tracked, standing: &Standing, stable: &Version) -> Option<Versio
 
 /// What a rollout is told whose candidate the registry's pointer has left again, for the version it took over from.
 fn called_back(model: &Tracked, standing: &Standing) -> Option<Event> {
-    let rollout = standing.rollout.as_ref()?;
+    let rollout = standing.rollout.as_ref().filter(|_| standing.split.is_none())?;
     let pointed = model.pointer.version().filter(|version| **version == rollout.stable)?;
     let command = match rollout.phase {
         Phase::Pending | Phase::Shadow | Phase::Canary | Phase::Paused => Command::Abort,

@@ -5,6 +5,7 @@ use std::{
     collections::BTreeMap,
     ops::Range,
     path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
@@ -21,7 +22,7 @@ use tokio_stream::StreamExt;
 use super::challenge::Challenge;
 use crate::{
     error::abridge,
-    source::{ByteStream, Digest, SourceError, SourceUri},
+    source::{ByteStream, Digest, Scheme, SourceError, SourceUri},
 };
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -61,6 +62,10 @@ pub struct Registry {
     /// Docker's settings, which may have a login.
     settings: Option<PathBuf>,
     proof: Mutex<Option<Proof>>,
+    /// Whether it has never answered for a range with everything.
+    seeks: AtomicBool,
+    /// Whether http will do for whoever gives out tokens, wherever that is.
+    plain_realms: bool,
 }
 
 /// What an authorization header says, and how long it holds.
@@ -69,10 +74,11 @@ struct Proof {
     until: Option<Instant>,
 }
 
+/// Some say it under both names.
 #[derive(Deserialize)]
 struct Token {
-    #[serde(alias = "access_token")]
-    token: String,
+    token: Option<String>,
+    access_token: Option<String>,
     expires_in: Option<u64>,
 }
 
@@ -112,7 +118,10 @@ impl Registry {
         let plainly = |text: &str| percent_decode_str(text).decode_utf8().map(|text| text.into_owned());
         let login = uri.login().map(|(user, secret)| Ok((plainly(user)?, plainly(secret)?))).transpose();
         let login = login.map_err(|error: std::str::Utf8Error| wrong(error.to_string()))?;
-        let client = Client::builder()
+        let builder = Client::builder();
+        // What may go without encryption because it stays on this machine is not for a proxy either.
+        let builder = if plain && uri.scheme() != Scheme::OciHttp { builder.no_proxy() } else { builder };
+        let client = builder
             .user_agent(concat!("tidegate/", env!("CARGO_PKG_VERSION")))
             .redirect(Policy::none())
             .connect_timeout(CONNECT_TIMEOUT)
@@ -128,6 +137,8 @@ impl Registry {
             login,
             settings,
             proof: Mutex::default(),
+            seeks: AtomicBool::new(true),
+            plain_realms: uri.scheme() == Scheme::OciHttp,
         })
     }
 
@@ -140,7 +151,14 @@ impl Registry {
         let response = self.send(Method::HEAD, url, &accept()).await?;
         let named = response.headers().get(DIGEST).and_then(|value| value.to_str().ok());
         match (response.status(), named) {
-            (StatusCode::OK, Some(named)) => self.sha256(named),
+            (StatusCode::OK, Some(named)) => {
+                let named = self.sha256(named)?;
+                if reference.contains(':') && self.sha256(reference)? != named {
+                    let reason = format!("expected {reference}, got {named}");
+                    return Err(SourceError::Corrupt { file: "the manifest".to_owned(), reason });
+                }
+                Ok(named)
+            }
             // Some registries know no HEAD, or leave the digest to whoever asks.
             (StatusCode::OK | StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED, _) => {
                 Ok(Digest::of(&self.manifest(reference).await?))
@@ -170,6 +188,11 @@ impl Registry {
         Ok(manifest)
     }
 
+    /// Whether contents can be read from their middle on, as far as is known.
+    pub fn seeks(&self) -> bool {
+        self.seeks.load(Ordering::Relaxed)
+    }
+
     /// Bytes of a content. Nobody has verified them.
     ///
     /// # Errors
@@ -193,11 +216,14 @@ impl Registry {
                 }
             }
             // A registry need not know ranges; then it sends everything from the beginning.
-            StatusCode::OK => range.start,
+            StatusCode::OK => {
+                self.seeks.store(false, Ordering::Relaxed);
+                range.start
+            }
             _ => return Err(self.failure(response, digest).await),
         };
         // Whoever reads counts, but need not be sent what lies after the range.
-        let mut left = if skip > 0 { range.end - range.start } else { u64::MAX };
+        let mut left = if response.status() == StatusCode::OK { range.end - range.start } else { u64::MAX };
         let place = self.place.clone();
         let cut = move |piece: reqwest::Result<Bytes>| {
             if left == 0 {
@@ -286,7 +312,10 @@ impl Registry {
             return Ok(Proof { value: self.basic(&login)?, until: None });
         };
         let realm = challenge.parameter("realm").and_then(|realm| Url::parse(realm).ok());
-        let is_safe = |realm: &Url| realm.scheme() == "https" || realm.scheme() == self.base.scheme();
+        let is_safe = |realm: &Url| {
+            let is_here = realm.host_str() == self.base.host_str();
+            realm.scheme() == "https" || realm.scheme() == self.base.scheme() && (is_here || self.plain_realms)
+        };
         let mut url = realm
             .filter(is_safe)
             .ok_or_else(|| self.senseless("it does not say where a token is to be had".to_owned()))?;
@@ -304,11 +333,13 @@ impl Registry {
             return Err(self.failure(response, "a token").await);
         }
         let text = self.text(response, MAX_TEXT).await?;
-        let token: Token =
-            serde_json::from_slice(&text).map_err(|_| self.senseless("no token is in its answer".to_owned()))?;
+        let none = || self.senseless("no token is in its answer".to_owned());
+        let token: Token = serde_json::from_slice(&text).map_err(|_| none())?;
+        let said = [token.token, token.access_token].into_iter().flatten().find(|said| !said.is_empty());
+        let said = said.ok_or_else(none)?;
         let age = Duration::from_secs(token.expires_in.unwrap_or_default().max(TOKEN_AGE));
         let until = asked.checked_add(age.saturating_sub(TOKEN_MARGIN.min(age / 2)));
-        Ok(Proof { value: self.secret(format!("Bearer {}", token.token))?, until })
+        Ok(Proof { value: self.secret(format!("Bearer {said}"))?, until })
     }
 
     /// Who we are here, by the URI or Docker's settings, which are read anew: secrets are changed under running servers.
@@ -430,7 +461,7 @@ impl Registry {
     }
 
     fn senseless(&self, reason: String) -> SourceError {
-        SourceError::Senseless { place: self.place.clone(), reason }
+        SourceError::Senseless { place: self.place.clone(), reason: abridge(&reason) }
     }
 }
 

@@ -222,6 +222,8 @@ async fn a_digest_is_followed_by_itself_and_verified() {
     let version = RemoteVersion { version: Version::parse("1").unwrap(), revision: opened.source.reference.clone() };
     let error = opened.source.artifact(&ModelName::parse("iris").unwrap(), &version).await.unwrap_err();
     assert!(matches!(error, SourceError::Corrupt { .. }), "{error}");
+    let error = opened.source.look().await.unwrap_err();
+    assert!(matches!(error, SourceError::Corrupt { .. }), "{error}");
 }
 
 #[tokio::test]
@@ -251,7 +253,10 @@ async fn a_token_is_asked_for_once_and_anew_when_it_has_ended() {
     let challenge = format!("Bearer realm=\"http://{address}/token\",service=\"shelf\"");
     shelves.lock().wants = Some(("Bearer first".to_owned(), challenge.clone()));
     // ada:s3cr@t
-    shelves.lock().token = Some(("Basic YWRhOnMzY3JAdA==".to_owned(), json!({"token": "first", "expires_in": 300})));
+    shelves.lock().token = Some((
+        "Basic YWRhOnMzY3JAdA==".to_owned(),
+        json!({"token": "first", "access_token": "first", "expires_in": 300}),
+    ));
     let opened = Opened::new(&format!("oci://ada:s3cr%40t@{address}/team/iris:v1"), 1 << 20, None).unwrap();
     assert_eq!(opened.contents().await.unwrap(), ["model.onnx: graph"]);
     let asked = |path: &str| shelves.lock().asked.iter().filter(|(_, asked, _)| asked.contains(path)).count();
@@ -390,10 +395,9 @@ async fn folders_and_files_come_packed_and_plain() {
 #[tokio::test]
 async fn archives_that_do_harm_are_refused() {
     let bomb = tar::file("models/zeros", &vec![0; 2 << 20]);
-    let cases: [(Vec<u8>, &str); 6] = [
+    let cases: [(Vec<u8>, &str); 5] = [
         (bomb, "unpacked it is larger than the cache may be"),
         (tar::file("models/../../etc/cron.d/x", b""), "leaves the folder"),
-        (tar::file("/models/model.onnx", b""), "is absolute"),
         (tar::member("models/model.onnx", b'2', b""), "'model.onnx' is refused: in its archive it is a symbolic"),
         (tar::member("models", b'1', b""), "'models' is refused: in its archive it is a hard link"),
         (b"not an archive, whatever else".repeat(50), "cannot be unpacked"),
@@ -408,6 +412,11 @@ async fn archives_that_do_harm_are_refused() {
         assert!(matches!(error, SourceError::Refused { .. }) && text.contains(said), "{said}: {text}");
         assert_eq!(opened.leftovers(), 0);
     }
+    // As some programs that build images write it.
+    let mut shelf = Shelf::default();
+    shelf.image(&[tar::file("/models/model.onnx", b"graph")]);
+    let (address, _) = registry(shelf).await;
+    assert_eq!(Opened::at(address).contents().await.unwrap(), ["model.onnx: graph"]);
 }
 
 #[tokio::test]
@@ -423,8 +432,8 @@ async fn an_archive_that_is_another_is_not_even_opened() {
     let error = opened.contents().await.unwrap_err();
     assert!(matches!(error, SourceError::Corrupt { .. }), "{error}");
     shelves.lock().blobs.values_mut().for_each(|bytes| bytes.extend(b"more"));
-    let error = opened.contents().await.unwrap_err().to_string();
-    assert!(error.contains("more bytes come than"), "{error}");
+    let error = opened.contents().await.unwrap_err();
+    assert!(matches!(error, SourceError::Corrupt { .. }), "{error}");
     shelves.lock().blobs.values_mut().for_each(|bytes| bytes.truncate(9));
     let error = opened.contents().await.unwrap_err().to_string();
     assert!(error.contains("it ends after 9 of"), "{error}");

@@ -20,11 +20,26 @@ use crate::{
     source::{SourceError, digest::Hasher},
 };
 
-/// Members of one archive: an operating system below a model has less.
+/// Members of all archives together: an operating system below a model has less.
 const MAX_MEMBERS: usize = 200_000;
+/// Bytes of a member's path, as file systems have it.
+const MAX_PATH: usize = 4096;
 const WHITEOUT: &str = ".wh.";
 /// The whiteout of everything in its folder.
 const OPAQUE: &str = ".wh..wh..opq";
+
+/// What may come out of archives yet, all of them together.
+#[derive(Clone, Copy, Debug)]
+pub struct Budget {
+    pub bytes: u64,
+    members: usize,
+}
+
+impl Budget {
+    pub fn of(bytes: u64) -> Self {
+        Self { bytes, members: MAX_MEMBERS }
+    }
+}
 
 /// What is in an archive.
 #[derive(Debug, Default)]
@@ -53,25 +68,33 @@ pub struct Unpacked {
 }
 
 /// Unpacks the archive in a file into the folder `into`, which must be there, as plain files with numbers for names. Of
-/// an image's layer only what is in the folder `keep` is unpacked, and its whiteouts are heeded. `left` is how many bytes
-/// may come out of it, and what remains of them.
+/// an image's layer only what is in the folder `keep` is unpacked, and its whiteouts are heeded. `left` is what may come
+/// out of it, and what remains of that.
 ///
 /// # Errors
 /// `Refused` when it is no archive, more comes out of it than may, or a member is outside its folder; `Disk` and `Full`.
-pub fn unpack(archive: &Path, into: &Path, keep: Option<&str>, left: &mut u64) -> Result<Layer, SourceError> {
+pub fn unpack(archive: &Path, into: &Path, keep: Option<&str>, left: &mut Budget) -> Result<Layer, SourceError> {
     let file = File::open(archive).map_err(|error| SourceError::disk(archive, &error))?;
     let name = archive.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let wrong = |error: io::Error| refused(&name, format!("it cannot be unpacked: {error}"));
+    let wrong = |error: io::Error| match error.raw_os_error() {
+        // The disk's, and not the archive's.
+        Some(_) => SourceError::disk(archive, &error),
+        None => refused(&name, format!("it cannot be unpacked: {error}")),
+    };
     let content = decompressed(BufReader::new(file)).map_err(wrong)?;
-    let mut archive = Archive::new(Bounded { content, left });
+    let Budget { bytes, members } = left;
+    let mut packed = Archive::new(Bounded { content, left: bytes });
     let mut layer = Layer::default();
     for number in 0.. {
-        if number == MAX_MEMBERS {
-            return Err(refused(&name, format!("it has more than {MAX_MEMBERS} members")));
+        let Some(member) = packed.next().map_err(wrong)? else { break };
+        let most = || refused(&name, format!("there are more than {MAX_MEMBERS} members"));
+        *members = members.checked_sub(1).ok_or_else(most)?;
+        if member.path.len() > MAX_PATH {
+            return Err(refused(&name, format!("the path of a member has more than {MAX_PATH} bytes")));
         }
-        let Some(member) = archive.next().map_err(wrong)? else { break };
         let name = String::from_utf8_lossy(&member.path);
-        let path = plain(&name)?;
+        // Where images are built and run, a slash before a path means nothing.
+        let path = plain(if keep.is_some() { name.trim_start_matches('/') } else { &name })?;
         let is_kept = |path: &str| keep.is_none_or(|folder| path == folder || is_below(path, folder));
         if keep.is_some() && layer.note_whiteout(&path) || !is_kept(&path) {
             continue;
@@ -85,7 +108,7 @@ pub fn unpack(archive: &Path, into: &Path, keep: Option<&str>, left: &mut u64) -
                 continue;
             }
             Kind::Other(kind) => Entry::Other(kind),
-            Kind::File => Entry::File(copy(&mut archive, &path, into.join(number.to_string()), wrong)?),
+            Kind::File => Entry::File(copy(&mut packed, &path, into.join(number.to_string()), wrong)?),
         };
         layer.members.insert(path, entry);
     }
