@@ -15,7 +15,9 @@ use reqwest::{Client, Response, Url, redirect};
 use serde::{Deserialize, de::DeserializeOwned};
 use tokio_stream::StreamExt;
 
-use super::{ByteStream, Digest, Look, RemoteFile, RemoteModel, RemoteVersion, Scheme, Source, SourceError, SourceUri};
+use super::{
+    ByteStream, Digest, Look, RemoteFile, RemoteModel, RemoteVersion, Scheme, Source, SourceError, SourceUri, digest,
+};
 use crate::{
     error::{abridge, shorten},
     id::{ModelName, Version},
@@ -429,6 +431,12 @@ impl Hub {
     }
 }
 
+/// What stands for the files of a commit, as far as they were downloaded.
+fn of_part(commit: &str, files: &[Listed]) -> String {
+    let paths = files.iter().map(|file| file.path.as_str());
+    digest::of_texts(&std::iter::once(commit).chain(paths).collect::<Vec<_>>())
+}
+
 #[async_trait]
 impl Source for Hub {
     fn uri(&self) -> &SourceUri {
@@ -449,8 +457,10 @@ impl Source for Hub {
         let paths: Vec<&str> = files.iter().map(|file| file.path.as_str()).collect();
         let beside = choice::beside(&paths).into_iter().map(|path| (path, path));
         let version = Version::parse(&commit).map_err(|error| self.senseless(error.message))?;
+        // What was downloaded may be a part of the commit, which another look finds more of, here or at the Hub.
+        let revision = if self.environment.offline { of_part(&commit, &files) } else { commit.clone() };
         let model = RemoteModel {
-            versions: vec![RemoteVersion { version: version.clone(), revision: commit.clone() }],
+            versions: vec![RemoteVersion { version: version.clone(), revision }],
             default: Some(version),
             beside: chosen(&files, &commit, beside),
         };
@@ -458,8 +468,11 @@ impl Source for Hub {
     }
 
     async fn artifact(&self, _: &ModelName, version: &RemoteVersion) -> Result<Vec<RemoteFile>, SourceError> {
-        let commit = &version.revision;
+        let commit = version.version.as_str();
         let files = self.files(commit).await?;
+        if self.environment.offline && of_part(commit, &files) != version.revision {
+            return Err(SourceError::Changed { what: format!("what was downloaded of commit {commit}") });
+        }
         let paths: Vec<&str> = files.iter().map(|file| file.path.as_str()).collect();
         let missing = |what| SourceError::NotFound { place: format!("{} ({commit})", self.uri), what };
         let chosen_paths = choice::version(&paths).map_err(missing)?;

@@ -401,8 +401,10 @@ async fn offline_the_downloads_are_all_there_is() {
     ];
     let hub = |uri: &str| hub(uri, &settings);
     let iris = hub("hf://acme/iris");
-    assert_eq!(iris.look().await.unwrap().models["iris"].versions, [at(COMMIT)]);
-    let files = artifact(&iris).await.unwrap();
+    let version = iris.look().await.unwrap().models["iris"].versions[0].clone();
+    assert_eq!(version.version, at(COMMIT).version);
+    let name = ModelName::parse("iris").unwrap();
+    let files = iris.artifact(&name, &version).await.unwrap();
     assert_eq!((files[0].path.as_str(), files[0].size), ("model.onnx", 6));
     assert_eq!(files[0].digest, Digest::from_hex("sha256", SHA256));
     for _ in 0..2 {
@@ -410,6 +412,12 @@ async fn offline_the_downloads_are_all_there_is() {
     }
     let pinned = hub(&format!("hf://acme/iris@{COMMIT}"));
     assert_eq!(pinned.look().await.unwrap(), iris.look().await.unwrap());
+    // What is downloaded later of the same commit makes it another.
+    let snapshot = home.path().join("hub/models--acme--iris/snapshots").join(COMMIT);
+    let blob = std::fs::read_link(snapshot.join("model.onnx")).unwrap();
+    std::os::unix::fs::symlink(blob, snapshot.join("more.txt")).unwrap();
+    assert!(matches!(iris.artifact(&name, &version).await, Err(SourceError::Changed { .. })));
+    assert_ne!(iris.look().await.unwrap().models["iris"].versions[0], version);
     for missing in ["hf://acme/iris@v2", "hf://acme/other"] {
         let error = hub(missing).look().await.unwrap_err();
         assert!(matches!(error, SourceError::NotFound { .. }), "{error}");
