@@ -22,6 +22,7 @@ READABLE = {
     "/admin/v1/audit": "/admin/v1/audit?model=iris&limit=1",
     "/admin/v1/overrides": "/admin/v1/overrides",
     "/admin/v1/sources": "/admin/v1/sources",
+    f"{MODEL}/versions/{{version}}": "/admin/v1/models/iris/versions/1",
 }
 
 
