@@ -16,7 +16,8 @@ use serde::{Deserialize, de::DeserializeOwned};
 use tokio_stream::StreamExt;
 
 use super::{
-    ByteStream, Digest, Look, RemoteFile, RemoteModel, RemoteVersion, Scheme, Source, SourceError, SourceUri, digest,
+    ByteStream, Digest, Look, RemoteFile, RemoteModel, RemoteVersion, Scheme, Source, SourceError, SourceUri, chain,
+    digest,
 };
 use crate::{
     error::{abridge, shorten},
@@ -571,20 +572,6 @@ fn next_page(header: &str) -> Option<&str> {
         }
         rest = after;
     }
-}
-
-/// An error and what it comes from, each said once.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(error) = next {
-        let said = error.to_string();
-        if !text.contains(&said) {
-            text = format!("{text}: {said}");
-        }
-        next = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -20,7 +20,9 @@ use parking_lot::Mutex;
 use percent_encoding::percent_decode_str;
 use tokio_stream::StreamExt;
 
-use super::{ByteStream, Look, RemoteFile, RemoteVersion, Scheme, Source, SourceError, SourceUri, layout::Layout};
+use super::{
+    ByteStream, Look, RemoteFile, RemoteVersion, Scheme, Source, SourceError, SourceUri, chain, layout::Layout,
+};
 use crate::{
     error::{abridge, shorten},
     id::ModelName,
@@ -285,20 +287,6 @@ fn without_folders(mut files: Vec<RemoteFile>) -> Vec<RemoteFile> {
     }
     files.retain(|file| file.size > 0 || !(file.path.is_empty() || folders.contains(&file.path)));
     files
-}
-
-/// An error and what it comes from, each said once.
-fn chain(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut next = std::error::Error::source(error);
-    while let Some(error) = next {
-        let said = error.to_string();
-        if !text.contains(&said) {
-            text = format!("{text}: {said}");
-        }
-        next = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -22,7 +22,7 @@ use tokio_stream::Stream;
 
 use crate::{
     error::abridge,
-    source::{ByteStream, Scheme, SourceError, SourceUri},
+    source::{ByteStream, Scheme, SourceError, SourceUri, chain},
 };
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -145,7 +145,7 @@ impl Client {
             }))
             .tls_danger_accept_invalid_certs(settings.insecure_tls)
             .build()
-            .map_err(|error| wrong(chain(error)))?;
+            .map_err(|error| wrong(said(error)))?;
         Ok(Self { http, root, login, workspace: settings.workspace, place })
     }
 
@@ -211,7 +211,7 @@ impl Client {
             left: range.end - range.start,
             failed: Box::new(move |error| SourceError::Unavailable {
                 place: place.clone(),
-                reason: format!("while '{name}' was read: {}", chain(error)),
+                reason: format!("while '{name}' was read: {}", said(error)),
             }),
         };
         Ok(Opened { bytes: Box::pin(bytes), is_range })
@@ -237,7 +237,7 @@ impl Client {
         if let Some(range) = range {
             request = request.header(header::RANGE, format!("bytes={}-{}", range.start, range.end - 1));
         }
-        request.send().await.map_err(|error| self.unavailable(chain(error)))
+        request.send().await.map_err(|error| self.unavailable(said(error)))
     }
 
     /// The response, unless it is an error about `what`.
@@ -286,7 +286,7 @@ impl Client {
     /// The body, of which no more than `most` bytes are read.
     async fn body(&self, response: &mut Response, most: usize) -> Result<Bytes, SourceError> {
         let mut body = BytesMut::new();
-        while let Some(piece) = response.chunk().await.map_err(|error| self.unavailable(chain(error)))? {
+        while let Some(piece) = response.chunk().await.map_err(|error| self.unavailable(said(error)))? {
             if body.len() + piece.len() > most {
                 return Err(self.senseless(format!("more than {most} bytes")));
             }
@@ -355,19 +355,9 @@ fn one_line(text: &str) -> String {
     if text.is_empty() { "no text".to_owned() } else { abridge(&text.join(" ")) }
 }
 
-/// An error and what it comes from, without the URL: whoever reads it knows the place.
-fn chain(error: reqwest::Error) -> String {
-    let error = error.without_url();
-    let mut text = error.to_string();
-    let mut next = std::error::Error::source(&error);
-    while let Some(error) = next {
-        let said = error.to_string();
-        if !text.contains(&said) {
-            text = format!("{text}: {said}");
-        }
-        next = error.source();
-    }
-    abridge(&text)
+/// What is said of an error, without the URL: whoever reads it knows the place.
+fn said(error: reqwest::Error) -> String {
+    abridge(&chain(&error.without_url()))
 }
 
 /// The part of a body that was asked for, of one that has more.

@@ -22,7 +22,7 @@ use tokio_stream::StreamExt;
 use super::challenge::Challenge;
 use crate::{
     error::abridge,
-    source::{ByteStream, Digest, Scheme, SourceError, SourceUri},
+    source::{ByteStream, Digest, Scheme, SourceError, SourceUri, chain},
 };
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -467,18 +467,4 @@ impl Registry {
 
 fn accept() -> HeaderMap {
     HeaderMap::from_iter([(header::ACCEPT, HeaderValue::from_static(MANIFESTS))])
-}
-
-/// An error and what it comes from, each said once.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(error) = next {
-        let said = error.to_string();
-        if !text.contains(&said) {
-            text = format!("{text}: {said}");
-        }
-        next = error.source();
-    }
-    text
 }
