@@ -121,34 +121,36 @@ fn an_io_thread_wakes_an_executor_for_all_it_has_and_not_for_each_request() {
     line.end();
 }
 
+/// Whether the I/O thread itself runs `count` requests that come at once.
+fn runs_itself(mut io_thread: tokio::runtime::Builder, per_row: Duration, steady: bool, count: usize) -> bool {
+    let service = ServiceTime::from_sweep(&[(1, per_row), (8, per_row * 8)]);
+    let line = Line::expecting(service, steady, "", 8, 1);
+    let here = io_thread.build().unwrap().block_on(relay::relayed(async {
+        let tickets: Vec<Ticket> = (0..count).map(|_| line.submit(3)).collect();
+        for ticket in tickets {
+            ticket.reply.await.unwrap().unwrap();
+        }
+        *line.thread.lock() == Some(thread::current().id())
+    }));
+    assert_eq!(line.queue.len(), 0);
+    line.end();
+    here
+}
+
 #[test]
 fn an_io_thread_runs_small_batches_itself() {
-    let micros = Duration::from_micros;
     for (runtime, per_row, steady, itself) in [
         (relay::runtime as fn() -> _, 1, true, true),
         (relay::runtime, 200, true, false),
         (relay::runtime, 1, false, false),
         (relay::gathering_runtime, 1, true, false),
     ] {
-        let per_row = micros(per_row);
-        let service = ServiceTime::from_sweep(&[(1, per_row), (8, per_row * 8)]);
-        let line = Line::expecting(service, steady, "", 8, 1);
-        runtime().build().unwrap().block_on(relay::relayed(async {
-            // Twelve requests are more than one batch.
-            for count in [1, 4, 12] {
-                while line.queue.state.lock().idle.is_empty() {
-                    tokio::task::yield_now().await;
-                }
-                let tickets: Vec<Ticket> = (0..count).map(|_| line.submit(3)).collect();
-                for ticket in tickets {
-                    ticket.reply.await.unwrap().unwrap();
-                }
-                let here = *line.thread.lock() == Some(thread::current().id());
-                assert_eq!(here, itself, "{count} requests of {per_row:?}");
-            }
-        }));
-        assert_eq!(line.queue.len(), 0);
-        line.end();
+        // Twelve requests are more than one batch.
+        for count in [1, 4, 12] {
+            // An executor that comes at that moment may be faster, and a run that is held up makes the next ones seem long.
+            let ever = (0..10).any(|_| runs_itself(runtime(), Duration::from_micros(per_row), steady, count));
+            assert_eq!(ever, itself, "{count} requests of {per_row} µs");
+        }
     }
 }
 
