@@ -1,4 +1,4 @@
-//! Names of models and versions: parsed once at the edge, so that no path or label is ever built from raw input.
+//! Names of models, versions and aliases: parsed once at the edge, so that no path or label is ever built from raw input.
 
 use std::{borrow::Borrow, fmt, sync::Arc};
 
@@ -16,6 +16,11 @@ pub struct ModelName(Arc<str>);
 /// A version's text: 1–128 of `A–Z a–z 0–9 . _ -`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct Version(Arc<str>);
+
+/// What an operator calls a version (`champion`, `challenger`): a version's text that is no version of a registry and not
+/// `latest`, so that it stands for no other one.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+pub struct Alias(Arc<str>);
 
 impl ModelName {
     /// # Errors
@@ -59,6 +64,26 @@ impl Version {
     }
 }
 
+impl Alias {
+    /// # Errors
+    /// `InvalidArgument` when the text is no alias.
+    pub fn parse(text: &str) -> Result<Self, Error> {
+        let number = text.strip_prefix(['v', 'V']).unwrap_or(text);
+        let is_number = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
+        if is_number || text.eq_ignore_ascii_case("latest") || !is_identifier(text) {
+            return Err(Error::invalid(format!(
+                "alias '{}' must be 1 to {MAX_LENGTH} of A-Z a-z 0-9 . _ - and neither a number, v1 nor latest",
+                shorten(text)
+            )));
+        }
+        Ok(Self(text.into()))
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
 fn is_identifier(text: &str) -> bool {
     (1..=MAX_LENGTH).contains(&text.len())
         && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
@@ -89,6 +114,7 @@ macro_rules! text_id {
 
 text_id!(ModelName);
 text_id!(Version);
+text_id!(Alias);
 
 #[cfg(test)]
 mod tests {
@@ -101,6 +127,16 @@ mod tests {
         }
         for bad in ["", ".hidden", "a/b", "a b", "ü", "..", &"x".repeat(129)] {
             assert!(ModelName::parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn an_alias_stands_for_no_other_version() {
+        for good in ["champion", "v3-candidate", "blue.1", "9bad", "v"] {
+            assert_eq!(Alias::parse(good).unwrap().as_str(), good);
+        }
+        for bad in ["", "3", "007", "v3", "V12", "latest", "Latest", "a/b", "ü", &"x".repeat(129)] {
+            assert!(Alias::parse(bad).is_err(), "{bad}");
         }
     }
 

@@ -45,6 +45,7 @@ fn etag(reply: &Reply) -> &str {
 
 const ROLLOUT: &str = "/models/m/rollout";
 const ROUTE: &str = "/models/m/route";
+const ALIAS: &str = "/models/m/aliases/champion";
 
 /// A rollout that waits for an operator at every step.
 fn slow() -> Value {
@@ -61,6 +62,8 @@ async fn changes_need_the_token_and_reading_does_not() {
         ("POST", "/models/m/rollout/abort"),
         ("PUT", ROUTE),
         ("DELETE", ROUTE),
+        ("PUT", ALIAS),
+        ("DELETE", ALIAS),
         ("DELETE", "/overrides"),
     ];
     for (method, path) in changes {
@@ -82,7 +85,8 @@ async fn changes_need_the_token_and_reading_does_not() {
 async fn without_a_token_proxies_and_pages_change_nothing() {
     let repository = Repository::with("m", "");
     let running = start(&config(&repository)).await;
-    for (method, path) in [("POST", ROLLOUT), ("PUT", ROUTE), ("DELETE", ROUTE), ("DELETE", "/overrides")] {
+    let changes = [("POST", ROLLOUT), ("PUT", ROUTE), ("DELETE", ROUTE), ("PUT", ALIAS), ("DELETE", "/overrides")];
+    for (method, path) in changes {
         let reply = ask(&running, method, path, "{}", &[("origin", "http://page")]).await;
         assert_eq!(reply.status, 403, "{path}");
         assert!(reply.error().contains("'origin'"), "{}", reply.error());

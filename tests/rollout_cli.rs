@@ -116,6 +116,29 @@ async fn a_rollout_is_steered_from_start_to_abort() {
     running.stop().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn versions_are_called_by_names() {
+    let repository = Repository::with("m", "scale = 1.0");
+    repository.put("m", "2", "scale = 2.0");
+    let running = start(&config(&repository)).await;
+    let told = tidegate(&running, "models alias m champion 1 --reason sound").await.good();
+    assert_eq!(told.out, "m: champion is version 1\n");
+    let champion = running.ops("/admin/v1/audit").await.1["entries"].as_array().unwrap().last().unwrap().clone();
+    assert_eq!((&champion["author"], &champion["reason"]), (&json!("ada"), &json!("sound")));
+    eventually("it serves", async || {
+        tidegate(&running, "models").await.good().out.contains(" 1*         ready      champion")
+    })
+    .await;
+    let told = tidegate(&running, "models alias m champion --remove").await.good();
+    assert_eq!(told.out, "m: champion is no version\n");
+    let unknown = tidegate(&running, "models alias m champion 9").await.refused();
+    assert!(unknown.contains("has no version '9'"), "{unknown}");
+    for wrong in ["models alias m champion", "models alias m latest 1", "models alias m champion 1 --remove"] {
+        assert_eq!(tidegate(&running, wrong).await.code, 2, "{wrong}");
+    }
+    running.stop().await;
+}
+
 /// Requests for `m`, one after the other, until it is told to stop; how many were not answered well.
 fn load(running: &Arc<Running>, stop: &Arc<AtomicBool>) -> tokio::task::JoinHandle<usize> {
     let (running, stop) = (running.clone(), stop.clone());

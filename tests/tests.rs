@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test that fails shall say where")]
 
 mod admin;
+mod aliases;
 mod architecture;
 mod codes;
 mod commands;

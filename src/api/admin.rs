@@ -43,7 +43,7 @@ use documents::{
 };
 use openapi::Operation;
 use query::Query;
-use requests::{RouteRequest, StartRequest, Why};
+use requests::{AliasRequest, RouteRequest, StartRequest, Why};
 
 const MODELS: &str = "/admin/v1/models";
 const MODEL: &str = "/admin/v1/models/{model}";
@@ -51,6 +51,7 @@ const VERSION: &str = "/admin/v1/models/{model}/versions/{version}";
 const ROLLOUT: &str = "/admin/v1/models/{model}/rollout";
 const COMMAND: &str = "/admin/v1/models/{model}/rollout/{command}";
 const ROUTE: &str = "/admin/v1/models/{model}/route";
+const ALIAS: &str = "/admin/v1/models/{model}/aliases/{alias}";
 const SOURCES: &str = "/admin/v1/sources";
 const OVERRIDES: &str = "/admin/v1/overrides";
 const AUDIT: &str = "/admin/v1/audit";
@@ -108,6 +109,23 @@ pub fn operations() -> Vec<Operation> {
             "resetRoute",
             "Has the repository say again who gets a model's requests.",
             change::undivide,
+        )
+        .with_body::<Why>(false)
+        .with_epoch(),
+        Operation::change::<ModelStatus, _, _>(
+            ["PUT", ALIAS],
+            "setAlias",
+            "Has an alias stand for a version. That of the alias which the model follows (champion unless its settings say \
+             otherwise) is the one to serve from then on, and takes over as any new version does.",
+            change::call,
+        )
+        .with_body::<AliasRequest>(true)
+        .with_epoch(),
+        Operation::change::<ModelStatus, _, _>(
+            ["DELETE", ALIAS],
+            "removeAlias",
+            "Has an alias stand for no version any more.",
+            change::uncall,
         )
         .with_body::<Why>(false)
         .with_epoch(),

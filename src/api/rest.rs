@@ -108,6 +108,8 @@ pub(super) struct Named {
     pub(super) version: Option<String>,
     /// What a rollout is told.
     pub(super) command: String,
+    /// What a version is called.
+    pub(super) alias: String,
 }
 
 impl FromRequestParts<Arc<App>> for Named {

@@ -4,23 +4,26 @@ use std::process::ExitCode;
 
 use anyhow::bail;
 use clap::{Args, Subcommand};
+use http::Method;
 
 use super::{
-    ask::{Ops, OpsArgs},
+    ask::{AskArgs, Ops},
     print::{say, say_json},
+    rollout::{advised, why},
 };
 use crate::{
-    api::admin::documents::{ModelStatus, SourceStatus, VersionDetails},
+    api::admin::{
+        documents::{ModelStatus, SourceStatus, VersionDetails},
+        requests::{AliasRequest, Why},
+    },
+    id::{Alias, ModelName, Version},
     model::State,
 };
 
 #[derive(Args)]
 pub struct ModelsArgs {
     #[command(flatten)]
-    server: OpsArgs,
-    /// Print the server's answer as JSON
-    #[arg(long, global = true)]
-    json: bool,
+    ask: AskArgs,
     #[command(subcommand)]
     action: Option<ModelsAction>,
 }
@@ -33,15 +36,37 @@ enum ModelsAction {
         /// Default: the version that answers requests that name none
         version: Option<String>,
     },
+    /// Call a version by a name. The one that the model follows (champion unless its settings say otherwise) has its
+    /// version serve, which takes over as any new version does; the others load theirs, for requests that name them.
+    Alias {
+        #[arg(value_parser = ModelName::parse)]
+        model: ModelName,
+        /// champion or challenger, for instance
+        #[arg(value_parser = Alias::parse)]
+        name: Alias,
+        /// The version that it stands for
+        #[arg(required_unless_present = "remove", value_parser = Version::parse)]
+        version: Option<Version>,
+        /// Have it stand for none any more
+        #[arg(long, conflicts_with = "version")]
+        remove: bool,
+        /// Why, for the audit log
+        #[arg(long, value_name = "TEXT")]
+        reason: Option<String>,
+    },
 }
 
 pub fn models(args: &ModelsArgs) -> anyhow::Result<ExitCode> {
-    let ops = Ops::new(&args.server)?;
-    if let Some(ModelsAction::Show { model, version }) = &args.action {
-        return show(&ops, model, version.as_deref(), args.json);
+    let (ops, json) = (Ops::with_token(&args.ask)?, args.ask.json);
+    match &args.action {
+        Some(ModelsAction::Show { model, version }) => return show(&ops, model, version.as_deref(), json),
+        Some(ModelsAction::Alias { model, name, version, reason, .. }) => {
+            return alias(&ops, model, name, version.as_ref(), why(reason.clone()), json);
+        }
+        None => {}
     }
     let answer = ops.get("/admin/v1/models")?;
-    if args.json {
+    if json {
         say_json(&answer.read::<serde_json::Value>()?)?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -51,7 +76,10 @@ pub fn models(args: &ModelsArgs) -> anyhow::Result<ExitCode> {
         for version in &model.versions {
             let default = model.default_version.as_deref() == Some(version.version.as_str());
             let shown = if default { format!("{}*", version.version) } else { version.version.clone() };
-            say(format_args!("{:<24} {shown:<10} {:<10} {}", model.name, version.state, version.reason))?;
+            let aliases =
+                model.aliases.iter().filter(|(_, to)| **to == version.version).map(|(alias, _)| alias.as_str());
+            let said: Vec<&str> = aliases.chain([version.reason.as_str()]).filter(|text| !text.is_empty()).collect();
+            say(format_args!("{:<24} {shown:<10} {:<10} {}", model.name, version.state, said.join("; ")))?;
         }
         if let Some(problem) = model.problem {
             say(format_args!("{:<24} {:<10} {:<10} {problem}", model.name, "-", State::Failed.as_str()))?;
@@ -59,6 +87,32 @@ pub fn models(args: &ModelsArgs) -> anyhow::Result<ExitCode> {
     }
     let sources: Vec<SourceStatus> = ops.get("/admin/v1/sources")?.read()?;
     sources.iter().try_for_each(source)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn alias(
+    ops: &Ops,
+    model: &ModelName,
+    name: &Alias,
+    to: Option<&Version>,
+    why: Why,
+    json: bool,
+) -> anyhow::Result<ExitCode> {
+    let path = format!("/admin/v1/models/{model}/aliases/{name}");
+    let answer = match to {
+        Some(version) => ops.change(Method::PUT, &path, None, &AliasRequest { version: version.to_string(), why }),
+        None => ops.change(Method::DELETE, &path, None, &why),
+    };
+    let answer = answer.map_err(|error| advised(error, model))?;
+    if json {
+        say_json(&answer.read::<serde_json::Value>()?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let status: ModelStatus = answer.read()?;
+    match status.aliases.get(name.as_str()) {
+        Some(version) => say(format_args!("{model}: {name} is version {version}"))?,
+        None => say(format_args!("{model}: {name} is no version"))?,
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -187,7 +187,7 @@ fn tell(ops: &Ops, command: &str, args: &Tell, json: bool) -> anyhow::Result<Exi
 }
 
 /// Who asks: whoever is logged in.
-fn why(reason: Option<String>) -> Why {
+pub(super) fn why(reason: Option<String>) -> Why {
     let author = std::env::var("USER").ok().filter(|user| !user.is_empty());
     Why { author, reason }
 }
@@ -206,7 +206,7 @@ fn show(answer: &Answer, json: bool, history: bool) -> anyhow::Result<ExitCode> 
 }
 
 /// The server's own sentence, and what to do next.
-fn advised(error: anyhow::Error, model: &ModelName) -> anyhow::Error {
+pub(super) fn advised(error: anyhow::Error, model: &ModelName) -> anyhow::Error {
     let Some(Refused { status, refusal }) = error.downcast_ref::<Refused>() else { return error };
     let advice = match *status {
         StatusCode::UNAUTHORIZED => "give the server's token with --token or TIDEGATE_TOKEN".to_owned(),

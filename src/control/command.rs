@@ -15,7 +15,7 @@ use super::{
 use crate::{
     backend::Backends,
     error::{Code, Error},
-    id::{ModelName, Version},
+    id::{Alias, ModelName, Version},
     rollout::{self, Moment},
     source::local::{self, Scan},
 };
@@ -59,7 +59,9 @@ pub enum Change {
     Tell(rollout::Command),
     /// Divides the requests by hand; `None` as the repository and the policy have it.
     Route(Option<Split>),
-    /// Forgets whatever was changed by request.
+    /// Has an alias stand for a version, or, with `None`, for none any more.
+    Alias(Alias, Option<Version>),
+    /// Forgets whatever was changed by request, but for aliases.
     Clear,
 }
 

@@ -21,7 +21,7 @@ use super::{
     promote::{self, Rollouts},
     spec::ModelSpec,
     store::SharedStore,
-    tracked::{Progress, SETTLE_TIME, Target, Targets, Tracked, targets},
+    tracked::{PointedBy, Progress, SETTLE_TIME, Target, Targets, Tracked, targets},
 };
 use crate::{
     backend::Backends,
@@ -211,7 +211,13 @@ impl Reconciler {
     }
 
     fn step_model(&mut self, name: &ModelName, found: &FoundModel) {
-        let (found, spec) = self.sourced(name, found);
+        let (mut found, spec) = self.sourced(name, found);
+        let pointed_by = self.pointed_by(name, &found, &spec);
+        if let PointedBy::Alias(alias) = &pointed_by
+            && let Some(pointer) = self.rollouts.standing(name).aliases.get(alias.as_str())
+        {
+            found.to_mut().follow(pointer.clone());
+        }
         let found = found.as_ref();
         if let Some(error) = &found.unreadable {
             // What runs keeps running; whether its files are still there, nobody knows.
@@ -231,6 +237,7 @@ impl Reconciler {
         }
         model.found.clone_from(&found.versions);
         model.pointer.clone_from(&found.pointer);
+        model.pointed_by = pointed_by;
         model.problem = match &spec {
             Err(error) if found.versions.is_empty() => Some(error.message.clone()),
             _ if found.versions.is_empty() && model.source.is_some() => {
@@ -298,6 +305,19 @@ impl Reconciler {
             self.start_load(name, found, wanted, claim, spec.clone());
         }
         self.retire_unwanted(name, found.versions.is_empty() && is_bare);
+    }
+
+    /// Who says which version is the one to serve.
+    fn pointed_by(&self, name: &ModelName, found: &FoundModel, spec: &Result<ModelSpec, Error>) -> PointedBy {
+        if found.pointer.version().is_some() {
+            return PointedBy::Registry;
+        }
+        match (spec, self.models.get(name)) {
+            (Ok(spec), _) => PointedBy::Alias(spec.followed_alias().to_owned()),
+            // Broken settings say nothing.
+            (Err(_), Some(model)) => model.pointed_by.clone(),
+            (Err(_), None) => PointedBy::Nobody,
+        }
     }
 
     /// What the model's settings are. Without watching, changes to the file wait until the model is looked at again.

@@ -12,11 +12,14 @@ use super::pbtxt;
 use crate::{
     backend::{Declaration, Device, InstanceGroup, Interface, Options},
     error::Error,
-    id::{ModelName, Version},
+    id::{Alias, ModelName, Version},
     model::{catalog::VersionPolicy, golden, schedule::Schedule, warmup::described::DescribedRequest},
     rollout,
     source::{SourceUri, local},
 };
+
+/// The alias that is followed where no other one is named.
+const CHAMPION: &str = "champion";
 
 /// How instances and threads divide the cores when a model does not say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
@@ -62,6 +65,10 @@ pub struct ModelSpec {
     pub batching: Option<bool>,
     /// Which versions are served: { latest = N }, "all", or { specific = ["1", "3"] }.
     pub versions: VersionPolicy,
+    /// The alias (`tidegate models alias`) whose version is the one to serve as soon as it is set; until then, and of
+    /// models whose source has a pointer of its own, it has no effect. Default: "champion".
+    #[schemars(with = "Option<String>")]
+    pub alias: Option<Alias>,
     /// Sample requests (protocol JSON, relative to the model's folder) to warm up with; a failing one fails the load.
     pub warmup: Vec<PathBuf>,
     /// Described sample requests, which count like those of `warmup`: { name, batch_size, count = 1, inputs.NAME =
@@ -251,6 +258,11 @@ impl ModelSpec {
             Some(output) => Err(format!("outputs: '{}' cannot be optional", output.name)),
             None => Ok(()),
         }
+    }
+
+    /// The alias that says which version is the one to serve.
+    pub fn followed_alias(&self) -> &str {
+        self.alias.as_ref().map_or(CHAMPION, Alias::as_str)
     }
 
     pub fn interface(&self) -> Interface {

@@ -1,13 +1,16 @@
 //! `Standing`: what is to be remembered of a model beyond its files: who serves, what was tried, who said so.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    id::{ModelName, Version},
+    id::{Alias, ModelName, Version},
     rollout::{
         Moment, Rollout,
         route::{Arm, Route, Shadow, Sticky},
     },
+    source::pointer::Pointer,
 };
 
 /// What is remembered of a model.
@@ -26,6 +29,8 @@ pub struct Standing {
     pub rollout: Option<Rollout>,
     /// How the requests are divided by hand.
     pub split: Option<ByHand>,
+    /// What operators call versions.
+    pub aliases: BTreeMap<Alias, Pointer>,
 }
 
 /// A version that is not to be tried by itself, until its files change or an operator says so.

@@ -1,6 +1,7 @@
 //! What the reconciler keeps in mind of each model: what serves, and where its newest files are on their way.
 
 use std::{
+    fmt,
     path::Path,
     sync::Arc,
     time::{Duration, Instant},
@@ -43,10 +44,33 @@ pub(super) struct Tracked {
     pub(super) is_awaited: bool,
     /// Whether that place has been seen to hold none.
     pub(super) is_bare: bool,
-    /// What its registry's pointer pointed at then.
+    /// What its registry's pointer pointed at then, or else the alias that it follows.
     pub(super) pointer: Pointer,
+    /// Whose pointer that is.
+    pub(super) pointed_by: PointedBy,
     /// Whether requests were answered since it last had nothing that serves.
     pub(super) shown: bool,
+}
+
+/// Who says which version of a model is the one to serve.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) enum PointedBy {
+    /// The place that it comes from.
+    Registry,
+    /// Operators, by an alias of this name, as soon as it is set.
+    Alias(String),
+    #[default]
+    Nobody,
+}
+
+impl fmt::Display for PointedBy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            PointedBy::Registry => f.write_str("the registry"),
+            PointedBy::Alias(name) => write!(f, "alias '{name}'"),
+            PointedBy::Nobody => f.write_str("nobody"),
+        }
+    }
 }
 
 pub(super) struct TrackedVersion {
@@ -234,6 +258,11 @@ impl Tracked {
             epoch: standing.epoch,
             problem: self.problem.clone(),
             policy: self.policy.clone(),
+            aliases: standing
+                .aliases
+                .iter()
+                .filter_map(|(alias, pointer)| Some((alias.clone(), pointer.version()?.clone())))
+                .collect(),
         }
     }
 
@@ -339,6 +368,10 @@ pub(super) fn targets(
     let fresh: Vec<&FoundVersion> = sound.iter().copied().filter(|found| passed(found).is_none()).collect();
     let selected = select(&policy, &fresh, |found| &found.version);
     let needed = standing.needed(now);
+    // Who calls a version by a name wants it there; that of the alias that is followed may still be passed over.
+    let follows = spec.as_ref().ok().map(ModelSpec::followed_alias);
+    let others = standing.aliases.iter().filter(|(alias, _)| Some(alias.as_str()) != follows);
+    let called: Vec<&Version> = others.filter_map(|(_, pointer)| pointer.version()).collect();
     let swaps = spec.as_ref().map_or(OnNewVersion::Swap, |spec| spec.rollout.on_new_version) == OnNewVersion::Swap;
     let place = |version: &Version| found.versions.iter().position(|found| found.version == *version);
     let newest = selected.iter().map(|found| place(&found.version)).max();
@@ -349,7 +382,7 @@ pub(super) fn targets(
     let otherwise = select(&policy, &sound, |found| &found.version);
     for found in &found.versions {
         let (selected, needed) = (is_in(&selected, found), needed.contains(&found.version));
-        let stays = stays == Some(&found.version) && !failed(&found);
+        let stays = (stays == Some(&found.version) || called.contains(&&found.version)) && !failed(&found);
         if selected || needed || stays {
             targets.wanted.push(Target { found: found.clone(), selected, needed });
         } else if let Some(passed) = passed(found).filter(|_| is_in(&otherwise, found)) {

@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use super::{ModelVersion, State};
 use crate::{
     error::{Code, Error},
-    id::{ModelName, Version, shorten},
+    id::{Alias, ModelName, Version, shorten},
     metrics::VersionMetrics,
     rollout::{Rollout, route::Route},
 };
@@ -43,6 +43,8 @@ pub struct Deployment {
     pub problem: Option<String>,
     /// Which of its versions shall serve.
     pub policy: VersionPolicy,
+    /// What operators call versions; requests may name them so.
+    pub aliases: BTreeMap<Alias, Version>,
 }
 
 /// Which of the versions in a repository are served.
@@ -128,8 +130,10 @@ impl Deployment {
         })
     }
 
+    /// The version of that name, or the one that an alias of that name stands for.
     pub fn entry(&self, version: &str) -> Option<&Entry> {
-        self.entries.iter().find(|entry| entry.version.as_str() == version)
+        let find = |version: &str| self.entries.iter().find(|entry| entry.version.as_str() == version);
+        find(version).or_else(|| find(self.aliases.get(version)?.as_str()))
     }
 
     /// The versions that take requests: those that get nothing but copies, whose executors may wait, or all others.

@@ -60,6 +60,14 @@ pub enum Origin {
     Mirrored,
 }
 
+impl FoundModel {
+    /// Has its versions follow each other as `pointer` came to them.
+    pub fn follow(&mut self, pointer: Pointer) {
+        self.versions.sort_by_key(|found| (pointer.place(&found.version), found.version.number()));
+        self.pointer = pointer;
+    }
+}
+
 #[derive(Clone, Debug)]
 pub struct FoundVersion {
     pub version: Version,

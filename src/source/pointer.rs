@@ -1,9 +1,11 @@
 //! `Pointer`: which version of a model an alias, tag, stage or branch points at, and where it pointed before.
 //!
-//! It lies in the model's folder, so that it outlives a restart with the registry away: a line for each version, the one
+//! A registry's lies in the model's folder, so that it outlives a restart with the registry away: a line for each version, the one
 //! that it came to last at the end, and the milliseconds since the epoch at which that was seen.
 
 use std::{fmt::Write, fs, io, path::Path};
+
+use serde::{Deserialize, Serialize};
 
 use crate::id::Version;
 
@@ -14,7 +16,8 @@ pub const POINTER_FILE: &str = ".pointer";
 const MOST: usize = 64;
 
 /// A pointer's way, as far as it is known.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
 pub struct Pointer {
     /// Each version once, in the order in which the pointer came to them last, with the milliseconds since the epoch.
     passed: Vec<(Version, u64)>,
@@ -59,6 +62,15 @@ impl Pointer {
         true
     }
 
+    /// Moves it to `version` anew, wherever it was.
+    pub fn call(&mut self, version: &Version, now: u64) {
+        if !self.move_to(version, now)
+            && let Some((_, since)) = self.passed.last_mut()
+        {
+            *since = now;
+        }
+    }
+
     /// What it points at.
     pub fn version(&self) -> Option<&Version> {
         self.passed.last().map(|(version, _)| version)
@@ -97,10 +109,11 @@ mod tests {
         assert!(pointer.move_to(&version("main-1"), 20));
         assert!(!pointer.move_to(&version("main-1"), 30), "it is there already");
         assert!(pointer.move_to(&version("2"), 40));
+        pointer.call(&version("2"), 50);
         fs::write(folder.path().join(POINTER_FILE), pointer.text()).unwrap();
         let read = Pointer::read(folder.path()).unwrap();
         assert_eq!(read, pointer);
-        assert_eq!((read.version(), read.since()), (Some(&version("2")), Some(40)));
+        assert_eq!((read.version(), read.since()), (Some(&version("2")), Some(50)));
         assert_eq!(
             [read.place(&version("main-1")), read.place(&version("2")), read.place(&version("7"))],
             [Some(0), Some(1), None]

@@ -27,7 +27,7 @@ use crate::{
         standing::{Split, Standing},
     },
     error::{Code, Error, shorten},
-    id::{ModelName, Version},
+    id::{Alias, ModelName, Version},
     rollout::{
         Command,
         plan::Settings,
@@ -105,6 +105,22 @@ pub(super) async fn divide(State(app): State<Arc<App>>, Named { model, .. }: Nam
 pub(super) async fn undivide(State(app): State<Arc<App>>, Named { model, .. }: Named, request: Request) -> Answer {
     let (headers, body) = read(&app, request).await?;
     change(&app, &model, why(&headers, &body)?, Change::Route(None)).await?;
+    Ok(told_model(&app.engine.catalog().load(), &model)?)
+}
+
+pub(super) async fn call(State(app): State<Arc<App>>, Named { model, alias, .. }: Named, request: Request) -> Answer {
+    let (headers, body) = read(&app, request).await?;
+    let mut fields = Fields::parse(&body)?;
+    let asked = asked(&headers, &mut fields)?;
+    let version = fields.require("version")?;
+    fields.finish(&["version", "author", "reason"])?;
+    change(&app, &model, asked, Change::Alias(Alias::parse(&alias)?, Some(version))).await?;
+    Ok(told_model(&app.engine.catalog().load(), &model)?)
+}
+
+pub(super) async fn uncall(State(app): State<Arc<App>>, Named { model, alias, .. }: Named, request: Request) -> Answer {
+    let (headers, body) = read(&app, request).await?;
+    change(&app, &model, why(&headers, &body)?, Change::Alias(Alias::parse(&alias)?, None)).await?;
     Ok(told_model(&app.engine.catalog().load(), &model)?)
 }
 

@@ -3,6 +3,8 @@
 //! Shares are in percent, times in seconds, and moments are texts of RFC 3339 with milliseconds. Whoever reads them
 //! must bear with fields that are not known here.
 
+use std::collections::BTreeMap;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -24,6 +26,9 @@ pub struct ModelStatus {
     /// Why the model has no version at all.
     pub problem: Option<String>,
     pub versions: Vec<VersionStatus>,
+    /// The versions that aliases stand for; requests may name a version by its alias.
+    #[serde(default)]
+    pub aliases: BTreeMap<String, String>,
     /// How requests are divided; null when the default version gets all of them and no rollout is under way.
     pub route: Option<RouteStatus>,
     /// The rollout under way, or the last one.

@@ -44,6 +44,16 @@ pub struct RouteRequest {
     pub why: Why,
 }
 
+/// Has an alias stand for a version.
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(deny_unknown_fields)]
+pub struct AliasRequest {
+    /// Any in the repository; it is loaded when it is not.
+    pub version: String,
+    #[serde(flatten)]
+    pub why: Why,
+}
+
 /// Who asks, and why; both are kept in the audit log.
 #[derive(Debug, Default, Serialize, JsonSchema)]
 pub struct Why {

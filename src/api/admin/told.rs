@@ -36,6 +36,7 @@ impl ModelStatus {
             default_version: deployment.default.as_ref().map(ToString::to_string),
             problem: deployment.problem.clone(),
             versions: deployment.entries.iter().map(VersionStatus::from).collect(),
+            aliases: deployment.aliases.iter().map(|(alias, to)| (alias.to_string(), to.to_string())).collect(),
             route: deployment.route.as_ref().map(RouteStatus::from),
             rollout: deployment.rollout.as_deref().map(RolloutSummary::from),
             epoch: deployment.epoch,

@@ -23,9 +23,9 @@ pub(super) async fn show(State(app): State<Arc<App>>, named: Named) -> Result<Js
     let (model, version) = (named.model, named.version.unwrap_or_default());
     let entry = {
         let catalog = app.engine.catalog().load();
-        let entries = &catalog.deployment(&model)?.entries;
-        entries.iter().find(|entry| entry.version.as_str() == version).cloned().ok_or_else(|| {
-            let known: Vec<&str> = entries.iter().map(|entry| entry.version.as_str()).collect();
+        let deployment = catalog.deployment(&model)?;
+        deployment.entry(&version).cloned().ok_or_else(|| {
+            let known: Vec<&str> = deployment.entries.iter().map(|entry| entry.version.as_str()).collect();
             let version = crate::id::shorten(&version);
             Error::not_found(format!("model '{model}' has no version '{version}'; it has {}", known.join(", ")))
         })?

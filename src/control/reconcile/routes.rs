@@ -8,10 +8,10 @@ use crate::{
         command::{Asked, Change},
         standing::{ByHand, PassedOver, Split, Standing},
         store::Entry,
-        tracked::TrackedVersion,
+        tracked::{PointedBy, TrackedVersion},
     },
     error::{Code, Error},
-    id::{ModelName, Version},
+    id::{Alias, ModelName, Version},
     metrics::Way,
     rollout::{
         self, Command, Event, Moment, Phase, Rollout, Transition,
@@ -43,6 +43,7 @@ impl Reconciler {
             Change::Start { to, settings } => self.start(name, model, standing, &asked, &to, settings),
             Change::Tell(command) => tell(name, model, &self.rollouts, standing, &asked, command),
             Change::Route(split) => divide(name, model, standing, &asked, split),
+            Change::Alias(alias, to) => call(model, standing, &asked, &alias, to),
             Change::Clear => clear(standing, &asked),
         };
         let (standing, mut entry) = changed.map_err(|error| error.of_model(name.as_str()))?;
@@ -71,14 +72,7 @@ impl Reconciler {
             return Err(Error::new(Code::Conflict, message));
         }
         check_undivided(&standing)?;
-        if !model.found.iter().any(|found| found.version == *to) {
-            let known: Vec<&str> = model.found.iter().map(|found| found.version.as_str()).collect();
-            let to = crate::id::shorten(to.as_str());
-            return Err(Error::not_found(format!(
-                "the repository has no version '{to}' of it; it has {}",
-                known.join(", ")
-            )));
-        }
+        known(model, to)?;
         let stable = model
             .deployment(&standing)
             .default
@@ -134,14 +128,14 @@ impl Reconciler {
 
     /// Who points at a version that was given up before wants it tried again.
     async fn try_again(&mut self, name: &ModelName) {
-        let Some(pointer) = self.models.get(name).map(|model| &model.pointer) else { return };
-        let (Some(version), Some(since)) = (pointer.version().cloned(), pointer.since()) else { return };
+        let Some(model) = self.models.get(name) else { return };
+        let (Some(version), Some(since)) = (model.pointer.version().cloned(), model.pointer.since()) else { return };
         let mut standing = self.rollouts.standing(name).clone();
         if !standing.passed_over.iter().any(|passed| passed.version == version && passed.since < since) {
             return;
         }
         standing.take_back(&version);
-        let reason = format!("the registry points at version '{version}' again");
+        let reason = format!("{} points at version '{version}' again", model.pointed_by);
         let asked = Asked { author: REPOSITORY.to_owned(), reason, epoch: None };
         let mut entry = entry(&asked, "try_again", promote::now(), json!({ "version": version }));
         entry.model = name.to_string();
@@ -298,7 +292,7 @@ fn called_back(model: &Tracked, standing: &Standing) -> Option<Event> {
     };
     // Who starts a rollout by hand may lead away from what the pointer points at; only a move since then is a word.
     let is_news = model.pointer.since()? >= rollout.begun;
-    is_news.then(|| Event::Told(command, format!("the registry points at version '{pointed}' again")))
+    is_news.then(|| Event::Told(command, format!("{} points at version '{pointed}' again", model.pointed_by)))
 }
 
 /// Why a newer version takes a candidate's place, when it does.
@@ -433,9 +427,7 @@ fn divide(
         .chain(route.arms.iter().map(|arm| &arm.version))
         .chain(route.shadow.iter().map(|shadow| &shadow.version));
     for version in named {
-        if !model.found.iter().any(|found| found.version == *version) {
-            return Err(Error::not_found(format!("the repository has no version '{version}' of it")));
-        }
+        known(model, version)?;
     }
     route.id = match &before {
         Some(before) if before.route.differs_by_weights(&route) => before.route.id.clone(),
@@ -447,14 +439,50 @@ fn divide(
     Ok((standing, entry(asked, "route", now, details)))
 }
 
+/// Has an alias stand for another version, or for none.
+fn call(
+    model: &Tracked,
+    mut standing: Standing,
+    asked: &Asked,
+    alias: &Alias,
+    to: Option<Version>,
+) -> Result<(Standing, Entry), Error> {
+    let now = promote::now();
+    let before = standing.aliases.get(alias).and_then(|pointer| pointer.version().cloned());
+    match &to {
+        None if before.is_none() => return Err(Error::not_found(format!("it has no alias '{alias}'"))),
+        None => drop(standing.aliases.remove(alias)),
+        Some(_) if model.pointed_by == PointedBy::Registry => {
+            return Err(Error::invalid("its source says which version is the one to serve; move the alias there"));
+        }
+        Some(version) => {
+            known(model, version)?;
+            standing.aliases.entry(alias.clone()).or_default().call(version, now);
+        }
+    }
+    let details = json!({ "alias": alias, "before": before, "after": to });
+    Ok((standing, entry(asked, "alias", now, details)))
+}
+
+/// # Errors
+/// `NotFound` when the repository does not hold the version.
+fn known(model: &Tracked, version: &Version) -> Result<(), Error> {
+    if model.place(version).is_some() {
+        return Ok(());
+    }
+    let known: Vec<&str> = model.found.iter().map(|found| found.version.as_str()).collect();
+    let version = crate::id::shorten(version.as_str());
+    Err(Error::not_found(format!("the repository has no version '{version}' of it; it has {}", known.join(", "))))
+}
+
 fn clear(standing: Standing, asked: &Asked) -> Result<(Standing, Entry), Error> {
     if let Some(running) = standing.running() {
         return Err(Error::new(Code::Conflict, format!("rollout '{}' runs; abort it first", running.id)));
     }
     let details = json!({ "before": standing });
     // Who serves stays so where new versions do not take over by themselves.
-    let Standing { epoch, rollouts, stable, .. } = standing;
-    let cleared = Standing { epoch, rollouts, stable, ..Standing::default() };
+    let Standing { epoch, rollouts, stable, aliases, .. } = standing;
+    let cleared = Standing { epoch, rollouts, stable, aliases, ..Standing::default() };
     Ok((cleared, entry(asked, "clear", promote::now(), details)))
 }
 
