@@ -14,6 +14,7 @@
 //! versions of a folder apart goes by names, lengths and times (`local`), and so stands for the contents here, after
 //! another fetch and on another machine too.
 
+mod connections;
 pub mod evict;
 mod fetch;
 pub mod mirror;
@@ -33,9 +34,9 @@ use std::{
 use parking_lot::Mutex;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tokio::sync::Semaphore;
 
 use super::{Digest, SourceError, digest};
+pub use connections::Connections;
 pub use vet::{is_pickle_name, list as check_list};
 
 /// What is emptied whenever a server starts.
@@ -50,7 +51,7 @@ pub struct CacheConfig {
     /// Bytes that all files in it may have together. For more, those that no version uses make room, the longest unused
     /// first; when that does not do, the version is not fetched.
     pub max_bytes: u64,
-    /// Connections that fetch at a time.
+    /// Connections that fetch at a time. Places that are fetched from share them evenly.
     pub connections: usize,
 }
 
@@ -88,9 +89,7 @@ pub struct Blob {
 pub struct Cache {
     root: PathBuf,
     max_bytes: u64,
-    /// One permit for each connection that fetches.
-    connections: Semaphore,
-    connections_at_most: usize,
+    connections: Arc<Connections>,
     /// Bytes of the parts in which files are fetched.
     part: u64,
     /// Held while a content is fetched, by what names it, so that nobody fetches it beside.
@@ -129,8 +128,7 @@ impl Cache {
         let cache = Self {
             root: root.to_path_buf(),
             max_bytes: config.max_bytes,
-            connections: Semaphore::new(config.connections.max(1)),
-            connections_at_most: config.connections.max(1),
+            connections: Arc::new(Connections::new(config.connections)),
             part: partial::PART,
             fetching: Mutex::default(),
             linking: Mutex::default(),

@@ -14,12 +14,13 @@ use std::{
 
 use tokio::{
     task::{JoinSet, spawn_blocking},
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_stream::StreamExt;
 
 use super::{
     Blob, Cache,
+    connections::Permit,
     partial::{Partial, write_at},
     vet,
 };
@@ -29,7 +30,10 @@ use crate::source::{Digest, RemoteFile, Source, SourceError, digest};
 const SILENCE: Duration = Duration::from_secs(30);
 /// The same where a file cannot be read from its middle on: the place may be fetching all of it for itself.
 const SILENCE_OF_WHOLE: Duration = Duration::from_secs(600);
-/// Tries in a row of which none brings a byte.
+/// Bytes that a connection has to bring in that time, so that one that drips is given up. Eight of them at once do so
+/// over a link of 10 KB/s.
+const LEAST: u64 = 32 << 10;
+/// Tries in a row of which none brings a byte, or none does in time.
 const TRIES: u32 = 3;
 /// Tries for one part, however much each of them brings: nobody is asked for a part byte by byte.
 const MOST_TRIES: u32 = 64;
@@ -106,7 +110,7 @@ impl Cache {
         let _ = tell.send(partial.contiguous());
         let mut missing = partial.missing().into_iter();
         let mut parts = JoinSet::new();
-        let window = self.connections_at_most;
+        let window = self.connections.most();
         loop {
             while parts.len() < window
                 && let Some((number, range)) = missing.next()
@@ -177,41 +181,73 @@ struct Part {
 }
 
 impl Part {
-    /// Fetches `range`, going on after failures that may pass at once.
+    /// Fetches `range`, going on after failures that may pass at once. It has a connection while it reads, and none while
+    /// it waits for another try.
     async fn fetch(self, range: Range<u64>) -> Result<(), SourceError> {
-        let permit = self.cache.connections.acquire().await;
-        let _permit = permit.map_err(|error| SourceError::Disk { what: "cache".into(), reason: error.to_string() })?;
+        let place = self.source.uri().to_string();
         let mut position = range.start;
         let (mut failed, mut tries) = (0, 0);
         loop {
-            tries += 1;
+            let mut permit = self.cache.connections.acquire(&place).await;
             let before = position;
-            let result = self.read(&mut position, range.end).await;
-            failed = if position > before { 1 } else { failed + 1 };
-            match result {
+            let result = self.read(&mut position, range.end, &mut permit).await;
+            drop(permit);
+            let has_come = match result {
+                Ok(Reading::Over) => return Ok(()),
+                Ok(Reading::GivenUp) => continue,
+                Ok(Reading::TooSlow) => false,
+                Err(_) => position > before,
+            };
+            tries += 1;
+            failed = if has_come { 1 } else { failed + 1 };
+            let error = match result {
+                Err(error) => error,
+                Ok(_) => SourceError::Unavailable {
+                    place: place.clone(),
+                    reason: format!("less than {LEAST} bytes of '{}' came in {:?}", self.file.path, self.silence()),
+                },
+            };
+            let may_pass = matches!(error, SourceError::Unavailable { .. } | SourceError::Corrupt { .. });
+            match error {
                 // A connection that breaks when every byte has come has done its work.
-                Err(SourceError::Unavailable { .. }) if position == range.end => return Ok(()),
-                Err(SourceError::Unavailable { .. } | SourceError::Corrupt { .. })
-                    if failed < TRIES && tries < MOST_TRIES && position < range.end =>
-                {
+                SourceError::Unavailable { .. } if position == range.end => return Ok(()),
+                _ if may_pass && failed < TRIES && tries < MOST_TRIES && position < range.end => {
                     sleep(PAUSE * (1 << (failed - 1))).await;
                 }
-                result => return result,
+                error => return Err(error),
             }
         }
     }
 
+    /// How long nothing, or next to nothing, may come.
+    fn silence(&self) -> Duration {
+        if self.source.seeks(&self.file) { SILENCE } else { SILENCE_OF_WHOLE }
+    }
+
     /// Reads from `position` to `end` in one go, moving `position` along.
-    async fn read(&self, position: &mut u64, end: u64) -> Result<(), SourceError> {
-        let silence = if self.source.seeks(&self.file) { SILENCE } else { SILENCE_OF_WHOLE };
+    async fn read(&self, position: &mut u64, end: u64, permit: &mut Permit<'_>) -> Result<Reading, SourceError> {
+        let (silence, seeks) = (self.silence(), self.source.seeks(&self.file));
         let silent = || SourceError::Unavailable {
             place: self.source.uri().to_string(),
             reason: format!("no byte of '{}' came in {silence:?}", self.file.path),
         };
         let wrong = |reason: String| SourceError::Corrupt { file: self.file.path.clone(), reason };
-        let reading = self.source.read(&self.file, *position..end);
-        let mut stream = timeout(silence, reading).await.map_err(|_| silent())??;
-        while let Some(bytes) = timeout(silence, stream.next()).await.map_err(|_| silent())? {
+        let reading = async {
+            let reading = self.source.read(&self.file, *position..end);
+            timeout(silence, reading).await.map_err(|_| silent())?
+        };
+        let mut stream = tokio::select! {
+            stream = reading => stream?,
+            () = permit.wanted_elsewhere(), if seeks => return Ok(Reading::GivenUp),
+        };
+        let (mut since, mut came) = (Instant::now(), 0);
+        loop {
+            let piece = tokio::select! {
+                piece = timeout(silence, stream.next()) => piece.map_err(|_| silent())?,
+                // What cannot be read from its middle on would come from its start again.
+                () = permit.wanted_elsewhere(), if seeks => return Ok(Reading::GivenUp),
+            };
+            let Some(bytes) = piece else { break };
             let bytes = bytes?;
             if bytes.len() as u64 > end - *position {
                 return Err(wrong(format!("more bytes come than the {} that were announced", self.file.size)));
@@ -220,12 +256,29 @@ impl Part {
             write_at(&self.into, &bytes, *position, &self.path)?;
             *position += bytes.len() as u64;
             self.fetched.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            came += bytes.len() as u64;
+            if bytes.is_empty() || came >= LEAST {
+                // What comes and is passed over, comes.
+                (since, came) = (Instant::now(), 0);
+            } else if since.elapsed() >= silence && *position < end {
+                return Ok(Reading::TooSlow);
+            }
         }
         if *position < end {
             return Err(wrong(format!("it ends after {position} of {} bytes", self.file.size)));
         }
-        Ok(())
+        Ok(Reading::Over)
     }
+}
+
+/// How a read ended that did not fail.
+enum Reading {
+    /// All has come.
+    Over,
+    /// The connection is wanted for another place.
+    GivenUp,
+    /// So little came that the connection is not worth keeping.
+    TooSlow,
 }
 
 #[cfg(test)]
@@ -250,5 +303,66 @@ mod tests {
         let error = part.fetch(0..100).await.unwrap_err();
         assert!(matches!(error, SourceError::Unavailable { .. }), "{error}");
         assert_eq!(shelf.reads.load(Ordering::Relaxed), MOST_TRIES as usize);
+    }
+
+    /// All of `file` as one part.
+    fn part(cache: &Arc<Cache>, shelf: &Arc<Shelf>, file: &RemoteFile) -> Part {
+        let path = cache.root.join(shelf.uri().to_string().replace('/', "-"));
+        Part {
+            cache: cache.clone(),
+            source: shelf.clone(),
+            file: file.clone(),
+            into: File::create(&path).unwrap(),
+            path,
+            fetched: Arc::default(),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_drips_is_given_up_and_one_that_is_merely_slow_is_not() {
+        let root = tempfile::tempdir().unwrap();
+        let cache = Arc::new(Cache::open(root.path(), &CacheConfig::default()).unwrap());
+        let shelf = Shelf::new();
+        let file = shelf.put("model.onnx", &vec![7; 200 << 10]);
+        let read = async |piece: usize, pace: Duration| {
+            shelf.drip(piece, pace);
+            let started = Instant::now();
+            (part(&cache, &shelf, &file).fetch(0..file.size).await, started.elapsed())
+        };
+        // Of eight connections over 50 KB/s.
+        let (result, _) = read(6 << 10, Duration::from_secs(1)).await;
+        result.unwrap();
+        let (result, took) = read(100, Duration::from_secs(1)).await;
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains("less than 32768 bytes of 'model.onnx' came in 30s"), "{error}");
+        assert!(took < 4 * SILENCE, "{took:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_place_that_hangs_or_fails_leaves_connections_to_others() {
+        let root = tempfile::tempdir().unwrap();
+        let config = CacheConfig { connections: 2, ..CacheConfig::default() };
+        let cache = Arc::new(Cache::open(root.path(), &config).unwrap());
+        let (slow, quick) = (Shelf::at("s3://slow/models"), Shelf::at("s3://quick/models"));
+        slow.drip(1, SILENCE * 9);
+        let (stuck, file) = (slow.put("model.onnx", &[7; 100]), quick.put("model.onnx", &[7; 100]));
+        let hanging: Vec<_> = (0..2).map(|_| tokio::spawn(part(&cache, &slow, &stuck).fetch(0..100))).collect();
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        let got = timeout(SILENCE / 2, part(&cache, &quick, &file).fetch(0..100)).await;
+        got.expect("a connection within the time that the other place may be silent").unwrap();
+        hanging.iter().for_each(tokio::task::JoinHandle::abort);
+        for hanging in hanging {
+            let _ = hanging.await;
+        }
+
+        // The only connection is not held while nothing is read.
+        let root = tempfile::tempdir().unwrap();
+        let config = CacheConfig { connections: 1, ..CacheConfig::default() };
+        let cache = Arc::new(Cache::open(root.path(), &config).unwrap());
+        slow.away.store(true, Ordering::Relaxed);
+        let failing = tokio::spawn(part(&cache, &slow, &stuck).fetch(0..100));
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        timeout(PAUSE / 2, part(&cache, &quick, &file).fetch(0..100)).await.expect("it waits meanwhile").unwrap();
+        failing.await.unwrap().unwrap_err();
     }
 }

@@ -26,6 +26,8 @@ pub struct Shelf {
     pub bytes: Mutex<BTreeMap<String, Vec<u8>>>,
     /// Bytes that a read gives before its connection breaks; the next reads are whole again.
     pub breaks: Mutex<Vec<u64>>,
+    /// Bytes of a piece, and how long each takes.
+    pace: Mutex<(usize, Duration)>,
     /// Whether every read breaks at once.
     pub away: std::sync::atomic::AtomicBool,
     /// Whether files come from their start only.
@@ -37,17 +39,27 @@ pub struct Shelf {
 
 impl Shelf {
     pub fn new() -> Arc<Self> {
+        Self::at("s3://shelf/models")
+    }
+
+    pub fn at(uri: &str) -> Arc<Self> {
         Arc::new(Self {
-            uri: SourceUri::parse("s3://shelf/models").unwrap(),
+            uri: SourceUri::parse(uri).unwrap(),
             look: Mutex::new(Ok(Look::default())),
             artifacts: Mutex::default(),
             bytes: Mutex::default(),
             breaks: Mutex::default(),
+            pace: Mutex::new((3, Duration::ZERO)),
             away: false.into(),
             whole: false.into(),
             read: AtomicU64::new(0),
             reads: AtomicUsize::new(0),
         })
+    }
+
+    /// From now on, reads give `piece` bytes each time that `pace` has passed.
+    pub fn drip(&self, piece: usize, pace: Duration) {
+        *self.pace.lock() = (piece, pace);
     }
 
     /// A file at `path`, pinned by its bytes.
@@ -130,10 +142,17 @@ impl Source for Shelf {
             bytes.truncate(kept as usize);
         }
         self.read.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        let (piece, pace) = *self.pace.lock();
         let mut pieces: Vec<Result<Bytes, SourceError>> =
-            bytes.chunks(3).map(|piece| Ok(Bytes::copy_from_slice(piece))).collect();
+            bytes.chunks(piece).map(|piece| Ok(Bytes::copy_from_slice(piece))).collect();
         pieces.extend(breaks.map(|_| Err(broken)));
-        Ok(Box::pin(tokio_stream::iter(pieces)))
+        if pace.is_zero() {
+            return Ok(Box::pin(tokio_stream::iter(pieces)));
+        }
+        Ok(Box::pin(tokio_stream::StreamExt::then(tokio_stream::iter(pieces), move |piece| async move {
+            tokio::time::sleep(pace).await;
+            piece
+        })))
     }
 }
 

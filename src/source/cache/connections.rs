@@ -1,0 +1,206 @@
+//! `Connections`: how many reads of all places there are at a time, shared evenly among the places that want some.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    pin::pin,
+};
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+/// All of them. A place alone has as many as there are; what others want it gives up, down to as many as they have.
+#[derive(Debug)]
+pub struct Connections {
+    most: usize,
+    places: Mutex<Places>,
+    changed: Notify,
+}
+
+/// What the places have, and who waits.
+#[derive(Debug, Default)]
+struct Places {
+    /// By place; no entry is zero.
+    held: BTreeMap<String, usize>,
+    /// The longest waiting first, with what tells it from others of its place.
+    waiting: VecDeque<(u64, String)>,
+    last: u64,
+}
+
+/// One connection, until it is dropped or given away.
+pub struct Permit<'a> {
+    connections: &'a Connections,
+    place: String,
+    is_given: bool,
+}
+
+/// Leaves the line when it is dropped.
+struct Waiting<'a> {
+    connections: &'a Connections,
+    ticket: u64,
+}
+
+impl Connections {
+    pub fn new(most: usize) -> Self {
+        Self { most: most.max(1), places: Mutex::default(), changed: Notify::new() }
+    }
+
+    /// As many as one place may have, when no other wants any.
+    pub fn most(&self) -> usize {
+        self.most
+    }
+
+    /// One for `place`, as soon as it is its turn: those that have fewest come first, and of these who waits longest.
+    pub async fn acquire(&self, place: &str) -> Permit<'_> {
+        let waiting = self.wait(place);
+        loop {
+            let mut changed = pin!(self.changed.notified());
+            changed.as_mut().enable();
+            if self.places.lock().take(self.most, waiting.ticket) {
+                // The next one in the line may have a turn, too.
+                self.changed.notify_waiters();
+                return Permit { connections: self, place: place.to_owned(), is_given: false };
+            }
+            changed.await;
+        }
+    }
+
+    fn wait(&self, place: &str) -> Waiting<'_> {
+        let mut places = self.places.lock();
+        places.last += 1;
+        let ticket = places.last;
+        places.waiting.push_back((ticket, place.to_owned()));
+        drop(places);
+        // Who has more than his share hears that somebody wants some of it.
+        self.changed.notify_waiters();
+        Waiting { connections: self, ticket }
+    }
+}
+
+impl Permit<'_> {
+    /// Ends when a place waits that has so much less than this one that the connection is to be that one's. It is then no
+    /// longer ours.
+    pub async fn wanted_elsewhere(&mut self) {
+        loop {
+            let mut changed = pin!(self.connections.changed.notified());
+            changed.as_mut().enable();
+            if self.connections.places.lock().give(self.connections.most, &self.place) {
+                self.is_given = true;
+                self.connections.changed.notify_waiters();
+                return;
+            }
+            changed.await;
+        }
+    }
+}
+
+impl Drop for Permit<'_> {
+    fn drop(&mut self) {
+        if !self.is_given {
+            self.connections.places.lock().release(&self.place);
+            self.connections.changed.notify_waiters();
+        }
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.connections.places.lock().waiting.retain(|(ticket, _)| *ticket != self.ticket);
+        self.connections.changed.notify_waiters();
+    }
+}
+
+impl Places {
+    fn of(&self, place: &str) -> usize {
+        self.held.get(place).copied().unwrap_or_default()
+    }
+
+    fn total(&self) -> usize {
+        self.held.values().sum()
+    }
+
+    /// Takes one for who holds `ticket`, when there is one and it is his turn.
+    fn take(&mut self, most: usize, ticket: u64) -> bool {
+        let next = self.waiting.iter().min_by_key(|(ticket, place)| (self.of(place), *ticket));
+        let Some((_, place)) = next.filter(|(next, _)| *next == ticket && self.total() < most) else { return false };
+        *self.held.entry(place.clone()).or_default() += 1;
+        self.waiting.retain(|(other, _)| *other != ticket);
+        true
+    }
+
+    /// Gives one of `place` up, when none is left and a place waits that would still have no more with it than this one
+    /// without.
+    fn give(&mut self, most: usize, place: &str) -> bool {
+        let fewest = self.waiting.iter().map(|(_, place)| self.of(place)).min();
+        let is_wanted = self.total() >= most && fewest.is_some_and(|fewest| fewest + 1 < self.of(place));
+        if is_wanted {
+            self.release(place);
+        }
+        is_wanted
+    }
+
+    fn release(&mut self, place: &str) {
+        if let Some(held) = self.held.get_mut(place) {
+            *held -= 1;
+            if *held == 0 {
+                self.held.remove(place);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::time::timeout;
+
+    use super::*;
+
+    const SOON: Duration = Duration::from_millis(1);
+
+    #[tokio::test(start_paused = true)]
+    async fn a_place_alone_has_all_and_gives_half_of_them_up() {
+        let connections = Connections::new(4);
+        let mut first = Vec::new();
+        for _ in 0..4 {
+            first.push(connections.acquire("a").await);
+        }
+        assert!(timeout(SOON, connections.acquire("a")).await.is_err());
+        assert!(timeout(SOON, first[0].wanted_elsewhere()).await.is_err(), "nobody else wants any");
+        let mut second = Vec::new();
+        for _ in 0..2 {
+            let mut given = first.pop().unwrap();
+            let (taken, ()) = tokio::join!(connections.acquire("b"), given.wanted_elsewhere());
+            second.push(taken);
+        }
+        // It is even now, whoever wants more.
+        let more = timeout(SOON, async { tokio::join!(connections.acquire("b"), first[0].wanted_elsewhere()) });
+        assert!(more.await.is_err());
+        assert!(timeout(SOON, connections.acquire("a")).await.is_err());
+        drop((first, second));
+        assert!(connections.places.lock().held.is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_has_fewest_comes_first_and_who_gives_up_is_out_of_the_line() {
+        let connections = Connections::new(2);
+        let held = connections.acquire("a").await;
+        let freed = connections.acquire("a").await;
+        let order = Mutex::new(Vec::new());
+        let wait = async |place: &'static str| {
+            let permit = connections.acquire(place).await;
+            order.lock().push(place);
+            tokio::time::sleep(SOON).await;
+            drop(permit);
+        };
+        assert!(timeout(SOON, wait("c")).await.is_err());
+        let free = async {
+            tokio::time::sleep(SOON).await;
+            drop(freed);
+        };
+        tokio::join!(wait("a"), wait("b"), wait("b"), free);
+        assert_eq!(*order.lock(), ["b", "b", "a"]);
+        drop(held);
+        assert!(connections.places.lock().waiting.is_empty());
+    }
+}
