@@ -94,6 +94,8 @@ pub struct Cache {
     part: u64,
     /// Held while a content is fetched, by what names it, so that nobody fetches it beside.
     fetching: Mutex<HashMap<String, Weak<tokio::sync::Mutex<()>>>>,
+    /// What versions need that are being fetched.
+    reserved: Mutex<Vec<Weak<evict::Reserved>>>,
     /// Held while contents get or lose a link, so that none is evicted between the look at it and its use.
     linking: Mutex<()>,
     _lock: File,
@@ -131,6 +133,7 @@ impl Cache {
             connections: Arc::new(Connections::new(config.connections)),
             part: partial::PART,
             fetching: Mutex::default(),
+            reserved: Mutex::default(),
             linking: Mutex::default(),
             _lock: lock,
         };

@@ -428,7 +428,7 @@ impl Follower {
         files: &[RemoteFile],
     ) -> Result<super::cache::mirror::Staged, SourceError> {
         super::cache::check_list(files)?;
-        self.cache.make_room_for(self.source.as_ref(), files)?;
+        let _reserved = self.cache.make_room_for(self.source.as_ref(), files)?;
         let fetched = Arc::new(AtomicU64::new(0));
         let total = files.iter().map(|file| file.size).fold(0, u64::saturating_add);
         self.status.fetching(name, version, total, fetched.clone());

@@ -2,12 +2,12 @@
 //! unused first.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io::{self, Read},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Weak},
 };
 
 use super::{Cache, is_unused, mirror};
@@ -72,31 +72,69 @@ pub(super) fn check(path: &Path, digest: Option<Digest>, size: u64) -> Result<()
     hasher.finish(&path.display().to_string()).map(|_| ())
 }
 
+/// Files of a version that is being fetched: what is here of them stays, and room is kept for the rest, for as long as this
+/// is held.
+#[derive(Debug)]
+pub struct Reserved {
+    files: Vec<(RemoteFile, Vec<String>, String)>,
+}
+
+/// What versions need that are being fetched.
+#[derive(Default)]
+struct Coming {
+    /// Contents that are here already.
+    here: BTreeSet<[u8; 32]>,
+    /// Bytes of those that are not, by what they go by while they are fetched.
+    absent: BTreeMap<String, u64>,
+}
+
 impl Cache {
-    /// Makes room for those of the files of `source` that are not here.
+    /// Makes room for those of the files of `source` that are not here, and keeps it.
     ///
     /// # Errors
     /// `Full` when what is used, with what is to come, is more than the limit; nothing is removed then.
-    pub fn make_room_for(&self, source: &dyn Source, files: &[RemoteFile]) -> Result<(), SourceError> {
-        let absent = || files.iter().filter(|file| !self.has(source, file));
-        let bytes = absent().map(|file| file.size).fold(0, u64::saturating_add);
-        self.make_room(bytes, &absent().map(|file| self.key(source, file)).collect())
+    pub fn make_room_for(&self, source: &dyn Source, files: &[RemoteFile]) -> Result<Arc<Reserved>, SourceError> {
+        let reserve = |file: &RemoteFile| {
+            let (names, key) = self.names(source, file);
+            (file.clone(), names, key)
+        };
+        let reserved = Arc::new(Reserved { files: files.iter().map(reserve).collect() });
+        self.reserved.lock().push(Arc::downgrade(&reserved));
+        // Should there be none, it is no longer reserved when this returns.
+        self.make_room()?;
+        Ok(reserved)
     }
 
-    /// Makes room for `bytes` more. What is there already of the files that go by the names in `coming` is part of them.
-    pub(super) fn make_room(&self, bytes: u64, coming: &BTreeSet<String>) -> Result<(), SourceError> {
+    /// Makes room for everything that is reserved. What is there already of what is being fetched is part of it.
+    pub(super) fn make_room(&self) -> Result<(), SourceError> {
         let _linking = self.linking.lock();
+        let coming = self.coming();
+        let bytes = coming.absent.values().copied().fold(0, u64::saturating_add);
         let mut kept = list(&self.root)?;
-        kept.retain(|kept| kept.digest.is_some() || !coming.contains(stem(kept)));
+        kept.retain(|kept| kept.digest.is_some() || !coming.absent.contains_key(stem(kept)));
         let total: u64 = kept.iter().map(|kept| kept.size).sum();
-        let used: u64 = kept.iter().filter(|kept| !self.is_free(kept)).map(|kept| kept.size).sum();
+        let used: u64 = kept.iter().filter(|kept| !self.is_free(kept, &coming)).map(|kept| kept.size).sum();
         if used.saturating_add(bytes) > self.max_bytes {
             return Err(SourceError::Full(format!(
                 "the cache has no room for {bytes} bytes: versions use {used} of its {} (cache.max_bytes)",
                 self.max_bytes
             )));
         }
-        self.evict(kept, total.saturating_add(bytes).saturating_sub(self.max_bytes)).map(|_| ())
+        self.evict(kept, total.saturating_add(bytes).saturating_sub(self.max_bytes), &coming).map(|_| ())
+    }
+
+    /// What is reserved now.
+    fn coming(&self) -> Coming {
+        let mut reserved = self.reserved.lock();
+        reserved.retain(|reserved| reserved.strong_count() > 0);
+        let mut coming = Coming::default();
+        for (file, names, key) in reserved.iter().filter_map(Weak::upgrade).flat_map(|one| one.files.clone()) {
+            match self.known(&file, &names) {
+                Some(blob) => drop(coming.here.insert(blob.sha256)),
+                None => drop(coming.absent.insert(key, file.size)),
+            }
+        }
+        coming
     }
 
     /// Removes everything that no version uses, and returns how many bytes that was.
@@ -105,7 +143,7 @@ impl Cache {
     /// When the disk fails.
     pub fn prune(&self) -> Result<u64, SourceError> {
         let _linking = self.linking.lock();
-        let freed = self.evict(list(&self.root)?, u64::MAX)?;
+        let freed = self.evict(list(&self.root)?, u64::MAX, &self.coming())?;
         self.forget_names()?;
         Ok(freed)
     }
@@ -124,8 +162,8 @@ impl Cache {
     }
 
     /// Removes contents that no version uses until `bytes` are free, and returns how many are.
-    fn evict(&self, mut kept: Vec<Kept>, bytes: u64) -> Result<u64, SourceError> {
-        kept.retain(|kept| self.is_free(kept));
+    fn evict(&self, mut kept: Vec<Kept>, bytes: u64, coming: &Coming) -> Result<u64, SourceError> {
+        kept.retain(|kept| self.is_free(kept, coming));
         // Half a file is worth something as long as somebody goes on with it, which may be soon.
         kept.sort_by_key(|kept| (kept.digest.is_none(), kept.since));
         let mut freed = 0;
@@ -140,10 +178,11 @@ impl Cache {
         Ok(freed)
     }
 
-    /// Whether it may go: no version uses it, and nobody is fetching it.
-    fn is_free(&self, kept: &Kept) -> bool {
+    /// Whether it may go: no version uses it or is about to, and nobody is fetching it.
+    fn is_free(&self, kept: &Kept, coming: &Coming) -> bool {
+        let is_needed = |digest| matches!(digest, Digest::Sha256(sha256) if coming.here.contains(&sha256));
         let is_claimed = || self.fetching.lock().get(stem(kept)).is_some_and(|claim| claim.strong_count() > 0);
-        !kept.used && (kept.digest.is_some() || !is_claimed())
+        !kept.used && kept.digest.map_or_else(|| !is_claimed(), |digest| !is_needed(digest))
     }
 }
 

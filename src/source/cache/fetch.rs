@@ -54,8 +54,7 @@ impl Cache {
         fetched: &Arc<AtomicU64>,
     ) -> Result<Blob, SourceError> {
         vet::path(&file.path)?;
-        let names = names(source.as_ref(), file);
-        let key = key(source.as_ref(), file, &names);
+        let (names, key) = self.names(source.as_ref(), file);
         let claim = self.claim(&key);
         let _claimed = claim.lock().await;
         if let Some(blob) = self.known(file, &names) {
@@ -77,17 +76,15 @@ impl Cache {
         Ok(blob)
     }
 
-    /// Whether the content of `file` is here, so that nothing of it has to be fetched.
-    pub fn has(&self, source: &dyn Source, file: &RemoteFile) -> bool {
-        self.known(file, &names(source, file)).is_some()
+    /// What the place of `file` calls its content, and what it goes by while it is fetched.
+    pub(super) fn names(&self, source: &dyn Source, file: &RemoteFile) -> (Vec<String>, String) {
+        let names = names(source, file);
+        let key = key(source, file, &names);
+        (names, key)
     }
 
-    /// What `file` goes by while it is fetched.
-    pub(super) fn key(&self, source: &dyn Source, file: &RemoteFile) -> String {
-        key(source, file, &names(source, file))
-    }
-
-    fn known(&self, file: &RemoteFile, names: &[String]) -> Option<Blob> {
+    /// The content of `file`, when it is here, so that nothing of it has to be fetched.
+    pub(super) fn known(&self, file: &RemoteFile, names: &[String]) -> Option<Blob> {
         let blob = match file.digest {
             Some(Digest::Sha256(sha256)) => self.blob(sha256),
             _ => names.iter().find_map(|name| self.named(name)),

@@ -506,15 +506,48 @@ async fn room_is_made_of_what_nothing_uses_the_longest_unused_first() {
         let list = evict::list(fixture.root.path()).unwrap();
         list.iter().map(|kept| fs::read(&kept.path).unwrap()[0]).collect::<std::collections::BTreeSet<u8>>()
     };
-    cache.make_room(50, &BTreeSet::new()).unwrap();
+    let make_room = |bytes: usize| {
+        let shelf = fixture.shelf.as_ref();
+        cache.make_room_for(shelf, &[shelf.put("model.onnx", &vec![9; bytes])])
+    };
+    make_room(50).unwrap();
     assert_eq!(left().len(), 4);
-    cache.make_room(51, &BTreeSet::new()).unwrap();
+    make_room(51).unwrap();
     assert_eq!(left(), [1, 3, 4].into());
-    let error = cache.make_room(351, &BTreeSet::new()).unwrap_err();
+    let error = make_room(351).unwrap_err();
     assert_eq!(error.to_string(), "the cache has no room for 351 bytes: versions use 100 of its 450 (cache.max_bytes)");
     assert_eq!(left(), [1, 3, 4].into());
     assert_eq!(cache.prune().unwrap(), 200);
     assert_eq!(left(), [1].into());
+}
+
+#[tokio::test]
+async fn what_a_version_needs_that_is_being_fetched_stays_and_has_its_room() {
+    let fixture = Fixture::new();
+    let shelf = fixture.shelf.clone();
+    let old = shelf.put("weights.data", &[1; 100]);
+    fixture.fetch(&old).await.unwrap();
+    fixture.fetch(&shelf.put("weights.data", &[2; 100])).await.unwrap();
+    let fixture = fixture.restart(400).await;
+    let contents = || {
+        let list = fixture.blobs();
+        list.iter().map(|kept| fs::read(&kept.path).unwrap()[0]).collect::<BTreeSet<u8>>()
+    };
+    let new = shelf.put("model.onnx", &[3; 100]);
+    let reserved = fixture.cache.make_room_for(shelf.as_ref(), &[new.clone(), old.clone()]).unwrap();
+    assert_eq!(contents(), [1, 2].into());
+    // Another version takes what is left, and no more; what came first would be the first to go.
+    let other = fixture.cache.make_room_for(shelf.as_ref(), &[shelf.put("model.onnx", &[4; 200])]).unwrap();
+    assert_eq!(contents(), [1].into());
+    let error = fixture.cache.make_room_for(shelf.as_ref(), &[shelf.put("model.onnx", &[5; 1])]).unwrap_err();
+    assert!(error.to_string().contains("no room for 301 bytes: versions use 100 of its 400"), "{error}");
+    // What has come is not counted twice, and what is given up makes room.
+    fixture.fetch(&new).await.unwrap();
+    let error = fixture.cache.make_room_for(shelf.as_ref(), &[shelf.put("model.onnx", &[5; 1])]).unwrap_err();
+    assert!(error.to_string().contains("no room for 201 bytes: versions use 200 of its 400"), "{error}");
+    drop((reserved, other));
+    fixture.cache.make_room_for(shelf.as_ref(), &[shelf.put("model.onnx", &[5; 300])]).unwrap();
+    assert_eq!(contents().len(), 1);
 }
 
 #[tokio::test]
