@@ -25,6 +25,7 @@ use crate::{
     source::{
         self, Scratch, SourceUri,
         cache::{Cache, CacheConfig, mirror::Mirror},
+        endpoint,
         follow::{Fate, FollowConfig, Followed, Follower, Interest, SharedStatus, Status},
         places::Places,
     },
@@ -67,7 +68,7 @@ impl Mirroring {
         let hint = || format!("cannot use the cache {}; name another one with --cache", directory.display());
         let source = source::open(uri, Scratch::of(&directory, &config.cache))?;
         let cache = Arc::new(Cache::open(&directory, &config.cache).with_context(hint)?);
-        let mirror = Mirror::open(cache, &uri.to_string()).with_context(hint)?;
+        let mirror = Mirror::open(cache, &endpoint::key(uri, None)).with_context(hint)?;
         let is_filled = mirror.published().with_context(hint)?.values().any(|versions| !versions.is_empty());
         let models = mirror.models();
         let interest = Box::new(Catalogued { catalog, settings: None });

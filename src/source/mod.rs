@@ -8,6 +8,7 @@ pub mod cache;
 pub mod digest;
 mod disk;
 mod dvc;
+pub mod endpoint;
 pub mod follow;
 mod hub;
 mod layout;

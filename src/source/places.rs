@@ -19,6 +19,7 @@ use super::{
         Cache,
         mirror::{self, Mirror},
     },
+    endpoint,
     follow::{FollowConfig, Followed, Follower, Interest, SharedStatus},
 };
 use crate::id::ModelName;
@@ -66,7 +67,7 @@ impl Places {
 
     /// The folder that a model's versions are mirrored into.
     pub fn folder(&self, name: &ModelName, uri: &SourceUri) -> PathBuf {
-        mirror::folder(&self.cache, &key(name, uri)).join("models").join(name.as_str())
+        mirror::folder(&self.cache, &endpoint::key(uri, Some(name))).join("models").join(name.as_str())
     }
 
     /// How far the following of a model's place has come.
@@ -151,7 +152,7 @@ impl Places {
         cancel: &CancellationToken,
     ) -> Following {
         let opened = super::open(&uri, cache.scratch()).and_then(|source| {
-            let mirror = Mirror::open(cache.clone(), &key(name, &uri))?;
+            let mirror = Mirror::open(cache.clone(), &endpoint::key(&uri, Some(name)))?;
             let is_filled = mirror.published()?.get(name).is_some_and(|versions| !versions.is_empty());
             Ok((Arc::new(Named::new(source, name.clone())), mirror, is_filled))
         });
@@ -202,11 +203,6 @@ async fn watched(following: JoinHandle<()>, name: ModelName, status: SharedStatu
         tracing::error!(model = %name, reason, "its place is followed no longer, until the server is started anew");
         status.give_up(reason);
     }
-}
-
-/// What a model's mirror goes by: two models from one place have a mirror each, which share the contents.
-fn key(name: &ModelName, uri: &SourceUri) -> String {
-    format!("{uri} as {name}")
 }
 
 /// The one model of a place, under the name that it has here.

@@ -24,7 +24,7 @@ use super::{
     partial::{Partial, write_at},
     vet,
 };
-use crate::source::{Digest, RemoteFile, Source, SourceError, digest};
+use crate::source::{Digest, RemoteFile, Source, SourceError, digest, endpoint};
 
 /// How long no byte may come before a connection is given up.
 const SILENCE: Duration = Duration::from_secs(30);
@@ -144,7 +144,10 @@ impl Cache {
 /// that gave them only: contents with one MD5 can be made.
 fn names(source: &dyn Source, file: &RemoteFile) -> Vec<String> {
     let uri = source.uri();
-    let place = format!("{:?} {}", uri.scheme(), uri.authority());
+    let mut place = format!("{:?} {}", uri.scheme(), uri.authority());
+    if let Some(endpoint) = endpoint::endpoint(uri) {
+        place = format!("{place} {endpoint}");
+    }
     let size = file.size.to_string();
     let named = |kind: &str, texts: &[&str]| digest::of_texts(&[&[kind, &place, &size], texts].concat());
     let mut names = Vec::new();

@@ -22,9 +22,13 @@ use crate::{
     id::{ModelName, Version},
     source::{
         Digest, Lineage, SourceError, SourceUri, digest,
+        endpoint::AT,
         pointer::{POINTER_FILE, Pointer},
     },
 };
+
+/// The file in a mirror's folder that says what it goes by. It is empty where nobody knows.
+const PLACE_FILE: &str = "place";
 
 /// A source's folder in the cache.
 pub struct Mirror {
@@ -79,16 +83,21 @@ pub struct Staged {
 }
 
 impl Mirror {
-    /// The mirror that goes by `key` (the URI of what it mirrors, for one), made when there is none yet.
+    /// The mirror that goes by `key` (`endpoint::key`), made when there is none yet.
     ///
     /// # Errors
     /// When its folders cannot be made.
     pub fn open(cache: Arc<Cache>, key: &str) -> Result<Self, SourceError> {
         let root = folder(&cache.root, key);
+        if let Some((before, _)) = key.rsplit_once(AT) {
+            take_over(&folder(&cache.root, before), &root).map_err(|error| SourceError::disk(&root, &error))?;
+        }
         for folder in ["models", "manifests"] {
             let folder = root.join(folder);
             fs::create_dir_all(&folder).map_err(|error| SourceError::disk(&folder, &error))?;
         }
+        let path = root.join(PLACE_FILE);
+        fs::write(&path, key).map_err(|error| SourceError::disk(&path, &error))?;
         Ok(Self { cache, root })
     }
 
@@ -291,6 +300,15 @@ impl Mirror {
         };
         written().map_err(|error| SourceError::disk(path, &error))
     }
+}
+
+/// Has the mirror in `root` be the one that was in `before`, when there is none yet and nobody knows where that one is from.
+fn take_over(before: &Path, root: &Path) -> io::Result<()> {
+    let is_unknown = fs::metadata(before.join(PLACE_FILE)).map_or(true, |metadata| metadata.len() == 0);
+    if root.exists() || !is_unknown {
+        return Ok(());
+    }
+    fs::rename(before, root).or_else(absent)
 }
 
 /// The folder of the mirror that goes by `key`, in the cache in `root`.

@@ -423,6 +423,25 @@ async fn what_stands_for_a_version_is_the_same_in_every_cache() {
 }
 
 #[tokio::test]
+async fn places_at_other_endpoints_have_other_mirrors() {
+    let fixture = Fixture::new();
+    let open = |key: &str| Mirror::open(fixture.cache.clone(), key).unwrap();
+    let usual = open("hf://acme/iris");
+    publish(&fixture, &usual, "1", &[("model.onnx", TEXT)]).await;
+    let other = open("hf://acme/iris at http://mirror");
+    assert!(other.published().unwrap().is_empty());
+    assert_eq!(open("hf://acme/iris").published().unwrap().len(), 1);
+
+    // One of which nobody knows where it is from goes to who asks first.
+    let before = open("models:/iris@champion");
+    publish(&fixture, &before, "1", &[("model.onnx", TEXT)]).await;
+    fs::remove_file(before.models().with_file_name("place")).unwrap();
+    assert_eq!(open("models:/iris@champion at http://one").published().unwrap().len(), 1);
+    assert!(open("models:/iris@champion at http://two").published().unwrap().is_empty());
+    assert_eq!(open("models:/iris@champion at http://one").published().unwrap().len(), 1);
+}
+
+#[tokio::test]
 async fn no_path_leaves_the_version() {
     let fixture = Fixture::new();
     let mirror = Mirror::open(fixture.cache.clone(), "shelf").unwrap();
