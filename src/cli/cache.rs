@@ -4,10 +4,12 @@ use std::{
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
+    time::{Duration, SystemTime},
 };
 
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
+use humantime_serde::re::humantime::{format_rfc3339_seconds, parse_duration};
 use serde_json::json;
 use toml::Table;
 
@@ -22,7 +24,7 @@ use crate::{
         cache::{
             Cache,
             evict::{self, Kept},
-            mirror,
+            mirror::{self, User},
         },
     },
 };
@@ -42,7 +44,7 @@ enum CacheAction {
     /// The exit code is 0 when all are, 2 when some are not, and 1 when the cache cannot be read.
     Verify(Verify),
     /// Delete the files that no version uses, while no server uses the cache
-    Prune(Which),
+    Prune(Prune),
 }
 
 #[derive(Args)]
@@ -53,6 +55,15 @@ struct Verify {
     /// fetches them anew when it starts; while no server uses the cache
     #[arg(long)]
     repair: bool,
+}
+
+#[derive(Args)]
+struct Prune {
+    #[command(flatten)]
+    which: Which,
+    /// Delete before that what is mirrored of places that no server has looked at for so long, such as 30days
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    unused_for: Option<Duration>,
 }
 
 #[derive(Args)]
@@ -69,6 +80,8 @@ struct Which {
 
 /// The exit code for files that are not what was fetched.
 const BROKEN: u8 = 2;
+/// Servers that run say several times a day that they use a mirror.
+const DAY: Duration = Duration::from_secs(24 * 3600);
 
 /// Runs the command.
 ///
@@ -78,7 +91,7 @@ pub fn run(args: &CacheArgs) -> anyhow::Result<ExitCode> {
     match &args.action {
         CacheAction::Ls(which) => ls(&which.open()?.0, which.json),
         CacheAction::Verify(args) => verify(&args.which.open()?, args),
-        CacheAction::Prune(which) => prune(&which.open()?, which.json),
+        CacheAction::Prune(args) => prune(&args.which.open()?, args),
     }
 }
 
@@ -95,7 +108,7 @@ impl Which {
 
 fn ls(root: &Path, json: bool) -> anyhow::Result<ExitCode> {
     let (kept, users) = (evict::list(root)?, mirror::users(root)?);
-    let used_by = |kept: &Kept| -> Vec<String> {
+    let used_by = |kept: &Kept| -> Vec<User> {
         let digest = kept.digest.map(|digest| digest.hex()).unwrap_or_default();
         users.get(&digest).cloned().unwrap_or_default()
     };
@@ -103,7 +116,8 @@ fn ls(root: &Path, json: bool) -> anyhow::Result<ExitCode> {
         let shown = kept.iter().map(|kept| {
             json!({
                 "path": kept.path, "digest": kept.digest.map(|digest| digest.to_string()), "bytes": kept.size,
-                "used": kept.used, "versions": used_by(kept),
+                "used": kept.used, "versions": names(&used_by(kept)),
+                "unused_since": unused_since(&used_by(kept)).map(|since| format_rfc3339_seconds(since).to_string()),
             })
         });
         say_json(&shown.collect::<Vec<_>>())?;
@@ -112,7 +126,11 @@ fn ls(root: &Path, json: bool) -> anyhow::Result<ExitCode> {
     say(format_args!("{:<71} {:>14} USED BY", "FILE", "BYTES"))?;
     for kept in &kept {
         let name = kept.digest.map_or_else(|| "(not complete)".to_owned(), |digest| digest.to_string());
-        let versions = used_by(kept).join(", ");
+        let users = used_by(kept);
+        let mut versions = names(&users).join(", ");
+        if let Some(since) = unused_since(&users) {
+            versions = format!("{versions} (unused since {})", format_rfc3339_seconds(since));
+        }
         // The files beside versions are in no list of a version.
         let versions = if versions.is_empty() && kept.used { "settings" } else { &versions };
         say(format_args!("{name:<71} {:>14} {versions}", kept.size))?;
@@ -120,6 +138,16 @@ fn ls(root: &Path, json: bool) -> anyhow::Result<ExitCode> {
     let (bytes, used) = (total(&kept, |_| true), total(&kept, |kept| kept.used));
     say(format_args!("{} files, {bytes} bytes; {used} of them are used", kept.len()))?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn names(users: &[User]) -> Vec<&str> {
+    users.iter().map(|user| user.version.as_str()).collect()
+}
+
+/// Since when no server has used any of the mirrors that a file is in, when that is longer ago than servers let pass.
+fn unused_since(users: &[User]) -> Option<SystemTime> {
+    let used = users.iter().map(|user| user.used).max()?;
+    used.elapsed().is_ok_and(|elapsed| elapsed >= DAY).then_some(used)
 }
 
 fn total(kept: &[Kept], which: impl Fn(&Kept) -> bool) -> u64 {
@@ -136,7 +164,8 @@ fn verify((root, config): &(PathBuf, Config), args: &Verify) -> anyhow::Result<E
             Ok(()) => {}
             Err(error @ SourceError::Corrupt { .. }) => {
                 let digest = kept.digest.map(|digest| digest.hex()).unwrap_or_default();
-                broken.push((error.to_string(), users.get(&digest).cloned().unwrap_or_default()));
+                let users = users.get(&digest).map(Vec::as_slice).unwrap_or_default();
+                broken.push((error.to_string(), names(users)));
                 if let Some(cache) = &cache {
                     cache.discard(kept).with_context(hint)?;
                 }
@@ -161,10 +190,10 @@ fn verify((root, config): &(PathBuf, Config), args: &Verify) -> anyhow::Result<E
     Ok(if broken.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(BROKEN) })
 }
 
-fn prune((root, config): &(PathBuf, Config), json: bool) -> anyhow::Result<ExitCode> {
+fn prune((root, config): &(PathBuf, Config), args: &Prune) -> anyhow::Result<ExitCode> {
     let hint = || format!("cannot prune {}", root.display());
-    let freed = Cache::open(root, &config.cache).and_then(|cache| cache.prune()).with_context(hint)?;
-    if json {
+    let freed = Cache::open(root, &config.cache).and_then(|cache| cache.prune(args.unused_for)).with_context(hint)?;
+    if args.which.json {
         say_json(&json!({ "freed_bytes": freed }))?;
     } else {
         say(format_args!("{freed} bytes freed"))?;

@@ -5,7 +5,8 @@
 //! names/…                 what places call a content (an MD5, a location and its ETag) → its SHA-256
 //! partial/…               what is being fetched
 //! staging/…               versions that are being put together
-//! mirrors/NAME/models/    what one source holds, as a repository of models, and beside it what is known of it
+//! mirrors/NAME/models/    what one source holds, as a repository of models, and beside it what is known of it; when it was
+//!                         looked at last is when its file `place` was changed
 //! lock                    held by the server that writes here
 //! ```
 //! Everything comes to its place by a rename, so that a crash leaves at most files in `partial` and `staging`.
@@ -22,7 +23,7 @@ mod partial;
 mod vet;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     fs::{self, File, FileTimes, Permissions},
     io,
     os::unix::fs::{MetadataExt, PermissionsExt},
@@ -49,7 +50,8 @@ pub struct CacheConfig {
     /// The folder of fetched files; servers do not share one. Default: `cache` in the data directory.
     pub directory: Option<PathBuf>,
     /// Bytes that all files in it may have together. For more, those that no version uses make room, the longest unused
-    /// first; when that does not do, the version is not fetched.
+    /// first, and then the mirrors of places that no server has looked at for 30 days; when that does not do, the version
+    /// is not fetched.
     pub max_bytes: u64,
     /// Connections that fetch at a time. Places that are fetched from share them evenly.
     pub connections: usize,
@@ -96,6 +98,8 @@ pub struct Cache {
     fetching: Mutex<HashMap<String, Weak<tokio::sync::Mutex<()>>>>,
     /// What versions need that are being fetched.
     reserved: Mutex<Vec<Weak<evict::Reserved>>>,
+    /// Folders of mirrors that are in use.
+    opened: Mutex<BTreeSet<PathBuf>>,
     /// Held while contents get or lose a link, so that none is evicted between the look at it and its use.
     linking: Mutex<()>,
     _lock: File,
@@ -134,9 +138,11 @@ impl Cache {
             part: partial::PART,
             fetching: Mutex::default(),
             reserved: Mutex::default(),
+            opened: Mutex::default(),
             linking: Mutex::default(),
             _lock: lock,
         };
+        mirror::mark_unknown(root)?;
         // Names without a content are in nobody's way today.
         if let Err(error) = cache.forget_names() {
             tracing::warn!(%error, "names of files that are no longer in the cache are kept");

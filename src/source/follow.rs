@@ -98,6 +98,8 @@ pub struct Follower {
     settled: bool,
     /// Whether something was fetched that a pointer may have left meanwhile.
     look_again: bool,
+    /// When the mirror was said to be in use.
+    touched: Instant,
 }
 
 /// A try that failed.
@@ -112,6 +114,8 @@ struct Failed {
 const MOST_SETTINGS: u64 = 1 << 20;
 /// Looks after which a server is ready although something at the place never settles.
 const PATIENCE: u32 = 15;
+/// How often a mirror is said to be in use.
+const TOUCH_INTERVAL: Duration = Duration::from_secs(3600);
 /// Versions of a model that may fail, one after the other, before no older one is fetched for them: it is not the
 /// versions then, and there may be hundreds.
 const MOST_FAILED: usize = 3;
@@ -137,6 +141,7 @@ impl Follower {
             looks: 0,
             settled: false,
             look_again: false,
+            touched: Instant::now(),
         }
     }
 
@@ -183,6 +188,10 @@ impl Follower {
 
     /// One look and what follows from it; how long to wait before the next.
     async fn round(&mut self, mirrored: &watch::Sender<bool>) -> Duration {
+        if self.touched.elapsed() >= TOUCH_INTERVAL {
+            self.mirror.touch();
+            self.touched = Instant::now();
+        }
         let look = match self.source.look().await.and_then(|look| self.plausible(look)) {
             Ok(look) => look,
             Err(error) => {

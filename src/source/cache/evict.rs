@@ -8,10 +8,14 @@ use std::{
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{Arc, Weak},
+    time::Duration,
 };
 
 use super::{Cache, is_unused, mirror};
 use crate::source::{Digest, RemoteFile, Source, SourceError, digest::Hasher};
+
+/// How long no server may have used a mirror before it makes room for others.
+const UNUSED: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// A content, or what is there of one that is being fetched.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -92,7 +96,7 @@ impl Cache {
     /// Makes room for those of the files of `source` that are not here, and keeps it.
     ///
     /// # Errors
-    /// `Full` when what is used, with what is to come, is more than the limit; nothing is removed then.
+    /// `Full` when what is used, with what is to come, is more than the limit; nothing that is in use is removed then.
     pub fn make_room_for(&self, source: &dyn Source, files: &[RemoteFile]) -> Result<Arc<Reserved>, SourceError> {
         let reserve = |file: &RemoteFile| {
             let (names, key) = self.names(source, file);
@@ -110,17 +114,23 @@ impl Cache {
         let _linking = self.linking.lock();
         let coming = self.coming();
         let bytes = coming.absent.values().copied().fold(0, u64::saturating_add);
-        let mut kept = list(&self.root)?;
-        kept.retain(|kept| kept.digest.is_some() || !coming.absent.contains_key(stem(kept)));
-        let total: u64 = kept.iter().map(|kept| kept.size).sum();
-        let used: u64 = kept.iter().filter(|kept| !self.is_free(kept, &coming)).map(|kept| kept.size).sum();
-        if used.saturating_add(bytes) > self.max_bytes {
-            return Err(SourceError::Full(format!(
-                "the cache has no room for {bytes} bytes: versions use {used} of its {} (cache.max_bytes)",
-                self.max_bytes
-            )));
+        loop {
+            let mut kept = list(&self.root)?;
+            kept.retain(|kept| kept.digest.is_some() || !coming.absent.contains_key(stem(kept)));
+            let total: u64 = kept.iter().map(|kept| kept.size).sum();
+            let used: u64 = kept.iter().filter(|kept| !self.is_free(kept, &coming)).map(|kept| kept.size).sum();
+            if used.saturating_add(bytes) <= self.max_bytes {
+                let missing = total.saturating_add(bytes).saturating_sub(self.max_bytes);
+                return self.evict(kept, missing, &coming).map(|_| ());
+            }
+            // For what is larger than all of the cache nothing needs to go.
+            if bytes > self.max_bytes || mirror::withdraw_unused(self, UNUSED)?.is_none() {
+                return Err(SourceError::Full(format!(
+                    "the cache has no room for {bytes} bytes: versions use {used} of its {} (cache.max_bytes)",
+                    self.max_bytes
+                )));
+            }
         }
-        self.evict(kept, total.saturating_add(bytes).saturating_sub(self.max_bytes), &coming).map(|_| ())
     }
 
     /// What is reserved now.
@@ -137,12 +147,16 @@ impl Cache {
         coming
     }
 
-    /// Removes everything that no version uses, and returns how many bytes that was.
+    /// Removes everything that no version uses, and returns how many bytes that was; before that the mirrors that no server
+    /// has used for `unused`, when it is said.
     ///
     /// # Errors
     /// When the disk fails.
-    pub fn prune(&self) -> Result<u64, SourceError> {
+    pub fn prune(&self, unused: Option<Duration>) -> Result<u64, SourceError> {
         let _linking = self.linking.lock();
+        while let Some(unused) = unused
+            && mirror::withdraw_unused(self, unused)?.is_some()
+        {}
         let freed = self.evict(list(&self.root)?, u64::MAX, &self.coming())?;
         self.forget_names()?;
         Ok(freed)

@@ -7,7 +7,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::Arc,
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use rustix::{
@@ -96,9 +96,30 @@ impl Mirror {
             let folder = root.join(folder);
             fs::create_dir_all(&folder).map_err(|error| SourceError::disk(&folder, &error))?;
         }
-        let path = root.join(PLACE_FILE);
-        fs::write(&path, key).map_err(|error| SourceError::disk(&path, &error))?;
-        Ok(Self { cache, root })
+        cache.opened.lock().insert(root.clone());
+        let mirror = Self { cache, root };
+        mirror.mark(key);
+        Ok(mirror)
+    }
+
+    /// Notes what it goes by, and that it is used. Without the note it is merely taken for one that nobody uses, some time.
+    fn mark(&self, key: &str) {
+        let path = self.root.join(PLACE_FILE);
+        let is_known = fs::read_to_string(&path).is_ok_and(|known| known == key);
+        let marked = if is_known { Ok(()) } else { fs::write(&path, key) };
+        if let Err(error) = marked {
+            tracing::warn!(file = %path.display(), %error, "what a mirror is of cannot be noted");
+        }
+        self.touch();
+    }
+
+    /// Notes that it is used now.
+    pub fn touch(&self) {
+        let path = self.root.join(PLACE_FILE);
+        let touched = File::options().write(true).open(&path).and_then(|file| file.set_modified(SystemTime::now()));
+        if let Err(error) = touched {
+            tracing::warn!(file = %path.display(), %error, "it cannot be noted that a mirror is used");
+        }
     }
 
     pub fn cache(&self) -> &Arc<Cache> {
@@ -302,6 +323,45 @@ impl Mirror {
     }
 }
 
+/// Marks the mirrors of earlier servers that have not said when they used them: from now on they are not used.
+pub(super) fn mark_unknown(root: &Path) -> Result<(), SourceError> {
+    for (_, mirror) in folders(&root.join("mirrors"))? {
+        let path = mirror.join(PLACE_FILE);
+        if !path.exists() {
+            File::create(&path).map_err(|error| SourceError::disk(&path, &error))?;
+        }
+    }
+    Ok(())
+}
+
+/// Takes the mirror out that was not used for the longest time, at least for `age`, and what goes by it. `None` when there
+/// is none.
+pub(super) fn withdraw_unused(cache: &Cache, age: Duration) -> Result<Option<String>, SourceError> {
+    let opened = cache.opened.lock().clone();
+    let mut unused = Vec::new();
+    for (name, root) in folders(&cache.root.join("mirrors"))? {
+        let since = used_at(&root);
+        if !opened.contains(&root) && since.elapsed().is_ok_and(|elapsed| elapsed >= age) {
+            unused.push((since, name, root));
+        }
+    }
+    let Some((since, name, root)) = unused.into_iter().min() else { return Ok(None) };
+    let place = fs::read_to_string(root.join(PLACE_FILE)).ok().filter(|place| !place.is_empty()).unwrap_or(name);
+    let cleared = || -> io::Result<()> {
+        let away = TempDir::new_in(cache.root.join("staging"))?;
+        fs::rename(&root, away.path().join("gone"))?;
+        away.close()
+    };
+    cleared().map_err(|error| SourceError::disk(&root, &error))?;
+    tracing::info!(place, since = ?since.elapsed().unwrap_or_default(), "a mirror makes room that nobody uses any more");
+    Ok(Some(place))
+}
+
+/// When a server last used the mirror in `root`.
+fn used_at(root: &Path) -> SystemTime {
+    fs::metadata(root.join(PLACE_FILE)).and_then(|metadata| metadata.modified()).unwrap_or_else(|_| SystemTime::now())
+}
+
 /// Has the mirror in `root` be the one that was in `before`, when there is none yet and nobody knows where that one is from.
 fn take_over(before: &Path, root: &Path) -> io::Result<()> {
     let is_unknown = fs::metadata(before.join(PLACE_FILE)).map_or(true, |metadata| metadata.len() == 0);
@@ -326,14 +386,24 @@ pub fn manifest_of(files: &Path) -> Option<Manifest> {
     read(&manifests.join("manifests").join(name).join("versions").join(format!("{version}.json")))
 }
 
+/// A version that has a content.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct User {
+    /// `model/version`.
+    pub version: String,
+    /// When a server last used its mirror.
+    pub used: SystemTime,
+}
+
 /// The versions that have each content, by its SHA-256 in hexadecimal, in every mirror of the cache in `root`, also of one
 /// that a server has open.
 ///
 /// # Errors
 /// When the folders cannot be read.
-pub fn users(root: &Path) -> Result<BTreeMap<String, Vec<String>>, SourceError> {
-    let mut users: BTreeMap<String, Vec<String>> = BTreeMap::new();
+pub fn users(root: &Path) -> Result<BTreeMap<String, Vec<User>>, SourceError> {
+    let mut users: BTreeMap<String, Vec<User>> = BTreeMap::new();
     for (_, mirror) in folders(&root.join("mirrors"))? {
+        let used = used_at(&mirror);
         for (model, manifests) in folders(&mirror.join("manifests"))? {
             let versions = manifests.join("versions");
             // A model may have settings only.
@@ -345,14 +415,16 @@ pub fn users(root: &Path) -> Result<BTreeMap<String, Vec<String>>, SourceError> 
                 let Some(manifest) = read::<Manifest>(&path) else { continue };
                 let version = path.file_stem().unwrap_or_default().to_string_lossy();
                 for stored in manifest.files.into_values() {
-                    users.entry(stored.sha256).or_default().push(format!("{model}/{version}"));
+                    let user = User { version: format!("{model}/{version}"), used };
+                    users.entry(stored.sha256).or_default().push(user);
                 }
             }
         }
     }
     users.values_mut().for_each(|versions| {
-        versions.sort_unstable();
-        versions.dedup();
+        // Of several mirrors that have it, the one that was used last counts.
+        versions.sort_unstable_by(|one, other| (&one.version, other.used).cmp(&(&other.version, one.used)));
+        versions.dedup_by(|one, other| one.version == other.version);
     });
     Ok(users)
 }

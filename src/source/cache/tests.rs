@@ -536,8 +536,55 @@ async fn room_is_made_of_what_nothing_uses_the_longest_unused_first() {
     let error = make_room(351).unwrap_err();
     assert_eq!(error.to_string(), "the cache has no room for 351 bytes: versions use 100 of its 450 (cache.max_bytes)");
     assert_eq!(left(), [1, 3, 4].into());
-    assert_eq!(cache.prune().unwrap(), 200);
+    assert_eq!(cache.prune(None).unwrap(), 200);
     assert_eq!(left(), [1].into());
+}
+
+#[tokio::test]
+async fn mirrors_that_nobody_uses_any_more_make_room_the_longest_unused_first() {
+    const DAY: Duration = Duration::from_secs(24 * 3600);
+    let fixture = Fixture::new();
+    for (key, byte) in [("new", 1), ("old", 2), ("older", 3), ("used", 4)] {
+        let mirror = Mirror::open(fixture.cache.clone(), key).unwrap();
+        publish(&fixture, &mirror, "1", &[("model.onnx", &[byte; 100])]).await;
+    }
+    let fixture = fixture.restart(400).await;
+    let age = |key: &str, days: u32| {
+        let place = mirror::folder(fixture.root.path(), key).join("place");
+        File::options().write(true).open(place).unwrap().set_modified(SystemTime::now() - DAY * days).unwrap();
+    };
+    [("new", 29), ("old", 31), ("older", 32), ("used", 33)].into_iter().for_each(|(key, days)| age(key, days));
+    let users = mirror::users(fixture.root.path()).unwrap();
+    assert!(users.values().all(|users| users[0].used.elapsed().unwrap() > DAY * 28));
+    let used = Mirror::open(fixture.cache.clone(), "used").unwrap();
+    age("used", 33);
+    let contents = || {
+        let list = fixture.blobs();
+        list.iter().map(|kept| fs::read(&kept.path).unwrap()[0]).collect::<BTreeSet<u8>>()
+    };
+    let room = |bytes: usize| {
+        let file = fixture.shelf.put("model.onnx", &vec![9; bytes]);
+        fixture.cache.make_room_for(fixture.shelf.as_ref(), &[file]).map(drop)
+    };
+    room(401).unwrap_err();
+    assert_eq!(contents().len(), 4, "nothing goes for what does not fit");
+    room(50).unwrap();
+    assert_eq!(contents(), [1, 2, 4].into());
+    assert!(!mirror::folder(fixture.root.path(), "older").exists());
+    let error = room(300).unwrap_err();
+    assert!(error.to_string().contains("versions use 200 of its 400"), "{error}");
+    assert_eq!(used.published().unwrap().len(), 1);
+    used.touch();
+    // What is asked for by name of its age goes sooner.
+    assert_eq!(fixture.cache.prune(Some(DAY * 28)).unwrap(), 200);
+    assert_eq!(contents(), [4].into());
+    // One of an earlier server has no date, so it begins to be unused now.
+    let mirror = Mirror::open(fixture.cache.clone(), "new").unwrap();
+    fs::remove_file(mirror.models().with_file_name("place")).unwrap();
+    drop((used, mirror));
+    let fixture = fixture.restart(400).await;
+    assert_eq!(fixture.cache.prune(Some(DAY)).unwrap(), 0);
+    assert!(mirror::folder(fixture.root.path(), "new").join("place").exists());
 }
 
 #[tokio::test]
@@ -653,7 +700,7 @@ async fn names_go_with_what_they_name() {
     let fixture = fixture.restart(1 << 20).await;
     let left = names(fixture.root.path());
     assert!(left > 0 && left < before, "{left} of {before}");
-    assert_eq!(fixture.cache.prune().unwrap(), kept[1].size);
+    assert_eq!(fixture.cache.prune(None).unwrap(), kept[1].size);
     assert_eq!(names(fixture.root.path()), 0);
 }
 
