@@ -36,7 +36,7 @@ use parking_lot::Mutex;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Digest, SourceError, digest};
+use super::{Digest, SourceError, digest, patience::Patience};
 pub use connections::Connections;
 pub use vet::{is_pickle_name, list as check_list};
 
@@ -98,6 +98,8 @@ pub struct Cache {
     fetching: Mutex<HashMap<String, Weak<tokio::sync::Mutex<()>>>>,
     /// What versions need that are being fetched.
     reserved: Mutex<Vec<Weak<evict::Reserved>>>,
+    /// What hosts have asked for that files are fetched from.
+    pub(in crate::source) patience: Patience,
     /// Folders of mirrors that are in use.
     opened: Mutex<BTreeSet<PathBuf>>,
     /// Held while contents get or lose a link, so that none is evicted between the look at it and its use.
@@ -138,6 +140,7 @@ impl Cache {
             part: partial::PART,
             fetching: Mutex::default(),
             reserved: Mutex::default(),
+            patience: Patience::default(),
             opened: Mutex::default(),
             linking: Mutex::default(),
             _lock: lock,

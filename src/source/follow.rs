@@ -192,7 +192,7 @@ impl Follower {
             self.mirror.touch();
             self.touched = Instant::now();
         }
-        let look = match self.source.look().await.and_then(|look| self.plausible(look)) {
+        let look = match self.look().await.and_then(|look| self.plausible(look)) {
             Ok(look) => look,
             Err(error) => {
                 let failures = self.status.failed(&error);
@@ -218,6 +218,13 @@ impl Follower {
             return Duration::ZERO;
         }
         jittered(if settled { self.config.interval } else { self.source.settle_time().min(self.config.interval) })
+    }
+
+    /// What there is, unless its host has asked anybody to be left alone.
+    async fn look(&self) -> Result<Look, SourceError> {
+        let (patience, uri) = (&self.cache.patience, self.source.uri());
+        patience.check(uri)?;
+        self.source.look().await.inspect_err(|error| patience.heed(uri, error))
     }
 
     /// The look, unless it shows nothing of what there was: a prefix mistyped in a policy, or a bucket that somebody
@@ -396,6 +403,7 @@ impl Follower {
                 self.status.fetched(&key.0, version, None);
             }
             Err(error) => {
+                self.cache.patience.heed(self.source.uri(), &error);
                 let before = self.failed.get(key).filter(|failed| failed.revision == revision);
                 let times = before.map_or(0, |failed| failed.times) + 1;
                 let pause = backed_off(self.config.interval, self.config.max_interval, times);
@@ -409,6 +417,7 @@ impl Follower {
     }
 
     async fn publish(&self, name: &ModelName, remote: &RemoteVersion) -> Result<Manifest, SourceError> {
+        self.cache.patience.check(self.source.uri())?;
         let files = self.source.artifact(name, remote).await?;
         let staged = self.fetch(name, Some(&remote.version), &files).await?;
         let lineage = self.source.lineage(name, remote).await.unwrap_or_else(|error| {

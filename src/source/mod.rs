@@ -17,6 +17,7 @@ pub mod local;
 mod mlflow;
 mod object;
 mod oci;
+mod patience;
 pub mod places;
 pub mod pointer;
 pub mod uri;

@@ -475,3 +475,33 @@ fn pauses_grow_and_have_an_end() {
     assert_eq!(pauses, [10, 20, 35, 35].map(seconds));
     assert_eq!(backed_off(seconds(60), seconds(35), 3), seconds(60));
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_host_that_asks_one_follower_for_patience_is_left_alone_by_all() {
+    let root = tempfile::tempdir().unwrap();
+    let cache = cache(root.path(), 1 << 20);
+    let follower = |uri: &str| {
+        let shelf = Shelf::at(uri);
+        let mirror = Mirror::open(cache.clone(), uri).unwrap();
+        let source: Arc<dyn Source> = shelf.clone();
+        shelf.version("m", "1", vec![shelf.put("model.onnx", b"one")]);
+        (Follower::new(source, mirror, FollowConfig::default(), Box::new(Newest::default())), shelf)
+    };
+    let [(mut busy, at_busy), (mut beside, _), (mut elsewhere, _)] =
+        ["s3://host/busy", "s3://host/beside", "s3://elsewhere/a"].map(follower);
+    let (place, reason) = ("s3://host/busy".into(), "429".into());
+    let limited = SourceError::Limited { place, reason, retry_after: Some(Duration::from_secs(300)) };
+    *at_busy.look.lock() = Err(limited);
+    let mirrored = watch::channel(false).0;
+    busy.round(&mirrored).await;
+    let pause = beside.round(&mirrored).await;
+    assert!(pause > Duration::from_secs(200), "{pause:?}");
+    assert!(beside.mirror().published().unwrap().is_empty());
+    let away = beside.status().read().away.unwrap().1;
+    assert!(away.contains("s3://host/beside wants fewer calls: its host has asked for that"), "{away}");
+    elsewhere.round(&mirrored).await;
+    assert_eq!(elsewhere.mirror().published().unwrap().len(), 1);
+    tokio::time::advance(Duration::from_secs(301)).await;
+    beside.round(&mirrored).await;
+    assert_eq!(beside.mirror().published().unwrap().len(), 1);
+}
