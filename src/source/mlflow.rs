@@ -259,6 +259,11 @@ impl Registry {
     /// What `MLmodel` says, and whether its bytes came as the range that was asked for.
     async fn flavors(&self, files: &[RemoteFile]) -> Result<(Flavors, bool), SourceError> {
         let refused = |reason: String| SourceError::Refused { file: MLMODEL.to_owned(), reason };
+        if files.is_empty() {
+            // A volume that is not there yet is an empty folder to the server.
+            let (place, what) = (self.client.place().to_owned(), format!("any file of model '{}'", self.model));
+            return Err(SourceError::NotFound { place, what });
+        }
         let file = files.iter().find(|file| file.path == MLMODEL);
         let file =
             file.ok_or_else(|| refused("there is none, so nothing says what the model's files are".to_owned()))?;

@@ -532,7 +532,7 @@ async fn what_cannot_be_served_is_refused_for_good() {
     async fn said(mlmodel: Option<&'static str>) -> String {
         let (_server, registry, version) = registry_of("mlflow-artifacts:/m", move |call| match call.target.as_str() {
             "mlflow-artifacts/artifacts/m/MLmodel" => part(call, mlmodel.unwrap().as_bytes()),
-            _ => list(&mlmodel.map(|text| ("MLmodel", Some(text.len()))).into_iter().collect::<Vec<_>>()),
+            _ => list(&[mlmodel.map_or(("model.onnx", Some(1)), |text| ("MLmodel", Some(text.len())))]),
         })
         .await;
         let error = artifact(&registry, &version).await.unwrap_err();
@@ -549,6 +549,13 @@ async fn what_cannot_be_served_is_refused_for_good() {
     let (_server, registry, version) = registry_of("file:///srv/mlruns/1", |_| unreachable!()).await;
     let error = artifact(&registry, &version).await.unwrap_err();
     assert!(!error.passes() && error.to_string().contains("--serve-artifacts"), "{error}");
+}
+
+#[tokio::test]
+async fn a_version_without_files_may_have_some_later() {
+    let (_server, registry, version) = registry_of("mlflow-artifacts:/m", |_| list(&[])).await;
+    let error = artifact(&registry, &version).await.unwrap_err();
+    assert!(error.passes() && error.to_string().starts_with("any file of model 'iris' is not at "), "{error}");
 }
 
 #[tokio::test]
