@@ -299,8 +299,12 @@ async fn errors_say_what_kind_they_are() {
 async fn a_server_that_says_nothing_is_not_waited_for() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let uri = format!("mlflow://{}/iris@a", listener.local_addr().unwrap());
+    let asked = tokio::time::Instant::now();
     let error = failure(&with(&uri, Settings::default()).unwrap()).await;
     assert!(matches!(error, SourceError::Unavailable { .. }), "{error}");
+    // It would also end when the connection has been silent for much longer.
+    assert!(error.to_string().contains("no answer within 30s"), "{error}");
+    assert!(asked.elapsed() < std::time::Duration::from_secs(31), "{:?}", asked.elapsed());
 }
 
 #[tokio::test]
