@@ -2,7 +2,7 @@
 //!
 //! Every layer answers in these terms; only `api/status.rs` knows what they mean in HTTP and gRPC.
 
-use std::{fmt, time::Duration};
+use std::{borrow::Cow, fmt, time::Duration};
 
 /// Why a call failed. Deliberately few; introduce a new one only when clients must act differently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -145,6 +145,15 @@ pub fn is_unseen(character: char) -> bool {
                 | '\u{13430}'..='\u{1343f}' | '\u{1bca0}'..='\u{1bca3}' | '\u{1d173}'..='\u{1d17a}' | '\u{e0001}'
                 | '\u{e0020}'..='\u{e007f}'
         )
+}
+
+/// `text` with every character escaped that is not seen itself, for what others say that goes into logs.
+pub fn visible(text: &str) -> Cow<'_, str> {
+    if !text.chars().any(is_unseen) {
+        return Cow::Borrowed(text);
+    }
+    let shown = |letter: char| if is_unseen(letter) { letter.escape_unicode().to_string() } else { letter.into() };
+    Cow::Owned(text.chars().map(shown).collect())
 }
 
 #[cfg(test)]

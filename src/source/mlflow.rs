@@ -441,8 +441,9 @@ fn parts(uri: &SourceUri) -> Result<(String, ModelName, Pointer), SourceError> {
     Ok((prefix.to_owned(), name, pointer))
 }
 
-/// The location as errors may show it.
+/// The location as errors may show it: a query may be a signature.
 fn without_login(location: &str) -> String {
+    let location = location.split(['?', '#']).next().unwrap_or_default();
     match location.split_once("://") {
         Some((scheme, rest)) => {
             let authority = rest.split('/').next().unwrap_or_default();

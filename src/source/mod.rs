@@ -34,7 +34,10 @@ pub use digest::Digest;
 pub use lineage::Lineage;
 pub use uri::{Scheme, SourceUri};
 
-use crate::id::{ModelName, Version};
+use crate::{
+    error::visible,
+    id::{ModelName, Version},
+};
 
 /// A place where models and their versions are found, and read from.
 ///
@@ -149,41 +152,41 @@ pub struct RemoteFile {
     pub likeness: Option<String>,
 }
 
-/// Why something did not come from a source, or is not taken from it.
+/// Why something did not come from a source, or is not taken from it. What places say shows without its control characters.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum SourceError {
     /// The URI says nothing that can be followed.
-    #[error("{0}")]
+    #[error("{}", visible(.0))]
     Uri(String),
     /// No answer, or one that says that it went wrong over there.
-    #[error("{place} does not answer: {reason}")]
+    #[error("{} does not answer: {}", visible(place), visible(reason))]
     Unavailable { place: String, reason: String },
     /// An answer that asks for patience.
-    #[error("{place} wants fewer calls: {reason}")]
+    #[error("{} wants fewer calls: {}", visible(place), visible(reason))]
     Limited { place: String, reason: String, retry_after: Option<Duration> },
     /// Credentials are missing, wrong or expired.
-    #[error("{place} refuses: {reason}")]
+    #[error("{} refuses: {}", visible(place), visible(reason))]
     Denied { place: String, reason: String },
     /// The model, version, alias or file is not there.
-    #[error("{what} is not at {place}")]
+    #[error("{} is not at {}", visible(what), visible(place))]
     NotFound { place: String, what: String },
     /// An answer that cannot be understood.
-    #[error("{place} answers what makes no sense: {reason}")]
+    #[error("{} answers what makes no sense: {}", visible(place), visible(reason))]
     Senseless { place: String, reason: String },
     /// It is another one than was listed.
-    #[error("{what} changed while it was read")]
+    #[error("{} changed while it was read", visible(what))]
     Changed { what: String },
     /// The bytes are not those that were announced.
-    #[error("file '{file}': {reason}")]
+    #[error("file '{}': {}", visible(file), visible(reason))]
     Corrupt { file: String, reason: String },
     /// It is never published, whoever vouches for it.
-    #[error("file '{file}' is refused: {reason}")]
+    #[error("file '{}' is refused: {}", visible(file), visible(reason))]
     Refused { file: String, reason: String },
     /// There is no room for it.
-    #[error("{0}")]
+    #[error("{}", visible(.0))]
     Full(String),
     /// The cache's disk failed.
-    #[error("{what}: {reason}")]
+    #[error("{}: {}", visible(what), visible(reason))]
     Disk { what: String, reason: String },
 }
 
@@ -225,4 +228,20 @@ fn chain(error: &dyn std::error::Error) -> String {
         next = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_places_say_does_not_write_into_the_log_by_itself() {
+        let said = "500\nERROR all is lost\u{1b}[2J\u{202e}".to_owned();
+        let shown = r"500\u{a}ERROR all is lost\u{1b}[2J\u{202e}";
+        let error = SourceError::Unavailable { place: "mlflow://host/iris@a".into(), reason: said.clone() };
+        assert_eq!(error.to_string(), format!("mlflow://host/iris@a does not answer: {shown}"));
+        let error = SourceError::Refused { file: said.clone(), reason: said.clone() };
+        assert_eq!(error.to_string(), format!("file '{shown}' is refused: {shown}"));
+        assert_eq!(SourceError::Uri(said).to_string(), shown);
+    }
 }

@@ -199,9 +199,13 @@ fn split(text: &str) -> Option<(&str, &str)> {
     is_name.then_some((name, rest))
 }
 
-/// The text without what may be a secret before an `@` of the authority.
+/// The text without what may be a secret: before an `@` of the authority, and in a query.
 fn masked(text: &str) -> String {
     let Some((name, rest)) = split(text) else { return text.to_owned() };
+    let (text, rest) = match text.split_once('?') {
+        Some((before, _)) => (before, rest.split('?').next().unwrap_or_default()),
+        None => (text, rest),
+    };
     let authority = rest.split('/').next().unwrap_or_default();
     match authority.rsplit_once('@') {
         Some((login, _)) => format!("{name}://{}", &rest[login.len() + 1..]),
@@ -261,6 +265,7 @@ mod tests {
         assert!(said("https://").contains("expected a host"));
         assert!(said("models:/").contains("expected a model's name"));
         assert!(said("https://host/models?token=1").contains("a query or fragment"));
+        assert!(!said("https://host/models?token=SECRET").contains("SECRET"));
         assert!(said("dvc://checkout").contains("as in dvc://path/to/checkout#iris.onnx.dvc"));
         assert!(said("dvc://#a.dvc").contains("expected a checkout"));
         assert!(said("oci://host/iris:v3#x").contains("a query or fragment"));

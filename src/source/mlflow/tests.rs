@@ -375,8 +375,10 @@ fn files_lie_behind_a_proxy_or_in_a_store() {
     ] {
         assert_eq!(place(text), expected, "{text}");
     }
-    let error = place("sftp://ada:s3cr@host/1");
-    assert!(error.contains("lies at 'sftp://host/1'") && !error.contains("s3cr"), "{error}");
+    for secret in ["sftp://ada:s3cr@host/1", "sftp://host/1?token=s3cr", "sftp://host/1#s3cr"] {
+        let error = place(secret);
+        assert!(error.contains("lies at 'sftp://host/1'") && !error.contains("s3cr"), "{error}");
+    }
     for text in ["file:///srv/mlruns/1", "/srv/mlruns/1", "dbfs:/x", "wasbs://account/1", "hdfs://a/b"] {
         let error = place(text);
         assert!(error.contains(&format!("lies at '{text}'")) && error.contains("--serve-artifacts"), "{error}");
