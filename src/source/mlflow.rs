@@ -75,7 +75,15 @@ enum Place {
         root: Url,
         path: String,
     },
-    Store(SourceUri),
+    Store(Container),
+}
+
+/// An object store. As a text it is the URI, and before it the account, if somebody has named one.
+#[derive(Debug, PartialEq, Eq)]
+struct Container {
+    /// Of Azure, where a container is one of an account.
+    account: Option<String>,
+    uri: SourceUri,
 }
 
 impl Registry {
@@ -158,9 +166,10 @@ impl Registry {
             None => ("", rest),
         };
         let path = path.trim_matches('/');
-        let uri = |scheme: &str, bucket: &str| {
+        let store = |scheme: &str, bucket: &str, account: Option<&str>| {
             let path = utf8_percent_encode(path, RESERVED);
-            SourceUri::parse(&format!("{scheme}://{bucket}/{path}")).map(Place::Store)
+            let uri = SourceUri::parse(&format!("{scheme}://{bucket}/{path}"))?;
+            Ok(Place::Store(Container { account: account.map(ToOwned::to_owned), uri }))
         };
         match scheme.as_str() {
             "mlflow-artifacts" => {
@@ -178,13 +187,14 @@ impl Registry {
                     let root = Url::parse(&format!("{scheme}://{authority}/{prefix}")).map_err(|_| unread())?;
                     Ok(Place::Proxy { root, path: path.trim_matches('/').to_owned() })
                 }
-                None => uri(&scheme, authority),
+                None => store(&scheme, authority, None),
             },
-            "s3" | "gs" => uri(&scheme, authority),
-            // The account is taken from the environment, as for az://.
+            "s3" | "gs" => store(&scheme, authority, None),
+            // Credentials are taken from the environment, as for az://.
             "wasb" | "wasbs" | "abfs" | "abfss" => {
-                let (container, _) = authority.split_once('@').ok_or_else(unread)?;
-                uri("az", container)
+                let (container, host) = authority.split_once('@').ok_or_else(unread)?;
+                let account = host.split('.').next().filter(|account| is_account(account)).ok_or_else(unread)?;
+                store("az", container, Some(account))
             }
             _ => Err(unread()),
         }
@@ -249,9 +259,9 @@ impl Registry {
     }
 
     /// The files of a version in an object store.
-    async fn stored(&self, uri: &SourceUri) -> Result<(Flavors, Vec<RemoteFile>), SourceError> {
-        let mut files = self.store(&uri.to_string())?.files().await?;
-        files.iter_mut().for_each(|file| file.location = format!("{uri}#{}", file.location));
+    async fn stored(&self, container: &Container) -> Result<(Flavors, Vec<RemoteFile>), SourceError> {
+        let mut files = self.store(&container.to_string())?.files().await?;
+        files.iter_mut().for_each(|file| file.location = format!("{container}#{}", file.location));
         let (flavors, _) = self.flavors(&files).await?;
         Ok((flavors, files))
     }
@@ -292,26 +302,27 @@ impl Registry {
         Ok((flavors, is_range))
     }
 
-    /// The store of files at `uri`.
-    fn store(&self, uri: &str) -> Result<Arc<Bucket>, SourceError> {
+    /// The store of files in `container`, in its form as a text.
+    fn store(&self, container: &str) -> Result<Arc<Bucket>, SourceError> {
         let mut stores = self.stores.lock();
-        if let Some(store) = stores.get(uri) {
+        if let Some(store) = stores.get(container) {
             return Ok(store.clone());
         }
-        let store = Arc::new(Bucket::open(&SourceUri::parse(uri)?)?);
+        let (account, uri) = container.split_once(' ').map_or((None, container), |(account, uri)| (Some(account), uri));
+        let store = Arc::new(Bucket::of_account(&SourceUri::parse(uri)?, account)?);
         if stores.len() >= MAX_STORES {
             stores.clear();
         }
-        stores.insert(uri.to_owned(), store.clone());
+        stores.insert(container.to_owned(), store.clone());
         Ok(store)
     }
 
     /// The bytes `range` of a file, and whether they were the only ones to come.
     async fn bytes(&self, file: &RemoteFile, range: Range<u64>) -> Result<(ByteStream, bool), SourceError> {
         match file.location.split_once('#') {
-            Some((uri, location)) if location != WHOLE => {
+            Some((container, location)) if location != WHOLE => {
                 let file = RemoteFile { location: location.to_owned(), ..file.clone() };
-                Ok((self.store(uri)?.read(&file, range).await?, true))
+                Ok((self.store(container)?.read(&file, range).await?, true))
             }
             _ => {
                 let wrong = |error| SourceError::Refused { file: file.path.clone(), reason: format!("{error}") };
@@ -351,7 +362,7 @@ impl Source for Registry {
         let found: Located = self.client.call(self.client.root(), &path, &query, &what).await?;
         let (flavors, mut files) = match self.place(&found.artifact_uri)? {
             Place::Proxy { root, path } => self.proxied(&root, &path).await?,
-            Place::Store(uri) => self.stored(&uri).await?,
+            Place::Store(container) => self.stored(&container).await?,
         };
         // Nothing tells a file from an earlier one at its place but that it is of this version. What a server says of it
         // (its ETag) is another thing for each answer where the files are in an object store.
@@ -394,6 +405,15 @@ impl fmt::Display for Pointer {
             Pointer::Stage(stage) => write!(f, "a version in stage {stage}"),
             Pointer::Latest => f.write_str("any version"),
         }
+    }
+}
+
+impl fmt::Display for Container {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(account) = &self.account {
+            write!(f, "{account} ")?;
+        }
+        write!(f, "{}", self.uri)
     }
 }
 
@@ -457,6 +477,11 @@ fn without_login(location: &str) -> String {
 fn is_alias(text: &str) -> bool {
     (1..=255).contains(&text.chars().count())
         && text.chars().all(|letter| letter.is_alphanumeric() || matches!(letter, '_' | '-'))
+}
+
+/// Whether it may be an account of Azure, whose name becomes part of a host's.
+fn is_account(text: &str) -> bool {
+    (3..=24).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit())
 }
 
 #[derive(Deserialize)]

@@ -56,6 +56,14 @@ impl Bucket {
     /// # Errors
     /// `Uri` when the environment's settings for such a store do not do, or the prefix is none.
     pub fn open(uri: &SourceUri) -> Result<Self, SourceError> {
+        Self::of_account(uri, None)
+    }
+
+    /// The same of an `account` of Azure, when somebody else than the environment names it.
+    ///
+    /// # Errors
+    /// As for `open`; `Uri` too when the environment names another account, whose credentials it has.
+    pub fn of_account(uri: &SourceUri, account: Option<&str>) -> Result<Self, SourceError> {
         let wrong = |reason: String| SourceError::Uri(format!("source '{uri}': {reason}"));
         let name = uri.authority();
         let store = match uri.scheme() {
@@ -76,7 +84,8 @@ impl Bucket {
                     .map(|store| Box::new(store) as Box<dyn ObjectStore>)
             }
             Scheme::Az => {
-                let builder = MicrosoftAzureBuilder::from_env().with_container_name(name).with_retry(retries());
+                let builder = of_account(MicrosoftAzureBuilder::from_env(), account).map_err(wrong)?;
+                let builder = builder.with_container_name(name).with_retry(retries());
                 timeouts()
                     .into_iter()
                     .fold(builder, |builder, (key, value)| builder.with_config(AzureConfigKey::Client(key), value))
@@ -248,6 +257,19 @@ impl Source for Bucket {
     }
 }
 
+/// Looks into `account`, when one is named.
+fn of_account(builder: MicrosoftAzureBuilder, account: Option<&str>) -> Result<MicrosoftAzureBuilder, String> {
+    match (account, builder.get_config_value(&AzureConfigKey::AccountName)) {
+        (Some(account), Some(known)) if account != known => Err(format!(
+            "it is of the account '{account}', and the environment's credentials are for '{known}' \
+             (AZURE_STORAGE_ACCOUNT_NAME)",
+            account = shorten(account)
+        )),
+        (Some(account), None) => Ok(builder.with_account(account)),
+        _ => Ok(builder),
+    }
+}
+
 /// What pins an object of a store without tags.
 fn written(object: &ObjectMeta) -> String {
     format!("{WRITTEN}{}", object.last_modified.to_rfc3339())
@@ -332,5 +354,17 @@ mod tests {
         let error = open("s3://bucket/a/%2e%2e/b").err().unwrap().to_string();
         assert!(error.starts_with("source 's3://bucket/a/%2e%2e/b': "), "{error}");
         assert!(open("mlflow://host/models").is_err());
+    }
+
+    #[test]
+    fn an_account_is_the_one_that_is_named() {
+        let environment = MicrosoftAzureBuilder::new;
+        let account = |builder: MicrosoftAzureBuilder| builder.get_config_value(&AzureConfigKey::AccountName);
+        assert_eq!(account(of_account(environment(), Some("acme")).unwrap()).as_deref(), Some("acme"));
+        let other = || environment().with_account("other");
+        assert_eq!(account(of_account(other(), None).unwrap()).as_deref(), Some("other"));
+        assert_eq!(account(of_account(other(), Some("other")).unwrap()).as_deref(), Some("other"));
+        let error = of_account(other(), Some("acme")).unwrap_err();
+        assert!(error.contains("of the account 'acme', and the environment's credentials are for 'other'"), "{error}");
     }
 }

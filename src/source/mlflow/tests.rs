@@ -360,7 +360,7 @@ fn files_lie_behind_a_proxy_or_in_a_store() {
     let registry = with("mlflow://host:5000/pre/iris@a", Settings::default()).unwrap();
     let place = |text: &str| match registry.place(text) {
         Ok(Place::Proxy { root, path }) => format!("{root} {path}"),
-        Ok(Place::Store(uri)) => uri.to_string(),
+        Ok(Place::Store(container)) => container.to_string(),
         Err(error) => error.to_string(),
     };
     for (text, expected) in [
@@ -369,8 +369,8 @@ fn files_lie_behind_a_proxy_or_in_a_store() {
         ("http://other/x/api/2.0/mlflow-artifacts/artifacts/1/a", "http://other/x/ 1/a"),
         ("s3://bucket/a b/100%/", "s3://bucket/a%20b/100%25"),
         ("gs://bucket/1", "gs://bucket/1"),
-        ("wasbs://box@account.blob.core.windows.net/1/a", "az://box/1/a"),
-        ("abfss://box@account.dfs.core.windows.net/1/a", "az://box/1/a"),
+        ("wasbs://box@account.blob.core.windows.net/1/a", "account az://box/1/a"),
+        ("abfss://box@account.dfs.core.windows.net/1/a", "account az://box/1/a"),
         ("https://files/1/a", "https://files/1/a"),
     ] {
         assert_eq!(place(text), expected, "{text}");
@@ -379,6 +379,7 @@ fn files_lie_behind_a_proxy_or_in_a_store() {
         let error = place(secret);
         assert!(error.contains("lies at 'sftp://host/1'") && !error.contains("s3cr"), "{error}");
     }
+    assert!(place("wasbs://box@not-one.blob.core.windows.net/1").contains("--serve-artifacts"));
     for text in ["file:///srv/mlruns/1", "/srv/mlruns/1", "dbfs:/x", "wasbs://account/1", "hdfs://a/b"] {
         let error = place(text);
         assert!(error.contains(&format!("lies at '{text}'")) && error.contains("--serve-artifacts"), "{error}");
