@@ -1,7 +1,7 @@
 //! Follows a source: looks, decides what is new, fetches and verifies it, and publishes it into a mirror.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, btree_map::Entry},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, btree_map::Entry},
     path::Path,
     sync::{
         Arc,
@@ -248,10 +248,10 @@ impl Follower {
         if let Err(error) = self.withdraw(look) {
             tracing::error!(source = %self.source.uri(), %error, "what is gone there cannot be removed here");
         }
+        let there: BTreeMap<&ModelName, HashSet<&str>> =
+            look.models.iter().map(|(name, model)| (name, versions_of(model))).collect();
         let is_there = |name: &ModelName, version: &str| {
-            look.models.get(name).is_some_and(|model| {
-                version == BESIDE || model.versions.iter().any(|remote| remote.version.as_str() == version)
-            })
+            there.get(name).is_some_and(|versions| version == BESIDE || versions.contains(version))
         };
         self.fresh.retain(|(name, version), _| is_there(name, version));
         self.failed.retain(|(name, version), _| is_there(name, version));
@@ -286,15 +286,19 @@ impl Follower {
         let mut came = Vec::new();
         let mut wanted = self.interest.wanted(&folder, name, &offered);
         if hopeful.len() - offered.len() >= MOST_FAILED {
-            let newest_failed = hopeful.iter().rposition(|version| !offered.contains(version));
-            let place = |version: &Version| hopeful.iter().position(|other| other == version);
-            wanted.retain(|version| place(version) > newest_failed || self.mirror.manifest(name, version).is_some());
+            let sound: HashSet<&Version> = offered.iter().collect();
+            let newest_failed = hopeful.iter().rposition(|version| !sound.contains(version));
+            let places: HashMap<&Version, usize> = hopeful.iter().enumerate().map(|(at, one)| (one, at)).collect();
+            wanted.retain(|version| {
+                places.get(version).copied() > newest_failed || self.mirror.manifest(name, version).is_some()
+            });
         }
         wanted.extend(model.default.clone());
+        let is_wanted: HashSet<Version> = wanted.iter().cloned().collect();
         for remote in &model.versions {
             let published = self.mirror.manifest(name, &remote.version);
             let stale = published.as_ref().is_some_and(|manifest| manifest.revision != remote.revision);
-            if published.is_some() && !stale || published.is_none() && !wanted.contains(&remote.version) {
+            if published.is_some() && !stale || published.is_none() && !is_wanted.contains(&remote.version) {
                 continue;
             }
             let key = (name.clone(), remote.version.to_string());
@@ -345,6 +349,7 @@ impl Follower {
         if !self.settled || model.default.is_some() || !wanted.iter().all(is_here) {
             return;
         }
+        let [wanted, selected] = [wanted, selected].map(|list| list.iter().collect::<HashSet<&Version>>());
         let stood_in_for = selected.iter().any(|version| !wanted.contains(version));
         let is_unwanted = |version: &&Version| {
             !wanted.contains(version)
@@ -467,10 +472,9 @@ impl Follower {
             match look.models.get(&name) {
                 None => missing.push((name, None)),
                 Some(model) => {
-                    let mut gone: Vec<String> = versions
-                        .into_keys()
-                        .filter(|version| !model.versions.iter().any(|remote| remote.version.as_str() == version))
-                        .collect();
+                    let there = versions_of(model);
+                    let mut gone: Vec<String> =
+                        versions.into_keys().filter(|version| !there.contains(version.as_str())).collect();
                     if model.default.is_some() {
                         self.spare_pointed_at(&name, &mut gone)?;
                     }
@@ -515,6 +519,11 @@ impl Follower {
         gone.retain(|version| Some(version) != last.as_ref() && !in_use(version));
         Ok(())
     }
+}
+
+/// The versions of a model at its place, by name.
+fn versions_of(model: &RemoteModel) -> HashSet<&str> {
+    model.versions.iter().map(|remote| remote.version.as_str()).collect()
 }
 
 /// What stands for files as the place tells of them.

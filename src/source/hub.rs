@@ -5,7 +5,14 @@
 //! `HF_HOME`, `HF_HUB_CACHE`, and `HF_HUB_OFFLINE`. What they have downloaded to this machine is not fetched again, and
 //! offline it is all there is.
 
-use std::{collections::HashSet, io::Read, ops::Range, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    io::Read,
+    ops::Range,
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -542,8 +549,9 @@ impl Environment {
 
 /// The files that were chosen, at the paths that were chosen for them.
 fn chosen<'a>(files: &[Listed], commit: &str, paths: impl IntoIterator<Item = (&'a str, &'a str)>) -> Vec<RemoteFile> {
+    let by_path: HashMap<&str, &Listed> = files.iter().map(|file| (file.path.as_str(), file)).collect();
     let of = |(from, to): (&str, &str)| {
-        let file = files.iter().find(|file| file.path == from)?;
+        let file = by_path.get(from)?;
         Some(RemoteFile {
             path: to.to_owned(),
             size: file.size,

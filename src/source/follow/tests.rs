@@ -505,3 +505,38 @@ async fn a_host_that_asks_one_follower_for_patience_is_left_alone_by_all() {
     beside.round(&mirrored).await;
     assert_eq!(beside.mirror().published().unwrap().len(), 1);
 }
+
+/// Wants all that there is.
+struct All;
+
+impl Interest for All {
+    fn wanted(&self, _: &Path, _: &ModelName, offered: &[Version]) -> Vec<Version> {
+        offered.to_vec()
+    }
+
+    fn fate(&self, _: &ModelName, _: &Version) -> Fate {
+        Fate::Idle
+    }
+}
+
+#[tokio::test]
+async fn many_versions_take_no_longer_than_as_many_times_one() {
+    let mut fixture = Fixture::new(1 << 20);
+    let follower = fixture.follower.as_mut().unwrap();
+    follower.interest = Box::new(All);
+    let version = |number: usize| RemoteVersion {
+        version: Version::parse(&number.to_string()).unwrap(),
+        revision: "a".to_owned(),
+    };
+    let versions: Vec<RemoteVersion> = (1..=20_000).map(version).collect();
+    for remote in &versions {
+        let again = Some(Instant::now() + Duration::from_secs(3600));
+        let failed = Failed { revision: remote.revision.clone(), times: 1, again };
+        follower.failed.insert((name(), remote.version.to_string()), failed);
+    }
+    fixture.shelf.change(|models| models.entry(name()).or_default().versions = versions);
+    let started = Instant::now();
+    follower.round(&watch::channel(false).0).await;
+    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+    assert_eq!(follower.failed.len(), 20_000);
+}
