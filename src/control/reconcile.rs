@@ -5,6 +5,7 @@
 //! drained after that.
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
     sync::{Arc, Weak},
     time::{Duration, Instant},
@@ -15,6 +16,7 @@ use tokio::{
     task::JoinSet,
 };
 
+use self::{elsewhere::Elsewhere, sourced::Sourced};
 use super::{
     ModelControl, Settings,
     command::Orders,
@@ -39,6 +41,7 @@ use crate::{
     source::local::{self, Fingerprint, FoundModel, FoundVersion, Origin, Scan},
 };
 
+mod elsewhere;
 mod orders;
 mod routes;
 mod sourced;
@@ -74,6 +77,7 @@ pub struct Reconciler {
     looked_at: rollout::Moment,
     orders: Orders,
     ordered: orders::Ordered,
+    elsewhere: Elsewhere,
     rollouts: Rollouts,
 }
 
@@ -108,6 +112,7 @@ impl Reconciler {
             looked_at: 0,
             orders,
             ordered: orders::Ordered::default(),
+            elsewhere: Elsewhere::default(),
             rollouts,
         }
     }
@@ -150,7 +155,8 @@ impl Reconciler {
     async fn pass(&mut self) {
         match self.scan().await {
             Ok(scan) => {
-                self.step(&scan);
+                let sourced = self.sourced(&scan).await;
+                self.step(&sourced);
                 self.complete |= self.is_complete(&scan);
             }
             // A folder that cannot be read for a moment is no reason to unload what runs.
@@ -193,7 +199,7 @@ impl Reconciler {
         Ok(scan)
     }
 
-    fn step(&mut self, scan: &Scan) {
+    fn step(&mut self, scan: &Sourced) {
         let missing: Vec<ModelName> = self.models.keys().filter(|name| !scan.contains_key(*name)).cloned().collect();
         for name in missing {
             let Some(model) = self.models.get_mut(&name) else { continue };
@@ -204,15 +210,15 @@ impl Reconciler {
                 self.models.remove(&name);
             }
         }
-        for (name, found) in scan {
-            self.step_model(name, found);
+        for (name, (found, spec)) in scan {
+            self.step_model(name, found, spec);
         }
         self.want_places();
     }
 
-    fn step_model(&mut self, name: &ModelName, found: &FoundModel) {
-        let (mut found, spec) = self.sourced(name, found);
-        let pointed_by = self.pointed_by(name, &found, &spec);
+    fn step_model(&mut self, name: &ModelName, found: &FoundModel, spec: &Result<ModelSpec, Error>) {
+        let pointed_by = self.pointed_by(name, found, spec);
+        let mut found = Cow::Borrowed(found);
         if let PointedBy::Alias(alias) = &pointed_by
             && let Some(pointer) = self.rollouts.standing(name).aliases.get(alias.as_str())
         {
@@ -228,17 +234,17 @@ impl Reconciler {
         let awaited = self.ordered.is_awaited(name);
         let standing = self.rollouts.standing(name);
         let model = self.models.entry(name.clone()).or_default();
-        let Targets { wanted: targets, held } = targets(&model.versions, found, &spec, standing, promote::now());
+        let Targets { wanted: targets, held } = targets(&model.versions, found, spec, standing, promote::now());
         let first_pass = !self.complete;
         let mut to_load = Vec::new();
-        if let Ok(spec) = &spec {
+        if let Ok(spec) = spec {
             model.policy.clone_from(&spec.versions);
             model.settings.clone_from(&spec.rollout);
         }
         model.found.clone_from(&found.versions);
         model.pointer.clone_from(&found.pointer);
         model.pointed_by = pointed_by;
-        model.problem = match &spec {
+        model.problem = match spec {
             Err(error) if found.versions.is_empty() => Some(error.message.clone()),
             _ if found.versions.is_empty() && model.source.is_some() => {
                 model.source.as_ref().map(|uri| sourced::nothing(&self.settings.places, name, uri))
@@ -359,12 +365,15 @@ impl Reconciler {
             if claim.strong_count() == 0 {
                 return tracing::info!(model = %name, %version, "not loaded: nobody wants it any more");
             }
-            let result = match plan {
-                Err(error) => Err(error),
-                Ok(plan) => on_loader_thread(quiet, move || load::load(plan, &loader.backends, loader.decode)).await,
+            // The files are looked at there too: their disk may take its time, or for ever.
+            let loading = move || {
+                let result = plan.and_then(|plan| load::load(plan, &loader.backends, loader.decode));
+                Ok((result, local::fingerprint(&files, &directory)))
             };
-            let result = result.map(Box::new);
-            let after = local::fingerprint(&files, &directory);
+            let (result, after) = match on_loader_thread(quiet, loading).await {
+                Ok((result, after)) => (result.map(Box::new), after),
+                Err(error) => (Err(error), Err(std::io::Error::other("not looked at"))),
+            };
             let after = after.map(|after| config.map_or(after, |config| after.with(&config)));
             drop(upload);
             // The receiver is gone only when the server stops; then nobody wants the model any more.

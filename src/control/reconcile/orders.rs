@@ -122,7 +122,7 @@ impl Reconciler {
         let (backends, at) = (self.loader.backends.clone(), directory.clone());
         let look = tokio::task::spawn_blocking(move || local::scan_model(&at, &|name| backends.knows(name)));
         match look.await.map_err(std::io::Error::other).flatten() {
-            Ok(Some(found)) if uploaded.is_none() => self.looked_up(name, found),
+            Ok(Some(found)) if uploaded.is_none() => self.looked_up(name, found).await,
             Ok(found) => found.ok_or_else(|| {
                 Error::not_found(format!(
                     "unknown model '{name}': the repository has no folder with a model of that name"

@@ -1,73 +1,93 @@
 //! Models whose settings say where their versions come from: found there, or where that is mirrored.
 
-use std::{borrow::Cow, io};
+use std::{borrow::Cow, collections::BTreeMap, io, time::Duration};
 
-use super::Reconciler;
+use super::{Reconciler, elsewhere::Wanted};
 use crate::{
     control::{ModelControl, spec::ModelSpec},
     error::Error,
     id::ModelName,
     source::{
         SourceUri,
-        local::{self, FoundModel, Origin},
+        local::{self, FoundModel, Origin, Scan},
         places::{Places, Trial},
     },
 };
 
+/// How long folders elsewhere may take to be looked at, before the server is ready and after.
+const PATIENCE: [Duration; 2] = [Duration::from_secs(10), Duration::from_secs(1)];
+
+/// Models and their settings, with the versions that their sources have where these name one.
+pub(super) type Sourced<'a> = BTreeMap<ModelName, (Cow<'a, FoundModel>, Result<ModelSpec, Error>)>;
+
 impl Reconciler {
-    /// The model and its settings, with the versions that its source has when these name one.
-    pub(super) fn sourced<'a>(
-        &mut self,
-        name: &ModelName,
-        found: &'a FoundModel,
-    ) -> (Cow<'a, FoundModel>, Result<ModelSpec, Error>) {
+    /// What there is to serve: what lies in the models' folder, and elsewhere where their settings say so.
+    pub(super) async fn sourced<'a>(&mut self, scan: &'a Scan) -> Sourced<'a> {
+        let mut sourced = Sourced::new();
+        let mut wanted = Vec::new();
+        for (name, found) in scan {
+            let (spec, uri) = self.source_of(name, found);
+            wanted.extend(uri.map(|uri| self.wanted_from(name, &uri, found)));
+            sourced.insert(name.clone(), (Cow::Borrowed(found), spec));
+        }
+        self.elsewhere.retain(|name| scan.contains_key(name));
+        let patience = PATIENCE[usize::from(self.complete)];
+        for (name, result) in self.elsewhere.look(wanted, patience).await {
+            let Some((shown, _)) = sourced.get_mut(&name) else { continue };
+            *shown = Cow::Owned(self.found_at_source(&name, shown, result));
+        }
+        sourced
+    }
+
+    /// The model's settings, and where its versions are when that is to be looked at.
+    fn source_of(&mut self, name: &ModelName, found: &FoundModel) -> (Result<ModelSpec, Error>, Option<SourceUri>) {
         let spec = self.spec(name, found);
         let ordered = self.ordered.overrides.get(name);
         let is_upload = ordered.is_some_and(|ordered| ordered.upload.is_some());
         if found.unreadable.is_some() || is_upload {
-            return (Cow::Borrowed(found), spec);
+            return (spec, None);
         }
-        let config = ordered.map(|ordered| ordered.config.clone());
+        let is_ordered = ordered.is_some();
         let model = self.models.entry(name.clone()).or_default();
         // Broken settings say nothing, and those of an order nothing of where the files are.
-        if let (Ok(spec), None) = (&spec, &config) {
+        if let (Ok(spec), false) = (&spec, is_ordered) {
             model.source.clone_from(&spec.source);
         }
         (model.is_awaited, model.is_bare) = (false, false);
         let Some(uri) = model.source.clone().filter(|_| found.origin == Origin::Here) else {
-            return (Cow::Borrowed(found), spec);
+            return (spec, None);
         };
         if !found.versions.is_empty() {
             let message = "source stands in place of versions in the model's folder; keep one of both";
-            return (Cow::Borrowed(found), spec.and(Err(Error::invalid(message))));
+            return (spec.and(Err(Error::invalid(message))), None);
         }
         // Asked before the folder is looked at: what comes in between is found by the next look.
         let trial = trial(&self.settings.places, name, &uri);
         model.is_awaited = matches!(trial, Trial::Awaited(_));
         model.is_bare = trial == Trial::Over(None);
-        if model.is_awaited {
-            // The first of several versions is not to be taken for all of them.
-            return (Cow::Borrowed(found), spec);
-        }
-        let mut found = match self.at_source(name, &uri, found) {
-            Ok(found) => found,
-            Err(error) => {
-                tracing::warn!(model = %name, source = %uri, %error, "the versions cannot be read");
-                FoundModel { unreadable: Some(error.to_string()), ..found.clone() }
-            }
-        };
-        if let Some(config) = config {
-            found.versions.iter_mut().for_each(|found| found.fingerprint = found.fingerprint.with(&config));
+        // The first of several versions is not to be taken for all of them.
+        let is_awaited = model.is_awaited;
+        (spec, Some(uri).filter(|_| !is_awaited))
+    }
+
+    /// The model with what was found where its settings say.
+    fn found_at_source(&mut self, name: &ModelName, found: &FoundModel, result: io::Result<FoundModel>) -> FoundModel {
+        let mut found = result.unwrap_or_else(|error| {
+            tracing::warn!(model = %name, %error, "the versions cannot be read");
+            FoundModel { unreadable: Some(error.to_string()), ..found.clone() }
+        });
+        if let Some(ordered) = self.ordered.overrides.get(name) {
+            found.versions.iter_mut().for_each(|found| found.fingerprint = found.fingerprint.with(&ordered.config));
         }
         if self.settings.control != ModelControl::Watch && !found.versions.is_empty() {
             // The first look that finds something is the one that counts.
             self.first_scan.get_or_insert_default().insert(name.clone(), found.clone());
         }
-        (Cow::Owned(found), spec)
+        found
     }
 
     /// A model that somebody asks for, with the versions that its source has now.
-    pub(super) fn looked_up(&mut self, name: &ModelName, found: FoundModel) -> Result<FoundModel, Error> {
+    pub(super) async fn looked_up(&mut self, name: &ModelName, found: FoundModel) -> Result<FoundModel, Error> {
         let spec = ModelSpec::read(&found.settings, name).and_then(|spec| spec.checked_for(self.settings.is_mirror));
         // What is wrong with the settings, or beside them, the load says.
         let Some(uri) = spec.ok().and_then(|spec| spec.source).filter(|_| found.versions.is_empty()) else {
@@ -83,15 +103,21 @@ impl Reconciler {
             // What is on its way is looked at again when it has come.
             return Ok(found);
         }
-        self.at_source(name, &uri, &found).map_err(|error| Error::internal(format!("model '{name}': {error}")))
+        let wanted = self.wanted_from(name, &uri, &found);
+        let looked = self.elsewhere.look(vec![wanted], PATIENCE[0]).await.remove(name);
+        let looked = looked.unwrap_or_else(|| Err(io::Error::other("it was not looked at")));
+        looked.map_err(|error| Error::internal(format!("model '{name}': {error}")))
     }
 
-    fn at_source(&self, name: &ModelName, uri: &SourceUri, found: &FoundModel) -> io::Result<FoundModel> {
+    /// What there is to look at for a model whose versions are elsewhere.
+    fn wanted_from(&self, name: &ModelName, uri: &SourceUri, found: &FoundModel) -> Wanted {
         let (folder, origin) = match uri.folder() {
             Some(path) => (found.directory.join(path), Origin::Elsewhere),
             None => (self.settings.places.folder(name, uri), Origin::Mirrored),
         };
-        local::scan_elsewhere(found, &folder, origin, &|file| self.loader.backends.knows(file))
+        let (backends, found, at) = (self.loader.backends.clone(), found.clone(), folder.clone());
+        let scan = move || local::scan_elsewhere(&found, &at, origin, &|file| backends.knows(file));
+        Wanted { name: name.clone(), folder, scan: Box::new(scan) }
     }
 
     /// Says which models come from where.

@@ -1,0 +1,135 @@
+//! `Elsewhere`: looks at folders that models' settings name, each on a thread of its own, so that one on a disk that does not
+//! answer keeps nobody waiting: neither other models, nor the server's end.
+
+use std::{collections::BTreeMap, io, path::PathBuf, thread, time::Duration};
+
+use tokio::{
+    sync::oneshot::{self, error::TryRecvError},
+    time::{Instant, timeout_at},
+};
+
+use crate::{id::ModelName, source::local::FoundModel};
+
+/// Looks under way, by model.
+#[derive(Default)]
+pub struct Elsewhere {
+    looks: BTreeMap<ModelName, Look>,
+}
+
+/// A folder to be looked at.
+pub struct Wanted {
+    pub name: ModelName,
+    pub folder: PathBuf,
+    pub scan: Box<dyn FnOnce() -> io::Result<FoundModel> + Send>,
+}
+
+struct Look {
+    folder: PathBuf,
+    found: oneshot::Receiver<io::Result<FoundModel>>,
+}
+
+impl Elsewhere {
+    /// Forgets the looks for models that are not meant any more.
+    pub fn retain(&mut self, is_meant: impl Fn(&ModelName) -> bool) {
+        self.looks.retain(|name, _| is_meant(name));
+    }
+
+    /// What the folders hold. A look that takes longer than `patience` is an error, and goes on: what it finds is told the
+    /// next time, which does not wait for it again.
+    pub async fn look(
+        &mut self,
+        wanted: Vec<Wanted>,
+        patience: Duration,
+    ) -> BTreeMap<ModelName, io::Result<FoundModel>> {
+        let mut found = BTreeMap::new();
+        let mut new = Vec::new();
+        for Wanted { name, folder, scan } in wanted {
+            match self.looks.get_mut(&name).filter(|look| look.folder == folder).map(|look| look.found.try_recv()) {
+                Some(Err(TryRecvError::Empty)) => drop(found.insert(name, Err(silent(&folder)))),
+                Some(Ok(result)) => {
+                    self.looks.remove(&name);
+                    found.insert(name, result);
+                }
+                None | Some(Err(TryRecvError::Closed)) => match begin(scan) {
+                    Ok(look) => new.push((name, folder, look)),
+                    Err(error) => drop(found.insert(name, Err(error))),
+                },
+            }
+        }
+        let deadline = Instant::now() + patience;
+        for (name, folder, mut look) in new {
+            let result = match timeout_at(deadline, &mut look).await {
+                Ok(result) => result.unwrap_or_else(|_| Err(io::Error::other("looking at it panicked"))),
+                Err(_) => {
+                    let error = silent(&folder);
+                    self.looks.insert(name.clone(), Look { folder, found: look });
+                    Err(error)
+                }
+            };
+            found.insert(name, result);
+        }
+        found
+    }
+}
+
+fn begin(
+    scan: Box<dyn FnOnce() -> io::Result<FoundModel> + Send>,
+) -> io::Result<oneshot::Receiver<io::Result<FoundModel>>> {
+    let (tell, told) = oneshot::channel();
+    // Nobody may listen any more.
+    thread::Builder::new().name("look".to_owned()).spawn(move || drop(tell.send(scan())))?;
+    Ok(told)
+}
+
+fn silent(folder: &std::path::Path) -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, format!("the disk of {} does not answer", folder.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{path::Path, sync::mpsc};
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    fn model(folder: &str) -> FoundModel {
+        FoundModel { directory: folder.into(), ..FoundModel::default() }
+    }
+
+    fn wanted(name: &str, folder: &'static str, gate: Option<mpsc::Receiver<()>>) -> Wanted {
+        let scan = Box::new(move || {
+            gate.map(|gate| gate.recv());
+            Ok(model(folder))
+        });
+        Wanted { name: ModelName::parse(name).unwrap(), folder: folder.into(), scan }
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_does_not_answer_is_waited_for_once() {
+        let mut elsewhere = Elsewhere::default();
+        let (open, gate) = mpsc::channel();
+        let started = Instant::now();
+        let both = vec![wanted("hung", "/hung", Some(gate)), wanted("quick", "/quick", None)];
+        let found = elsewhere.look(both, Duration::from_millis(200)).await;
+        assert_eq!(found["quick"].as_ref().unwrap().directory, Path::new("/quick"));
+        assert_eq!(found["hung"].as_ref().unwrap_err().to_string(), "the disk of /hung does not answer");
+        let found = elsewhere.look(vec![wanted("hung", "/hung", None)], LONG).await;
+        assert!(found["hung"].is_err() && started.elapsed() < LONG, "it is still being looked at");
+        // Another folder is another matter.
+        let found = elsewhere.look(vec![wanted("hung", "/other", None)], LONG).await;
+        assert_eq!(found["hung"].as_ref().unwrap().directory, Path::new("/other"));
+
+        open.send(()).unwrap();
+        let found = loop {
+            let found = elsewhere.look(vec![wanted("hung", "/hung", None)], LONG).await.remove("hung").unwrap();
+            if found.is_ok() {
+                break found;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        };
+        assert_eq!(found.unwrap().directory, Path::new("/hung"));
+        elsewhere.retain(|_| false);
+        assert!(elsewhere.looks.is_empty());
+    }
+}
