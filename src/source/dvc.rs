@@ -84,8 +84,8 @@ impl Tracked {
     }
 
     /// What the pointer says now.
-    fn pointer(&self) -> Result<Pointer, SourceError> {
-        let text = self.text(&self.checkout.join(&self.file))?;
+    async fn pointer(&self) -> Result<Pointer, SourceError> {
+        let text = self.text(&self.checkout.join(&self.file)).await?;
         let text = text.ok_or_else(|| SourceError::NotFound {
             place: self.checkout.display().to_string(),
             what: format!("'{}'", self.file.display()),
@@ -94,7 +94,7 @@ impl Tracked {
     }
 
     /// Where the pointer's contents may be.
-    fn stores(&self, pointer: &Pointer) -> Result<Stores, SourceError> {
+    async fn stores(&self, pointer: &Pointer) -> Result<Stores, SourceError> {
         // Settings may be mended, so nothing of them is refused for good.
         let wrong = |reason: String| self.senseless(reason);
         let open = |uri: String| {
@@ -104,7 +104,7 @@ impl Tracked {
         let folder = self.checkout.join(".dvc");
         let mut settings = Settings::default();
         for name in ["config", "config.local"] {
-            settings.add(&self.text(&folder.join(name))?.unwrap_or_default());
+            settings.add(&self.text(&folder.join(name)).await?.unwrap_or_default());
         }
         let cache = settings.get("cache", "dir").map_or_else(|| folder.join("cache"), |path| folder.join(path));
         let mut stores = Stores { folders: vec![cache], bucket: None };
@@ -146,14 +146,16 @@ impl Tracked {
         let digest = (pointer.is_verifiable || is_list).then_some(digest);
         for folder in &stores.folders {
             let path = folder.join(&path);
-            match path.metadata() {
-                Ok(metadata) if metadata.is_file() => {
-                    let location = format!("{HERE}{}", path.display());
-                    let (size, pin, likeness) = (metadata.len(), None, None);
-                    return Ok(RemoteFile { path: md5.to_owned(), size, digest, location, pin, likeness });
-                }
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(SourceError::disk(&path, &error)),
-                _ => {}
+            let wanted = path.clone();
+            let looking = move || match wanted.metadata() {
+                Ok(metadata) => Ok(metadata.is_file().then_some(metadata.len())),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+                Err(error) => Err(SourceError::disk(&wanted, &error)),
+            };
+            if let Some(size) = disk::off_thread(&path, looking).await? {
+                let location = format!("{HERE}{}", path.display());
+                let (pin, likeness) = (None, None);
+                return Ok(RemoteFile { path: md5.to_owned(), size, digest, location, pin, likeness });
             }
         }
         let Some(bucket) = &stores.bucket else {
@@ -204,7 +206,7 @@ impl Tracked {
         range: Range<u64>,
     ) -> Result<ByteStream, SourceError> {
         if let Some(path) = file.location.strip_prefix(HERE) {
-            return disk::read(Path::new(path), range);
+            return disk::read(Path::new(path), range).await;
         }
         let location = file.location.strip_prefix(THERE).unwrap_or_default().to_owned();
         let bucket = bucket.ok_or_else(|| SourceError::Changed { what: file.path.clone() })?;
@@ -212,18 +214,23 @@ impl Tracked {
     }
 
     /// A small file of the checkout; `None` when there is none.
-    fn text(&self, path: &Path) -> Result<Option<String>, SourceError> {
-        let disk = |error: io::Error| SourceError::disk(path, &error);
-        let file = match File::open(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            file => file.map_err(disk)?,
+    async fn text(&self, path: &Path) -> Result<Option<String>, SourceError> {
+        let wanted = path.to_path_buf();
+        let reading = move || {
+            let disk = |error: io::Error| SourceError::disk(&wanted, &error);
+            let file = match File::open(&wanted) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+                file => file.map_err(disk)?,
+            };
+            let mut text = String::new();
+            file.take(MAX_TEXT + 1).read_to_string(&mut text).map_err(disk)?;
+            Ok(Some(text))
         };
-        let mut text = String::new();
-        file.take(MAX_TEXT + 1).read_to_string(&mut text).map_err(disk)?;
-        if text.len() as u64 > MAX_TEXT {
+        let text = disk::off_thread(path, reading).await?;
+        if text.as_ref().is_some_and(|text| text.len() as u64 > MAX_TEXT) {
             return Err(self.senseless(format!("{} has over {MAX_TEXT} bytes", path.display())));
         }
-        Ok(Some(text))
+        Ok(text)
     }
 
     fn senseless(&self, reason: String) -> SourceError {
@@ -238,7 +245,7 @@ impl Source for Tracked {
     }
 
     async fn look(&self) -> Result<Look, SourceError> {
-        let pointer = self.pointer()?;
+        let pointer = self.pointer().await?;
         let version = pointer.md5.get(..VERSION_DIGITS).and_then(|name| Version::parse(name).ok());
         let version = version.ok_or_else(|| self.senseless("its MD5 is none".to_owned()))?;
         let model = RemoteModel {
@@ -250,11 +257,11 @@ impl Source for Tracked {
     }
 
     async fn artifact(&self, model: &ModelName, version: &RemoteVersion) -> Result<Vec<RemoteFile>, SourceError> {
-        let pointer = self.pointer()?;
+        let pointer = self.pointer().await?;
         if pointer.md5 != version.revision {
             return Err(SourceError::Changed { what: format!("version {} of model '{model}'", version.version) });
         }
-        let stores = self.stores(&pointer)?;
+        let stores = self.stores(&pointer).await?;
         let files = if pointer.md5.ends_with(".dir") {
             self.list(&stores, &pointer).await?
         } else {

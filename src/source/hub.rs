@@ -24,7 +24,7 @@ use tokio_stream::StreamExt;
 
 use super::{
     ByteStream, Digest, Look, RemoteFile, RemoteModel, RemoteVersion, Scheme, Source, SourceError, SourceUri, chain,
-    digest,
+    digest, disk,
 };
 use crate::{
     error::{abridge, shorten},
@@ -282,7 +282,8 @@ impl Hub {
     /// The files of a commit.
     async fn files(&self, commit: &str) -> Result<Arc<[Listed]>, SourceError> {
         if self.environment.offline {
-            return Ok(self.downloads()?.list(commit)?.into());
+            let commit = commit.to_owned();
+            return Ok(self.downloaded_by(move |downloads| downloads.list(&commit)).await?.into());
         }
         let before = self.listed.lock().clone();
         if let Some((_, files)) = before.filter(|(before, _)| before == commit) {
@@ -420,20 +421,27 @@ impl Hub {
         SourceError::Senseless { place: self.uri.to_string(), reason }
     }
 
-    /// The downloads, where they must be.
-    fn downloads(&self) -> Result<&Downloads, SourceError> {
+    /// What the downloads say, where they must be.
+    async fn downloaded_by<T: Send + 'static>(
+        &self,
+        find: impl FnOnce(&Downloads) -> Result<T, SourceError> + Send + 'static,
+    ) -> Result<T, SourceError> {
         let missing = || SourceError::NotFound {
             place: self.uri.to_string(),
             what: "the Hub's cache (HF_HUB_CACHE, HF_HOME or HOME; HF_HUB_OFFLINE is set)".to_owned(),
         };
-        self.downloads.as_ref().ok_or_else(missing)
+        let downloads = self.downloads.clone().ok_or_else(missing)?;
+        let root = downloads.root().to_path_buf();
+        disk::off_thread(&root, move || find(&downloads)).await
     }
 
     /// Bytes of a file from the downloads. When the Hub can be asked, they are believed once: who asks for the same
     /// bytes again has found them wrong.
-    fn downloaded(&self, file: &RemoteFile, range: &Range<u64>) -> Option<ByteStream> {
-        let (digest, downloads) = (file.digest?, self.downloads.as_ref()?);
-        let stream = downloads.read(&digest, file.size, range.clone())?;
+    async fn downloaded(&self, file: &RemoteFile, range: &Range<u64>) -> Option<ByteStream> {
+        let (digest, size) = (file.digest?, file.size);
+        self.downloads.as_ref()?;
+        let found = self.downloaded_by(move |downloads| Ok(downloads.find(&digest, size))).await;
+        let stream = disk::read(&found.ok().flatten()?, range.clone()).await.ok()?;
         let is_first = self.read.lock().insert((digest.hex(), range.start));
         (is_first || self.environment.offline).then_some(stream)
     }
@@ -453,7 +461,8 @@ impl Source for Hub {
 
     async fn look(&self) -> Result<Look, SourceError> {
         let (commit, has_settings) = if self.environment.offline {
-            (self.downloads()?.commit(&self.revision)?, true)
+            let revision = self.revision.clone();
+            (self.downloaded_by(move |downloads| downloads.commit(&revision)).await?, true)
         } else {
             let commit = self.commit().await?;
             let paths: Vec<&str> = commit.siblings.iter().map(|sibling| sibling.rfilename.as_str()).collect();
@@ -488,7 +497,7 @@ impl Source for Hub {
     }
 
     async fn read(&self, file: &RemoteFile, range: Range<u64>) -> Result<ByteStream, SourceError> {
-        if let Some(stream) = self.downloaded(file, &range) {
+        if let Some(stream) = self.downloaded(file, &range).await {
             return Ok(stream);
         }
         if self.environment.offline {

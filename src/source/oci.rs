@@ -274,7 +274,7 @@ impl Source for Artifact {
         // It goes only when somebody looks anew.
         let gone = || SourceError::Changed { what: file.path.clone() };
         let spool = self.spool.lock().clone().ok_or_else(gone)?;
-        disk::read(&spool.path().join(path), range)
+        disk::read(&spool.path().join(path), range).await
     }
 }
 

@@ -8,27 +8,18 @@
 //! ```
 
 use std::{
-    fs::{self, File},
-    io::{self, Read, Seek, SeekFrom},
-    ops::Range,
+    fs, io,
     path::{Path, PathBuf},
 };
 
-use bytes::Bytes;
-use tokio::{sync::mpsc, task::spawn_blocking};
-use tokio_stream::wrappers::ReceiverStream;
-
 use super::{Listed, MAX_FILES, is_commit};
-use crate::source::{ByteStream, Digest, SourceError};
+use crate::source::{Digest, SourceError};
 
-/// Bytes that are read at a time.
-const PIECE: usize = 256 << 10;
-/// Pieces that wait to be taken.
-const AHEAD: usize = 2;
 /// Folders deeper than this are not looked at: no repository has them.
 const MAX_DEPTH: usize = 16;
 
-/// The downloads of one repository.
+/// The downloads of one repository. Whoever asks for them waits for their disk.
+#[derive(Clone)]
 pub struct Downloads {
     root: PathBuf,
 }
@@ -86,33 +77,16 @@ impl Downloads {
         Ok(files)
     }
 
-    /// The bytes `range` of the content with this digest, when all `size` of it is here.
-    pub fn read(&self, digest: &Digest, size: u64, range: Range<u64>) -> Option<ByteStream> {
+    /// The content with this digest, when all `size` of it is here.
+    pub fn find(&self, digest: &Digest, size: u64) -> Option<PathBuf> {
         let path = self.root.join("blobs").join(digest.hex());
         let metadata = fs::symlink_metadata(&path).ok()?;
-        if !metadata.is_file() || metadata.len() != size {
-            return None;
-        }
-        let mut file = File::open(&path).ok()?;
-        file.seek(SeekFrom::Start(range.start)).ok()?;
-        let mut content = file.take(range.end - range.start);
-        let (give, given) = mpsc::channel(AHEAD);
-        // Whoever stops listening ends it.
-        spawn_blocking(move || {
-            loop {
-                let mut piece = vec![0; PIECE];
-                let piece = match content.read(&mut piece) {
-                    Ok(0) => return,
-                    Ok(read) => Ok(Bytes::from(piece).slice(..read)),
-                    Err(error) => Err(SourceError::disk(&path, &error)),
-                };
-                let failed = piece.is_err();
-                if give.blocking_send(piece).is_err() || failed {
-                    return;
-                }
-            }
-        });
-        Some(Box::pin(ReceiverStream::new(given)))
+        (metadata.is_file() && metadata.len() == size).then_some(path)
+    }
+
+    /// Where they are.
+    pub fn root(&self) -> &Path {
+        &self.root
     }
 
     /// The file at `path` of a snapshot, which is a link to a blob and nothing else.
@@ -154,8 +128,6 @@ impl Downloads {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::symlink;
-
-    use tokio_stream::StreamExt;
 
     use super::*;
 
@@ -223,16 +195,14 @@ mod tests {
         assert!(downloads.list(COMMIT).unwrap_err().to_string().contains("only links to blobs"));
     }
 
-    #[tokio::test]
-    async fn blobs_are_read_when_they_are_whole() {
+    #[test]
+    fn blobs_are_found_when_they_are_whole() {
         let cache = tempfile::tempdir().unwrap();
         let downloads = downloaded(cache.path());
         let digest = Digest::from_hex("git-sha1", HELLO).unwrap();
-        let mut stream = downloads.read(&digest, 6, 1..5).unwrap();
-        assert_eq!(stream.next().await.unwrap().unwrap(), "ello");
-        assert!(stream.next().await.is_none());
-        assert!(downloads.read(&digest, 7, 0..7).is_none(), "another size is an unfinished or another content");
+        assert_eq!(fs::read(downloads.find(&digest, 6).unwrap()).unwrap(), b"hello\n");
+        assert!(downloads.find(&digest, 7).is_none(), "another size is an unfinished or another content");
         let other = Digest::from_hex("git-sha1", &"b".repeat(40)).unwrap();
-        assert!(downloads.read(&other, 6, 0..6).is_none());
+        assert!(downloads.find(&other, 6).is_none());
     }
 }
