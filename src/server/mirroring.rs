@@ -23,7 +23,7 @@ use crate::{
     model::{State, catalog::CatalogReader},
     priority,
     source::{
-        self, Scratch, SourceUri,
+        self, SourceUri,
         cache::{Cache, CacheConfig, mirror::Mirror},
         endpoint,
         follow::{Fate, FollowConfig, Followed, Follower, Interest, SharedStatus, Status},
@@ -66,8 +66,8 @@ impl Mirroring {
     pub fn open(uri: &SourceUri, config: &Config, catalog: CatalogReader, followed: &Followed) -> anyhow::Result<Self> {
         let directory = config.cache_directory();
         let hint = || format!("cannot use the cache {}; name another one with --cache", directory.display());
-        let source = source::open(uri, Scratch::of(&directory, &config.cache))?;
         let cache = Arc::new(Cache::open(&directory, &config.cache).with_context(hint)?);
+        let source = source::open(uri, cache.scratch())?;
         let mirror = Mirror::open(cache, &endpoint::key(uri, None)).with_context(hint)?;
         let is_filled = mirror.published().with_context(hint)?.values().any(|versions| !versions.is_empty());
         let models = mirror.models();

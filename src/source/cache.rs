@@ -37,7 +37,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Digest, SourceError, digest, patience::Patience};
-pub use connections::Connections;
+pub use connections::{Connections, LEAST, Pace};
 pub use vet::{is_pickle_name, list as check_list};
 
 /// What is emptied whenever a server starts.
@@ -63,20 +63,14 @@ impl Default for CacheConfig {
     }
 }
 
-/// Where a source may put what it has to unpack, and how much of it.
+/// Where a source may put what it has to unpack, how much of it, and over which connections it comes.
 #[derive(Clone, Debug)]
 pub struct Scratch {
     /// Nothing in it outlives the server.
     pub folder: PathBuf,
+    /// What is unpacked does not count among the cache's bytes: until it is published there may be as much again.
     pub max_bytes: u64,
-}
-
-impl Scratch {
-    /// That of the cache in `root`, once it is open. What is unpacked does not count among the cache's bytes: for a
-    /// moment there may be as much again.
-    pub fn of(root: &Path, config: &CacheConfig) -> Self {
-        Self { folder: root.join(STAGING), max_bytes: config.max_bytes }
-    }
+    pub connections: Arc<Connections>,
 }
 
 /// A content in the cache.
@@ -155,7 +149,8 @@ impl Cache {
 
     /// Where its sources may unpack.
     pub fn scratch(&self) -> Scratch {
-        Scratch { folder: self.root.join(STAGING), max_bytes: self.max_bytes }
+        let connections = self.connections.clone();
+        Scratch { folder: self.root.join(STAGING), max_bytes: self.max_bytes, connections }
     }
 
     /// Where the content with this SHA-256 lies, or will.

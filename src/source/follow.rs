@@ -20,7 +20,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Look, RemoteFile, RemoteModel, RemoteVersion, Source, SourceError,
+    Look, Progress, RemoteFile, RemoteModel, RemoteVersion, Source, SourceError,
     cache::{
         Cache,
         mirror::{Manifest, Mirror, Origin},
@@ -304,6 +304,10 @@ impl Follower {
             let key = (name.clone(), remote.version.to_string());
             if self.is_due(&key, &remote.revision, &mut settled) {
                 let result = self.publish(name, remote).await;
+                // What did not arrive, or has no room yet, may be read the next time.
+                if result.as_ref().err().is_none_or(is_over) {
+                    self.source.done(remote);
+                }
                 let result = result.map(|manifest| {
                     came.push(remote.version.clone());
                     let digest = manifest.digest;
@@ -423,6 +427,9 @@ impl Follower {
 
     async fn publish(&self, name: &ModelName, remote: &RemoteVersion) -> Result<Manifest, SourceError> {
         self.cache.patience.check(self.source.uri())?;
+        if let Some(progress) = self.source.preparing() {
+            self.status.fetching(name, Some(&remote.version), progress);
+        }
         let files = self.source.artifact(name, remote).await?;
         let staged = self.fetch(name, Some(&remote.version), &files).await?;
         let lineage = self.source.lineage(name, remote).await.unwrap_or_else(|error| {
@@ -454,7 +461,7 @@ impl Follower {
         let _reserved = self.cache.make_room_for(self.source.as_ref(), files)?;
         let fetched = Arc::new(AtomicU64::new(0));
         let total = files.iter().map(|file| file.size).fold(0, u64::saturating_add);
-        self.status.fetching(name, version, total, fetched.clone());
+        self.status.fetching(name, version, Arc::new(Progress { total: total.into(), fetched: fetched.clone() }));
         let mut staged = self.mirror.stage()?;
         for file in files {
             let blob = self.cache.fetch(&self.source, file, &fetched).await?;
@@ -537,6 +544,11 @@ fn revision_of(files: &[RemoteFile]) -> String {
         .collect();
     texts.sort_unstable();
     digest::of_texts(&texts.iter().flatten().map(String::as_str).collect::<Vec<_>>())
+}
+
+/// Whether nothing that was read of a version is of use to another try.
+fn is_over(error: &SourceError) -> bool {
+    !error.passes() || matches!(error, SourceError::Corrupt { .. } | SourceError::Changed { .. })
 }
 
 /// Twice as long after each failure, up to `most`.

@@ -22,7 +22,13 @@ pub mod places;
 pub mod pointer;
 pub mod uri;
 
-use std::{collections::BTreeMap, ops::Range, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    ops::Range,
+    pin::Pin,
+    sync::{Arc, atomic::AtomicU64},
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -70,6 +76,16 @@ pub trait Source: Send + Sync {
     /// # Errors
     /// As for a look; `Changed` when the version is at another revision meanwhile.
     async fn artifact(&self, model: &ModelName, version: &RemoteVersion) -> Result<Vec<RemoteFile>, SourceError>;
+
+    /// How far the last call for files has come that has to fetch something to list them.
+    fn preparing(&self) -> Option<Arc<Progress>> {
+        None
+    }
+
+    /// Hears that no file of a version will be read any more: it is published, or never will be.
+    fn done(&self, version: &RemoteVersion) {
+        let _ = version;
+    }
 
     /// What the place knows of a version beyond its files. It is asked once for each version that is fetched.
     ///
@@ -132,6 +148,13 @@ pub struct RemoteVersion {
     /// Changes whenever the version's files do, and is the same as long as they are: a commit, a digest, or what the
     /// place's own tags and times of the files come to.
     pub revision: String,
+}
+
+/// Bytes that are to come, and those that have.
+#[derive(Debug, Default)]
+pub struct Progress {
+    pub total: AtomicU64,
+    pub fetched: Arc<AtomicU64>,
 }
 
 /// A file of a version, or beside the versions.

@@ -3,7 +3,8 @@
 //!
 //! A tag is looked at again and again, and a tag that moves is a new version, named by the beginning of the digest that it
 //! points at. Everything below that digest is verified. What is packed is downloaded and unpacked when a version's files
-//! are listed, since nothing else tells their names; it lies in the cache's scratch folder until the next look.
+//! are listed, since nothing else tells their names; it lies in the cache's scratch folder until the
+//! version is published, or for an hour, so that a try that failed for want of room need not download it again.
 
 mod challenge;
 mod manifest;
@@ -11,12 +12,23 @@ mod registry;
 mod tar;
 mod unpack;
 
-use std::{collections::BTreeMap, fs::File, io::Write, ops::Range, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::Write,
+    ops::Range,
+    path::PathBuf,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
 use tempfile::TempDir;
-use tokio::{task::spawn_blocking, time::timeout};
+use tokio::{
+    task::spawn_blocking,
+    time::{Instant, timeout},
+};
 use tokio_stream::StreamExt;
 
 use self::{
@@ -25,8 +37,12 @@ use self::{
     unpack::{Budget, Entry},
 };
 use super::{
-    ByteStream, Digest, Look, RemoteFile, RemoteModel, RemoteVersion, Scheme, Scratch, Source, SourceError, SourceUri,
-    arrange::arrange, digest::Hasher, disk,
+    ByteStream, Digest, Look, Progress, RemoteFile, RemoteModel, RemoteVersion, Scheme, Scratch, Source, SourceError,
+    SourceUri,
+    arrange::arrange,
+    cache::{LEAST, Pace},
+    digest::Hasher,
+    disk,
 };
 use crate::id::{ModelName, Version};
 
@@ -41,6 +57,8 @@ const MOST_TRIES: u32 = 64;
 const PAUSE: Duration = Duration::from_millis(250);
 /// How long no byte may come.
 const SILENCE: Duration = Duration::from_secs(30);
+/// How long what was unpacked waits for another try.
+const KEPT: Duration = Duration::from_secs(3600);
 /// What locations begin with that are in the spool.
 const UNPACKED: &str = "unpacked/";
 
@@ -53,7 +71,26 @@ pub struct Artifact {
     model: ModelName,
     scratch: Scratch,
     /// What was unpacked of the version that is being fetched.
-    spool: Mutex<Option<Arc<TempDir>>>,
+    spool: Mutex<Option<Spool>>,
+    /// Of the archives of that version.
+    progress: Mutex<Arc<Progress>>,
+}
+
+/// What was unpacked of a version.
+struct Spool {
+    revision: String,
+    files: Vec<RemoteFile>,
+    folder: Arc<TempDir>,
+    since: Instant,
+}
+
+/// How a read of an archive ended that did not fail.
+enum Reading {
+    Over,
+    /// The connection is wanted for another place.
+    GivenUp,
+    /// So little came that the connection is not worth keeping.
+    TooSlow,
 }
 
 impl Artifact {
@@ -73,7 +110,15 @@ impl Artifact {
         let model = ModelName::parse(single).map_err(|error| SourceError::Uri(format!("source '{uri}': {error}")))?;
         let plain = uri.scheme() == Scheme::OciHttp || is_this_machine(uri.authority());
         let registry = Registry::open(uri, name, plain, settings)?;
-        Ok(Self { uri: uri.clone(), registry, reference, model, scratch, spool: Mutex::default() })
+        Ok(Self {
+            uri: uri.clone(),
+            registry,
+            reference,
+            model,
+            scratch,
+            spool: Mutex::default(),
+            progress: Mutex::default(),
+        })
     }
 
     /// The manifest of an artifact, also when `digest` is that of an index.
@@ -153,6 +198,7 @@ impl Artifact {
                 self.refused(format!("layer {} is larger than the cache may be (cache.max_bytes)", layer.digest))
             );
         }
+        self.progress.lock().total.fetch_add(layer.size, Ordering::Relaxed);
         self.download(layer, &path).await?;
         tracing::debug!(source = %self.uri, layer = layer.digest, bytes = layer.size, "downloaded to be unpacked");
         let (spool, mut budget) = (spool.clone(), *left);
@@ -178,17 +224,25 @@ impl Artifact {
         let corrupt = |reason: String| SourceError::Corrupt { file: layer.digest.clone(), reason };
         let mut hasher = Hasher::new(Some(self.sha256(layer)?), layer.size);
         let mut file = File::create(path).map_err(disk)?;
+        let progress = self.progress.lock().clone();
+        let place = self.uri.to_string();
+        let unavailable = |reason: String| SourceError::Unavailable { place: place.clone(), reason };
         let (mut position, mut failed, mut tries) = (0, 0, 0);
         while position < layer.size {
+            // A registry that knows no ranges would send everything again.
+            let seeks = self.registry.seeks();
+            let mut permit = self.scratch.connections.acquire(&place).await;
             let before = position;
-            tries += 1;
             let reading = async {
                 let mut stream = self.registry.blob(&layer.digest, position..layer.size).await?;
-                let silent = || SourceError::Unavailable {
-                    place: self.uri.to_string(),
-                    reason: format!("no byte of '{}' came in {SILENCE:?}", layer.digest),
-                };
-                while let Some(piece) = timeout(SILENCE, stream.next()).await.map_err(|_| silent())? {
+                let silent = || unavailable(format!("no byte of '{}' came in {SILENCE:?}", layer.digest));
+                let mut pace = Pace::new(SILENCE);
+                loop {
+                    let piece = tokio::select! {
+                        piece = timeout(SILENCE, stream.next()) => piece.map_err(|_| silent())?,
+                        () = permit.wanted_elsewhere(), if seeks => return Ok(Reading::GivenUp),
+                    };
+                    let Some(piece) = piece else { return Ok(Reading::Over) };
                     let piece = piece?;
                     if piece.len() as u64 > layer.size - position {
                         return Err(corrupt(format!("more bytes come than the {} that were announced", layer.size)));
@@ -196,11 +250,25 @@ impl Artifact {
                     hasher.update(&piece);
                     file.write_all(&piece).map_err(disk)?;
                     position += piece.len() as u64;
+                    progress.fetched.fetch_add(piece.len() as u64, Ordering::Relaxed);
+                    if pace.is_too_slow(piece.len() as u64) && position < layer.size {
+                        return Ok(Reading::TooSlow);
+                    }
                 }
-                Ok(())
             };
-            let result: Result<(), SourceError> = reading.await;
-            failed = if position > before { 1 } else { failed + 1 };
+            let result: Result<Reading, SourceError> = reading.await;
+            drop(permit);
+            let (result, has_come) = match result {
+                Ok(Reading::GivenUp) => continue,
+                Ok(Reading::TooSlow) => {
+                    let reason = format!("less than {LEAST} bytes of '{}' came in {SILENCE:?}", layer.digest);
+                    (Err(unavailable(reason)), false)
+                }
+                Ok(Reading::Over) => (Ok(()), position > before),
+                Err(error) => (Err(error), position > before),
+            };
+            tries += 1;
+            failed = if has_come { 1 } else { failed + 1 };
             match result {
                 Err(error) if !matches!(error, SourceError::Unavailable { .. }) => return Err(error),
                 Err(error) if failed >= TRIES || tries >= MOST_TRIES => return Err(error),
@@ -241,13 +309,14 @@ impl Source for Artifact {
     }
 
     async fn look(&self) -> Result<Look, SourceError> {
-        // Whoever looks is done with what the last look has shown.
-        self.spool.lock().take();
         let digest = self.registry.digest(&self.reference).await?;
+        let revision = digest.to_string();
+        let is_over = |spool: &mut Spool| spool.revision != revision || spool.since.elapsed() >= KEPT;
+        drop(self.spool.lock().take_if(is_over));
         let version = Version::parse(&digest.hex()[..VERSION_DIGITS])
             .map_err(|error| SourceError::Senseless { place: self.uri.to_string(), reason: error.message })?;
         let model = RemoteModel {
-            versions: vec![RemoteVersion { version: version.clone(), revision: digest.to_string() }],
+            versions: vec![RemoteVersion { version: version.clone(), revision }],
             default: Some(version),
             beside: Vec::new(),
         };
@@ -255,7 +324,11 @@ impl Source for Artifact {
     }
 
     async fn artifact(&self, _: &ModelName, version: &RemoteVersion) -> Result<Vec<RemoteFile>, SourceError> {
-        self.spool.lock().take();
+        let spooled = self.spool.lock().take_if(|spool| spool.revision != version.revision);
+        drop(spooled);
+        if let Some(spool) = &*self.spool.lock() {
+            return Ok(spool.files.clone());
+        }
         let folder = &self.scratch.folder;
         let spool = Arc::new(TempDir::new_in(folder).map_err(|error| SourceError::disk(folder, &error))?);
         let manifest = self.manifest(&version.revision).await?;
@@ -263,17 +336,31 @@ impl Source for Artifact {
             Contents::Image(layers) => self.image(layers, &spool).await?,
             Contents::Files(layers) => self.files(layers, &spool).await?,
         };
-        *self.spool.lock() = Some(spool);
-        arrange(files).map_err(|reason| self.refused(reason))
+        let files = arrange(files).map_err(|reason| self.refused(reason))?;
+        // Where nothing was unpacked, another list costs as little as this one.
+        if files.iter().any(|file| file.location.starts_with(UNPACKED)) {
+            let (revision, since) = (version.revision.clone(), Instant::now());
+            *self.spool.lock() = Some(Spool { revision, files: files.clone(), folder: spool, since });
+        }
+        Ok(files)
+    }
+
+    fn preparing(&self) -> Option<Arc<Progress>> {
+        let progress = Arc::<Progress>::default();
+        *self.progress.lock() = progress.clone();
+        Some(progress)
+    }
+
+    fn done(&self, version: &RemoteVersion) {
+        drop(self.spool.lock().take_if(|spool| spool.revision == version.revision));
     }
 
     async fn read(&self, file: &RemoteFile, range: Range<u64>) -> Result<ByteStream, SourceError> {
         let Some(path) = file.location.strip_prefix(UNPACKED) else {
             return self.registry.blob(&file.location, range).await;
         };
-        // It goes only when somebody looks anew.
         let gone = || SourceError::Changed { what: file.path.clone() };
-        let spool = self.spool.lock().clone().ok_or_else(gone)?;
+        let spool = self.spool.lock().as_ref().map(|spool| spool.folder.clone()).ok_or_else(gone)?;
         disk::read(&spool.path().join(path), range).await
     }
 }

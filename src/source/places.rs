@@ -14,7 +14,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    ByteStream, Lineage, Look, RemoteFile, RemoteVersion, Source, SourceError, SourceUri,
+    ByteStream, Lineage, Look, Progress, RemoteFile, RemoteVersion, Source, SourceError, SourceUri,
     cache::{
         Cache,
         mirror::{self, Mirror},
@@ -267,6 +267,14 @@ impl Source for Named {
     async fn artifact(&self, _: &ModelName, version: &RemoteVersion) -> Result<Vec<RemoteFile>, SourceError> {
         let there = self.there.lock().clone();
         self.source.artifact(&there, version).await
+    }
+
+    fn preparing(&self) -> Option<Arc<Progress>> {
+        self.source.preparing()
+    }
+
+    fn done(&self, version: &RemoteVersion) {
+        self.source.done(version);
     }
 
     async fn lineage(&self, _: &ModelName, version: &RemoteVersion) -> Result<Option<Lineage>, SourceError> {

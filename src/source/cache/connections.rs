@@ -3,10 +3,15 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     pin::pin,
+    time::Duration,
 };
 
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::{sync::Notify, time::Instant};
+
+/// Bytes that a connection has to bring in the time that it may be silent, so that one that drips is given up. Eight of them
+/// at once do so over a link of 10 KB/s.
+pub const LEAST: u64 = 32 << 10;
 
 /// All of them. A place alone has as many as there are; what others want it gives up, down to as many as they have.
 #[derive(Debug)]
@@ -37,6 +42,29 @@ pub struct Permit<'a> {
 struct Waiting<'a> {
     connections: &'a Connections,
     ticket: u64,
+}
+
+/// How much a connection brings, of what it has to bring at least.
+pub struct Pace {
+    silence: Duration,
+    since: Instant,
+    came: u64,
+}
+
+impl Pace {
+    /// For a connection on which nothing may come for `silence`.
+    pub fn new(silence: Duration) -> Self {
+        Self { silence, since: Instant::now(), came: 0 }
+    }
+
+    /// Whether the connection is too slow, now that `bytes` have come. What comes and is passed over comes as none.
+    pub fn is_too_slow(&mut self, bytes: u64) -> bool {
+        self.came += bytes;
+        if bytes == 0 || self.came >= LEAST {
+            (self.since, self.came) = (Instant::now(), 0);
+        }
+        self.since.elapsed() >= self.silence
+    }
 }
 
 impl Connections {
@@ -150,8 +178,6 @@ impl Places {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use tokio::time::timeout;
 
     use super::*;

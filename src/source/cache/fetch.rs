@@ -14,13 +14,13 @@ use std::{
 
 use tokio::{
     task::{JoinSet, spawn_blocking},
-    time::{Instant, sleep, timeout},
+    time::{sleep, timeout},
 };
 use tokio_stream::StreamExt;
 
 use super::{
     Blob, Cache,
-    connections::Permit,
+    connections::{LEAST, Pace, Permit},
     partial::{Partial, write_at},
     vet,
 };
@@ -30,9 +30,6 @@ use crate::source::{Digest, RemoteFile, Source, SourceError, digest, endpoint};
 const SILENCE: Duration = Duration::from_secs(30);
 /// The same where a file cannot be read from its middle on: the place may be fetching all of it for itself.
 const SILENCE_OF_WHOLE: Duration = Duration::from_secs(600);
-/// Bytes that a connection has to bring in that time, so that one that drips is given up. Eight of them at once do so
-/// over a link of 10 KB/s.
-const LEAST: u64 = 32 << 10;
 /// Tries in a row of which none brings a byte, or none does in time.
 const TRIES: u32 = 3;
 /// Tries for one part, however much each of them brings: nobody is asked for a part byte by byte.
@@ -240,7 +237,7 @@ impl Part {
             stream = reading => stream?,
             () = permit.wanted_elsewhere(), if seeks => return Ok(Reading::GivenUp),
         };
-        let (mut since, mut came) = (Instant::now(), 0);
+        let mut pace = Pace::new(silence);
         loop {
             let piece = tokio::select! {
                 piece = timeout(silence, stream.next()) => piece.map_err(|_| silent())?,
@@ -256,11 +253,7 @@ impl Part {
             write_at(&self.into, &bytes, *position, &self.path)?;
             *position += bytes.len() as u64;
             self.fetched.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-            came += bytes.len() as u64;
-            if bytes.is_empty() || came >= LEAST {
-                // What comes and is passed over, comes.
-                (since, came) = (Instant::now(), 0);
-            } else if since.elapsed() >= silence && *position < end {
+            if pace.is_too_slow(bytes.len() as u64) && *position < end {
                 return Ok(Reading::TooSlow);
             }
         }
@@ -283,6 +276,8 @@ enum Reading {
 
 #[cfg(test)]
 mod tests {
+    use tokio::time::Instant;
+
     use super::*;
     use crate::source::cache::{CacheConfig, tests::Shelf};
 

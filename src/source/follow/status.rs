@@ -2,10 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     time::{Duration, SystemTime},
 };
 
@@ -14,7 +11,7 @@ use tokio::sync::Notify;
 
 use crate::{
     id::{ModelName, Version},
-    source::{Look, SourceError},
+    source::{Look, Progress, SourceError},
 };
 
 /// A follower's state at one moment.
@@ -48,7 +45,7 @@ pub struct Fetching {
     /// Bytes that are there.
     pub fetched: u64,
     pub since: SystemTime,
-    counted: Arc<AtomicU64>,
+    counted: Arc<Progress>,
 }
 
 /// Why a version is not mirrored.
@@ -115,7 +112,10 @@ impl SharedStatus {
     /// The state now.
     pub fn read(&self) -> Status {
         let mut status = self.status.lock().clone();
-        status.fetching.values_mut().for_each(|one| one.fetched = one.counted.load(Ordering::Relaxed));
+        for one in status.fetching.values_mut() {
+            one.total = one.counted.total.load(Ordering::Relaxed);
+            one.fetched = one.counted.fetched.load(Ordering::Relaxed);
+        }
         status
     }
 
@@ -146,8 +146,8 @@ impl SharedStatus {
         status.given_up = Some(reason);
     }
 
-    pub(super) fn fetching(&self, name: &ModelName, version: Option<&Version>, total: u64, counted: Arc<AtomicU64>) {
-        let fetching = Fetching { total, fetched: 0, since: SystemTime::now(), counted };
+    pub(super) fn fetching(&self, name: &ModelName, version: Option<&Version>, counted: Arc<Progress>) {
+        let fetching = Fetching { total: 0, fetched: 0, since: SystemTime::now(), counted };
         self.status.lock().fetching.insert((name.clone(), version.map(ToString::to_string)), fetching);
     }
 
