@@ -143,3 +143,29 @@ async fn deleted_models_go_and_new_ones_come() {
     eventually("the new model answers", async || running.infer("new", &[1.0]).await.status == 200).await;
     eventually("the old model is unknown", async || running.infer("old", &[1.0]).await.status == 404).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_new_files_are_is_not_said_of_those_that_serve() {
+    let repository = Repository::with("m", "scale = 1.0");
+    let running = start(&config(&repository)).await;
+    let shown = async || running.ops("/admin/v1/models/m/versions/1").await.1;
+    let before = shown().await;
+    assert!(before["digest"].as_str().unwrap().starts_with("sha256:") && before["files"].is_array(), "{before}");
+    repository.put("m", "1", "not a script");
+    eventually("the new files fail", async || {
+        shown().await["reason"].as_str().is_some_and(|reason| reason.contains("its new files failed to load"))
+    })
+    .await;
+    let outdated = shown().await;
+    assert!(outdated["digest"].is_null() && outdated["files"].as_array().unwrap().is_empty(), "{outdated}");
+    assert_eq!(running.infer("m", &[2.0]).await.values(), [2.0]);
+    // Settings that fail are none of the files.
+    repository.put("m", "1", "scale = 1.0");
+    eventually("they serve", async || shown().await["digest"] == before["digest"]).await;
+    repository.settings("m", "versions = 7");
+    eventually("the settings fail", async || {
+        shown().await["reason"].as_str().is_some_and(|reason| reason.contains("failed to load"))
+    })
+    .await;
+    assert_eq!(shown().await["digest"], before["digest"]);
+}

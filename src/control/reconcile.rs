@@ -258,7 +258,7 @@ impl Reconciler {
         for Target { found: wanted, selected, needed } in &targets {
             let tracked = model.find_or_insert(name, &wanted.version, &self.loader.metrics);
             (tracked.selected, tracked.needed) = (*selected, *needed);
-            tracked.seen_in(&wanted.files);
+            tracked.seen(wanted);
             let fingerprint = wanted.fingerprint;
             let held = matches!(tracked.progress, Progress::Held { .. });
             let fresh = held || tracked.progress.fingerprint() != Some(fingerprint);
@@ -291,7 +291,7 @@ impl Reconciler {
         }
         for (held, reason) in held {
             let tracked = model.find_or_insert(name, &held.version, &self.loader.metrics);
-            tracked.seen_in(&held.files);
+            tracked.seen(&held);
             tracked.progress = Progress::Held { fingerprint: held.fingerprint, reason };
         }
         for tracked in &mut model.versions {
@@ -451,6 +451,8 @@ impl Reconciler {
             Ok(ready) => {
                 log_ready(&ready);
                 tracked.progress = Progress::Done { fingerprint };
+                // These are the files that were seen last: others would have another fingerprint.
+                tracked.served_stamp = tracked.stamp;
                 let replaced = tracked.serving.replace((Arc::new(ready), fingerprint));
                 self.publish();
                 self.retire(replaced.map(|(old, _)| old));

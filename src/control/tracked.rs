@@ -87,6 +87,9 @@ pub(super) struct TrackedVersion {
     pub(super) needed: bool,
     /// Where its files lay when they were seen last.
     pub(super) files: Option<Arc<Path>>,
+    /// What stands for the files as they were seen last, and for those that serve.
+    pub(super) stamp: Option<u64>,
+    pub(super) served_stamp: Option<u64>,
     /// Since when the repository does not hold it.
     pub(super) missing_since: Option<Instant>,
 }
@@ -170,6 +173,8 @@ impl Tracked {
                 selected: false,
                 needed: false,
                 files: None,
+                stamp: None,
+                served_stamp: None,
                 missing_since: None,
             };
             insert_in_order(&mut self.versions, fresh, |tracked| &tracked.version);
@@ -287,10 +292,11 @@ impl Tracked {
 }
 
 impl TrackedVersion {
-    /// Its files lie in the folder `files`.
-    pub(super) fn seen_in(&mut self, files: &Path) {
-        if self.files.as_deref() != Some(files) {
-            self.files = Some(files.into());
+    /// Its files lie where they were found.
+    pub(super) fn seen(&mut self, found: &FoundVersion) {
+        self.stamp = Some(found.stamp);
+        if self.files.as_deref() != Some(&found.files) {
+            self.files = Some(found.files.as_path().into());
         }
     }
 
@@ -320,6 +326,7 @@ impl TrackedVersion {
             reason,
             serving: self.serving.as_ref().map(|(version, _)| version.clone()),
             files: self.files.clone(),
+            is_outdated: self.serving.is_some() && self.served_stamp != self.stamp,
             metrics: self.metrics.clone(),
         }
     }

@@ -76,6 +76,8 @@ pub struct Entry {
     pub serving: Option<Arc<ModelVersion>>,
     /// Where its files lie, as far as they were seen.
     pub files: Option<Arc<Path>>,
+    /// Whether the files there are others by now than those that serve.
+    pub is_outdated: bool,
     /// Held here so that a version's series live as long as it is known.
     pub metrics: Arc<VersionMetrics>,
 }

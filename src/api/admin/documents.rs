@@ -69,7 +69,8 @@ pub struct VersionDetails {
     pub state: String,
     /// Why it is in this state; empty when there is nothing to say.
     pub reason: String,
-    /// `sha256:` of the files' lines `path NUL sha256 LF`, sorted by path; null when nobody has seen the files.
+    /// `sha256:` of the files' lines `path NUL sha256 LF`, sorted by path; null when nobody has seen the files, or
+    /// those that serve have been replaced by others that do not.
     pub digest: Option<String>,
     pub files: Vec<FileStatus>,
     /// The URI of the place they are from, without credentials; null of a folder's own.

@@ -30,7 +30,10 @@ pub(super) async fn show(State(app): State<Arc<App>>, named: Named) -> Result<Js
             Error::not_found(format!("model '{model}' has no version '{version}'; it has {}", known.join(", ")))
         })?
     };
-    let Some(files) = entry.files.clone() else { return Ok(Json(details(model, &entry, None))) };
+    // What is known of new files says nothing of those that serve, whose own are gone.
+    let Some(files) = entry.files.clone().filter(|_| !entry.is_outdated) else {
+        return Ok(Json(details(model, &entry, None)));
+    };
     let turn = READING.acquire().await;
     let read = tokio::task::spawn_blocking(move || {
         // It is read to the end, also when nobody waits for it any more.
