@@ -18,7 +18,7 @@ use crate::{
     engine::shadow::ShadowConfig,
     logging::LogConfig,
     model::QueueConfig,
-    source::{SourceUri, cache::CacheConfig, follow::FollowConfig},
+    source::{SourceUri, cache::CacheConfig, follow::FollowConfig, signed::SignatureConfig},
 };
 
 /// The file that is read when none is named.
@@ -50,6 +50,8 @@ pub struct Config {
     pub cache: CacheConfig,
     /// How places elsewhere are followed.
     pub follow: FollowConfig,
+    /// Whose models are served.
+    pub signatures: SignatureConfig,
     /// How the repository is followed: "watch", "explicit" or "none".
     pub model_control: ModelControl,
     /// Models to load with explicit control; "*" is all.
@@ -115,6 +117,7 @@ impl Default for Config {
             ops: any(8002),
             cache: CacheConfig::default(),
             follow: FollowConfig::default(),
+            signatures: SignatureConfig::default(),
             model_control: ModelControl::default(),
             load_model: Vec::new(),
             allow_model_upload: false,

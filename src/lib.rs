@@ -40,7 +40,7 @@
 //! has a pointer (an alias, a tag, a branch), its way is kept beside the versions (`source::pointer`) and decides which of
 //! them is the newest; `source::lineage` is what the registry knows of each.
 //! `control::reconcile` scans the folder (`source::local`), waits until files settle, and has `model::load` load and
-//! warm them on a low-priority thread, as `control::spec` says (from model.toml, or through `control::pbtxt` from
+//! warm them on a low-priority thread, once `source::signed` has found them signed where they must be, as `control::spec` says (from model.toml, or through `control::pbtxt` from
 //! Triton's config.pbtxt). What the author declares of inputs and outputs is a session before the graph's
 //! (`backend::declared`). Clients' wishes to load and unload come in as `control::command`. Warm-up proves that rows are
 //! independent before requests may share runs, and `model::golden` asks what has a known answer. Then one new catalog is

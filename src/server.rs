@@ -50,7 +50,7 @@ use crate::{
         catalog::{CatalogReader, CatalogWriter, catalog},
         load::Decode,
     },
-    source::{follow::Followed, places::Places},
+    source::{follow::Followed, places::Places, signed::Signatures},
     tensor::Tensor,
 };
 
@@ -110,6 +110,7 @@ impl Server {
         if source.is_none() && !config.models.is_dir() {
             bail!("the models folder {} does not exist; name another one with --models", config.models.display());
         }
+        let signatures = Arc::new(Signatures::open(&config.signatures)?);
         let data = config.data_directory();
         let mut lock = lock(&data)?;
         let (reader, writer) = catalog();
@@ -154,6 +155,7 @@ impl Server {
             backends,
             decode: Decode { sample: decode_sample, example: decode_example, cases: api::codec::decode_cases },
             metrics,
+            signatures,
         };
         let ops_closing = CancellationToken::new();
         let ops_thread = start_ops(ops_port, ops::router(app.clone()), config, &ops_closing)?;

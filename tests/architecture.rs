@@ -22,7 +22,7 @@ const LAYERS: [(u8, &[&str]); 12] = [
 ];
 
 /// The only places (files, or folders and the file of the same name) that may name a foreign crate.
-const HOMES: [(&str, &[&str]); 32] = [
+const HOMES: [(&str, &[&str]); 34] = [
     ("ort", &["backend/onnx"]),
     ("libc", &["priority", "heap"]),
     ("half", &["backend/onnx", "model/warmup", "api/codec", "observe/compare"]),
@@ -32,7 +32,7 @@ const HOMES: [(&str, &[&str]); 32] = [
     ("tonic_reflection", &["api/reflection"]),
     ("prost_reflect", &["control/pbtxt", "api/reflection"]),
     ("miette", &["control/pbtxt"]),
-    ("base64", &["api", "source/object", "source/oci"]),
+    ("base64", &["api", "source/object", "source/oci", "source/signed"]),
     ("twox_hash", &["rollout/route", "source/local"]),
     ("rusqlite", &["control/store"]),
     ("hmac", &["api/hooks"]),
@@ -51,6 +51,8 @@ const HOMES: [(&str, &[&str]); 32] = [
     ("ruzstd", &["source/oci"]),
     ("metrics_exporter_prometheus", &["metrics"]),
     ("metrics_process", &["metrics"]),
+    ("webpki", &["source/signed"]),
+    ("rustls_pki_types", &["source/signed"]),
     ("arc_swap", &["model/catalog"]),
     ("notify", &["server"]),
     ("tracing_subscriber", &["logging"]),

@@ -169,6 +169,14 @@ fn details(version: &VersionDetails) -> anyhow::Result<()> {
     let reason = if version.reason.is_empty() { String::new() } else { format!(": {}", version.reason) };
     line("state", &format!("{}{reason}", version.state))?;
     some("digest", &version.digest)?;
+    if let Some(signature) = &version.signature {
+        let by = signature.method.as_ref().map_or(String::new(), |method| {
+            let signer = signature.key.as_ref().or(signature.identity.as_ref());
+            format!(" by {method} {}", signer.map_or("", String::as_str))
+        });
+        let reason = signature.reason.as_ref().map_or(String::new(), |reason| format!(": {reason}"));
+        line("signature", &format!("{}{by}{reason}", signature.state))?;
+    }
     some("source", &version.source)?;
     some("revision", &version.revision)?;
     if let Some(lineage) = &version.lineage {

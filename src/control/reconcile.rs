@@ -38,7 +38,10 @@ use crate::{
         load::{self, Decode, Loaded, Plan},
     },
     priority, rollout,
-    source::local::{self, Fingerprint, FoundModel, FoundVersion, Origin, Scan},
+    source::{
+        local::{self, Fingerprint, FoundModel, FoundVersion, Origin, Scan},
+        signed::{Outcome, Signatures},
+    },
 };
 
 mod elsewhere;
@@ -56,6 +59,7 @@ pub struct Loader {
     pub backends: Backends,
     pub decode: Decode,
     pub metrics: Arc<Metrics>,
+    pub signatures: Arc<Signatures>,
 }
 
 /// Follows the repository until it is cancelled.
@@ -89,6 +93,8 @@ enum Event {
         fingerprint: Fingerprint,
         /// What the files are like after the load; another fingerprint means that they changed while they were read.
         after: std::io::Result<Fingerprint>,
+        /// How its signature was found, when anybody looked.
+        signature: Option<Outcome>,
         result: Result<Box<Loaded>, Error>,
     },
 }
@@ -352,6 +358,7 @@ impl Reconciler {
         let FoundVersion { version, files, fingerprint, .. } = wanted;
         let directory = found.directory.clone();
         let plan = spec.map(|spec| self.plan(&name, &version, files.clone(), found, spec));
+        let check = plan.as_ref().ok().map(|plan| plan.signature.clone());
         let ordered = self.ordered.overrides.get(&name);
         let config = ordered.map(|ordered| ordered.config.clone());
         // Uploaded files stay as long as they are read.
@@ -376,8 +383,9 @@ impl Reconciler {
             };
             let after = after.map(|after| config.map_or(after, |config| after.with(&config)));
             drop(upload);
+            let signature = check.and_then(|check| check.found().cloned());
             // The receiver is gone only when the server stops; then nobody wants the model any more.
-            let _ = events.send(Event::Loaded { name, version, fingerprint, after, result }).await;
+            let _ = events.send(Event::Loaded { name, version, fingerprint, after, signature, result }).await;
         });
     }
 
@@ -418,12 +426,13 @@ impl Reconciler {
             parameters: spec.parameters,
             predictions: spec.predictions.unwrap_or(true),
             notes: spec.notes,
+            signature: self.loader.signatures.check(name.as_str()),
             files,
         }
     }
 
     async fn handle(&mut self, event: Event) {
-        let Event::Loaded { name, version, fingerprint, after, result } = event;
+        let Event::Loaded { name, version, fingerprint, after, signature, result } = event;
         let tracked = self.models.get_mut(&name).and_then(|model| model.find(&version));
         let Some(tracked) = tracked.filter(|tracked| {
             matches!(tracked.progress, Progress::Loading { fingerprint: loading, .. } if loading == fingerprint)
@@ -431,6 +440,7 @@ impl Reconciler {
             tracing::info!(model = %name, %version, "loaded in vain: it changed or went away meanwhile");
             return;
         };
+        tracked.signature = signature.map(Arc::new);
         if let Ok(after) = after
             && after != fingerprint
         {

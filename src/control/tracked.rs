@@ -21,6 +21,7 @@ use crate::{
         SourceUri,
         local::{Fingerprint, FoundModel, FoundVersion, MODEL_FILE, TRITON_FILE},
         pointer::Pointer,
+        signed::Outcome,
     },
 };
 
@@ -90,6 +91,8 @@ pub(super) struct TrackedVersion {
     /// What stands for the files as they were seen last, and for those that serve.
     pub(super) stamp: Option<u64>,
     pub(super) served_stamp: Option<u64>,
+    /// How the signature of its newest files was found.
+    pub(super) signature: Option<Arc<Outcome>>,
     /// Since when the repository does not hold it.
     pub(super) missing_since: Option<Instant>,
 }
@@ -175,6 +178,7 @@ impl Tracked {
                 files: None,
                 stamp: None,
                 served_stamp: None,
+                signature: None,
                 missing_since: None,
             };
             insert_in_order(&mut self.versions, fresh, |tracked| &tracked.version);
@@ -320,13 +324,16 @@ impl TrackedVersion {
             (None, Progress::Done { .. } | Progress::Gone) => (State::Draining, String::new()),
         };
         self.metrics.state(state.as_str(), &State::NAMES);
+        let serving = self.serving.as_ref().map(|(version, _)| version.clone());
+        let signature = serving.as_ref().map_or(self.signature.clone(), |version| version.signature_found.clone());
         Entry {
             version: self.version.clone(),
             state,
             reason,
-            serving: self.serving.as_ref().map(|(version, _)| version.clone()),
+            serving,
             files: self.files.clone(),
             is_outdated: self.serving.is_some() && self.served_stamp != self.stamp,
+            signature,
             metrics: self.metrics.clone(),
         }
     }

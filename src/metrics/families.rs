@@ -16,6 +16,7 @@ pub(super) const DROPPED: &str = "tidegate_dropped_requests_total";
 pub(super) const STATE: &str = "tidegate_model_state";
 pub(super) const LOAD_DURATION: &str = "tidegate_model_load_duration_seconds";
 pub(super) const GOLDEN_CHECK: &str = "tidegate_golden_check";
+pub(super) const SIGNATURE_CHECKS: &str = "tidegate_signature_checks_total";
 pub(super) const SHARED_MEMORY_REGIONS: &str = "tidegate_shared_memory_regions";
 pub(super) const SHARED_MEMORY_BYTES: &str = "tidegate_shared_memory_bytes";
 pub(super) const STATE_STORED: &str = "tidegate_state_stored";
@@ -126,7 +127,7 @@ impl Kind {
 }
 
 /// Every family of our own, in the order README lists them.
-pub const FAMILIES: [Family; 39] = [
+pub const FAMILIES: [Family; 40] = [
     Family {
         name: REQUESTS,
         of: Of::Version,
@@ -193,6 +194,14 @@ pub const FAMILIES: [Family; 39] = [
         kind: Kind::Gauge,
         labels: "",
         help: "1 when the version passed its latest golden check, 0 when it failed; only with a golden file",
+    },
+    Family {
+        name: SIGNATURE_CHECKS,
+        of: Of::Version,
+        kind: Kind::Counter,
+        labels: "outcome",
+        help: "Looks at the version's signature before a load: verified, unsigned or refused; only where signatures are \
+               looked at",
     },
     Family {
         name: SHARED_MEMORY_REGIONS,

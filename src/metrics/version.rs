@@ -172,6 +172,11 @@ impl VersionMetrics {
         self.gauge(families::GOLDEN_CHECK, &[]).set(if passed { 1.0 } else { 0.0 });
     }
 
+    /// Counts one look at the version's signature.
+    pub fn signature_checked(&self, outcome: &'static str) {
+        self.counter(families::SIGNATURE_CHECKS, &[("outcome", outcome)]).increment(1);
+    }
+
     pub fn loaded(&self, took: Duration) {
         self.gauge(families::LOAD_DURATION, &[]).set(took.as_secs_f64());
     }

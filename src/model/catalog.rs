@@ -16,6 +16,7 @@ use crate::{
     id::{Alias, ModelName, Version, shorten},
     metrics::VersionMetrics,
     rollout::{Rollout, route::Route},
+    source::signed::Outcome,
 };
 
 /// Everything the server knows of its models at one moment.
@@ -78,6 +79,8 @@ pub struct Entry {
     pub files: Option<Arc<Path>>,
     /// Whether the files there are others by now than those that serve.
     pub is_outdated: bool,
+    /// How the signature was found: of what serves, or else of what was to be loaded last; `None` when nobody looked.
+    pub signature: Option<Arc<Outcome>>,
     /// Held here so that a version's series live as long as it is known.
     pub metrics: Arc<VersionMetrics>,
 }

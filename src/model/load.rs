@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use super::{
@@ -16,9 +16,10 @@ use super::{
 };
 use crate::{
     backend::{Backend, Backends, Device, InstanceGroup, Interface, Options, Session, Signature},
-    error::Error,
+    error::{Code, Error},
     id::{ModelName, Version},
     metrics::VersionMetrics,
+    source::signed::{self, Outcome, Policy, SIGNATURE_FILE, Verified},
     tensor::Tensor,
 };
 
@@ -30,6 +31,9 @@ pub type DecodeExample = fn(&[u8], &Signature) -> Result<Vec<Tensor>, Error>;
 
 /// The file of that example, in a version's folder.
 const EXAMPLE: &str = "serving_input_example.json";
+
+/// How long a version waits for another try whose files changed while they were loaded.
+const CHANGED_RETRY: Duration = Duration::from_secs(1);
 
 /// What the layer that knows JSON reads for a load.
 #[derive(Clone, Copy)]
@@ -76,7 +80,9 @@ pub struct Plan {
     pub predictions: bool,
     /// What operators should know of the model's configuration.
     pub notes: Vec<String>,
-    /// Where the outcome of the golden check shows.
+    /// What is asked of its signature, before anything else of its files is opened.
+    pub signature: signed::Check,
+    /// Where the outcomes of the checks show.
     pub metrics: Arc<VersionMetrics>,
 }
 
@@ -117,16 +123,22 @@ pub struct Facts {
     pub options: Options,
     /// How it passed its golden check, if it has one.
     pub golden: Option<golden::Outcome>,
+    /// How its signature was found, when anybody looked.
+    pub signature_found: Option<Arc<Outcome>>,
     pub load_duration: Duration,
 }
 
 /// Loads, warms, measures and checks; blocks for as long as that takes.
 ///
 /// # Errors
-/// What the backend, a configured sample request or the golden check says.
-pub fn load(plan: Plan, backends: &Backends, decode: Decode) -> Result<Loaded, Error> {
+/// What the signature, the backend, a configured sample request or the golden check says.
+pub fn load(mut plan: Plan, backends: &Backends, decode: Decode) -> Result<Loaded, Error> {
     let start = Instant::now();
+    let verified = check_signature(&mut plan)?;
     let (backend, file) = backends.open(&plan.files, plan.backend.as_deref(), plan.file_name.as_deref())?;
+    if verified.as_ref().is_some_and(|verified| !verified.covers(&file)) {
+        return Err(refused(&plan, &format!("file '{}' is none that can be signed", file.display())));
+    }
     let places = places(&plan, backend.as_ref())?;
     let mut sessions = load_sessions(&plan, backend.as_ref(), &file, &places)?;
     let Some(first) = sessions.first_mut() else {
@@ -149,6 +161,10 @@ pub fn load(plan: Plan, backends: &Backends, decode: Decode) -> Result<Loaded, E
         warmup::rewarm(session.as_mut(), &warmed);
     }
     let golden = check_golden(&plan, &mut sessions, &places, decode.cases)?;
+    if verified.is_some_and(|verified| !verified.still_holds()) {
+        let error = refused(&plan, "the files changed while they were loaded");
+        return Err(Error { retry_after: Some(CHANGED_RETRY), ..error });
+    }
     let facts = Facts {
         name: plan.name,
         version: plan.version,
@@ -167,9 +183,38 @@ pub fn load(plan: Plan, backends: &Backends, decode: Decode) -> Result<Loaded, E
         predictions: plan.predictions,
         options: plan.options,
         golden,
+        signature_found: plan.signature.found().cloned().map(Arc::new),
         load_duration: start.elapsed(),
     };
     Ok(Loaded { facts, sessions, service: warmed.service })
+}
+
+/// Has the version's signature verified, and its files when it holds; they are returned then.
+fn check_signature(plan: &mut Plan) -> Result<Option<Verified>, Error> {
+    let start = Instant::now();
+    let verified = plan.signature.run(&plan.files, SystemTime::now());
+    let Some(found) = plan.signature.found() else { return Ok(None) };
+    plan.metrics.signature_checked(found.state.as_str());
+    match (&found.signer, found.policy) {
+        (Some(signer), _) => tracing::info!(
+            model = %plan.name,
+            version = %plan.version,
+            method = signer.method,
+            signer = signer.key.as_ref().or(signer.identity.as_ref()),
+            seconds = start.elapsed().as_secs_f64(),
+            "signature verified"
+        ),
+        (None, Policy::Enforce) => return Err(refused(plan, found.reason.as_deref().unwrap_or_default())),
+        (None, Policy::Warn | Policy::Off) => {
+            plan.notes.push(format!("{SIGNATURE_FILE}: {}", found.reason.as_deref().unwrap_or_default()));
+        }
+    }
+    Ok(verified)
+}
+
+fn refused(plan: &Plan, reason: &str) -> Error {
+    let message = format!("model '{}' version '{}' is refused: {SIGNATURE_FILE}: {reason}", plan.name, plan.version);
+    Error::new(Code::Forbidden, message)
 }
 
 /// The devices that the plan asks for, and the number of instances on each.

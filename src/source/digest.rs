@@ -148,6 +148,11 @@ pub fn of_artifact<'a>(files: impl IntoIterator<Item = (&'a str, &'a [u8; 32])>)
     Digest::Sha256(hasher.finalize().into())
 }
 
+/// What stands for contents in their order: SHA-256 of their digests, one after the other.
+pub fn of_digests(digests: &[[u8; 32]]) -> Digest {
+    Digest::of(digests.as_flattened())
+}
+
 /// One name for several texts, of which another division would have another name.
 pub fn of_texts(texts: &[&str]) -> String {
     let mut hasher = Sha256::new();

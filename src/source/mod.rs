@@ -20,6 +20,7 @@ mod oci;
 mod patience;
 pub mod places;
 pub mod pointer;
+pub mod signed;
 pub mod uri;
 
 use std::{

@@ -79,6 +79,25 @@ pub struct VersionDetails {
     pub revision: Option<String>,
     /// What the registry knew of it when it was fetched.
     pub lineage: Option<Lineage>,
+    /// How its signature was found when it was loaded, or was to be; null when nobody looked.
+    pub signature: Option<SignatureStatus>,
+}
+
+/// What a version's signature is worth.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+pub struct SignatureStatus {
+    /// `verified`, `unsigned`, or `refused`: not by somebody who is trusted, or not over these files.
+    pub state: String,
+    /// What becomes of the version when it is not verified: `warn` or `enforce`.
+    pub policy: String,
+    /// `key` or `certificate`; null when it is not verified.
+    pub method: Option<String>,
+    /// SHA-256 of the key's PEM, in hexadecimal.
+    pub key: Option<String>,
+    /// The names in the signer's certificate.
+    pub identity: Option<String>,
+    /// Why it is not verified.
+    pub reason: Option<String>,
 }
 
 /// A file of a version.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::{Json, extract::State};
 use tokio::sync::Semaphore;
 
-use super::documents::{FileStatus, VersionDetails};
+use super::documents::{FileStatus, SignatureStatus, VersionDetails};
 use crate::{
     api::{
         App,
@@ -13,7 +13,7 @@ use crate::{
     },
     error::Error,
     model::catalog::Entry,
-    source::lineage::Provenance,
+    source::{lineage::Provenance, signed::Outcome},
 };
 
 /// Who asks for a version in a folder has its files read; that is for one at a time.
@@ -66,5 +66,18 @@ fn details(model: String, entry: &Entry, found: Option<Provenance>) -> VersionDe
         source,
         revision,
         lineage,
+        signature: entry.signature.as_deref().map(signature),
+    }
+}
+
+fn signature(found: &Outcome) -> SignatureStatus {
+    let signer = found.signer.as_ref();
+    SignatureStatus {
+        state: found.state.as_str().to_owned(),
+        policy: found.policy.as_str().to_owned(),
+        method: signer.map(|signer| signer.method.to_owned()),
+        key: signer.and_then(|signer| signer.key.clone()),
+        identity: signer.and_then(|signer| signer.identity.clone()),
+        reason: found.reason.clone(),
     }
 }

@@ -8,7 +8,7 @@
 //!   `*.data` of its folder. Other graphs (quantized, half precision) stay at the Hub, and safetensors too.
 //! * **Safetensors** otherwise: all of them, where they are.
 //!
-//! To either belong the small files of the repository: `*.json`, `*.txt`, `*.md`, and `*.model` of sentencepiece.
+//! To either belong the small files of the repository: `*.json`, `*.txt`, `*.md`, `*.model` of sentencepiece, and signatures.
 //! Everything else, pickles first of all, is left out without a word.
 
 use std::collections::HashSet;
@@ -18,7 +18,7 @@ use crate::source::local::{MODEL_FILE, SAMPLES, TRITON_FILE};
 /// What the server calls a version's graph.
 const GRAPH: &str = "model.onnx";
 /// Endings of the small files that belong to every format.
-const SMALL: [&str; 4] = [".json", ".txt", ".md", ".model"];
+const SMALL: [&str; 5] = [".json", ".txt", ".md", ".model", ".sig"];
 /// Names of an error's list.
 const NAMED: usize = 5;
 
@@ -124,6 +124,7 @@ mod tests {
             "README.md",
             "config.json",
             "model.safetensors",
+            "model.sig",
             "onnx/model.onnx",
             "onnx/model.onnx_data",
             "onnx/model_O2.onnx",
@@ -142,6 +143,7 @@ mod tests {
             "1_Pooling/config.json",
             "README.md",
             "config.json",
+            "model.sig",
             "onnx/model.onnx as model.onnx",
             "onnx/model.onnx_data as model.onnx_data",
             "onnx/weights-of-any-name.data as weights-of-any-name.data",

@@ -166,7 +166,7 @@ fn end_of_value(around: &mut [Around]) {
 }
 
 fn tells_of_model(path: &str) -> bool {
-    let ends = [".json", ".txt", ".md"];
+    let ends = [".json", ".txt", ".md", ".sig"];
     !path.contains('/') && (path == MLMODEL || ends.iter().any(|end| path.ends_with(end)))
 }
 
