@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from infer import Question, grpc_raw, rest_json
-from mlflow_server import Mlflow, log_folder, log_onnx
+from mlflow_server import SERVED_WITH, Mlflow, log_folder, log_onnx
 from models import model, plus, value
 from onnx import helper
 from server import eventually, run
+from signing import Signer, keys, only, policy
 from tensors import tensor
 from test_buckets import Bucket
 from wire import call
@@ -390,3 +391,20 @@ def test_the_example_of_a_version_is_its_smoke_test(repository, serve):
     repository.put("m", "3", "", with_example('{"inputs": {"z": [7]}}'))
     eventually(lambda: served(server, "m") == ["3"], SOON)
     assert log_has(server, "example skipped", "m/3")
+
+
+def test_a_signed_version_is_verified(mlflow, serve, tmp_path):
+    """What describes the environments of other flavors is signed, too, and is not fetched."""
+    ada, folder = Signer(tmp_path), tmp_path / "logged"
+    mlflow.module.onnx.save_model(plus(1), str(folder), pip_requirements=SERVED_WITH)
+    ada.sign(folder)
+    assert ada.accepts(folder)
+    with mlflow.run() as run:
+        mlflow.module.log_artifacts(str(folder), "model")
+    mlflow.client.create_registered_model("signed")
+    source = f"{run.info.artifact_uri}/model"
+    mlflow.client.create_model_version("signed", source, run_id=run.info.run_id)
+    config = CONFIG + policy("enforce", keys=keys(ada))
+    server = serve(mlflow.uri("signed/latest"), config=config)
+    assert answers(server, "signed") == 2, server.tail()
+    assert only(server, "signed")["signature"]["state"] == "verified"

@@ -1,130 +1,18 @@
 """Signed models: what the signing tool of OpenSSF signs is served, what it would refuse is not."""
 
-import datetime
 import json
 import re
-import subprocess
-import sys
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from hub_server import Hub
 from mirrored import CONFIG, SOON, answers, graph
 from models import EXTERNAL_WEIGHTS, save, with_external_data
+from registry import Registry
 from server import Server, eventually, run
+from signing import Certified, Signer, details, keys, only, policy
 from test_buckets import bucket  # noqa: F401
 from wire import call
-
-TOOL_TIMEOUT = 60
-DAY = datetime.timedelta(days=1)
-
-
-class Signer:
-    """Somebody with a key, and the signing tool."""
-
-    def __init__(self, home, name="ada", curve=ec.SECP256R1):
-        self.key = ec.generate_private_key(curve())
-        self.private, self.public = home / f"{name}.key", home / f"{name}.pub"
-        self.private.write_bytes(private_pem(self.key))
-        self.public.write_bytes(
-            self.key.public_key().public_bytes(
-                serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-            )
-        )
-
-    def sign(self, folder, *options):
-        tool("sign", "key", folder, "--private_key", self.private, *options)
-
-    def accepts(self, folder):
-        """Whether the tool does."""
-        return accepts("key", folder, "--public_key", self.public)
-
-
-class Certified:
-    """Somebody with a certificate, by an authority between them and a root."""
-
-    def __init__(self, home, since=0, until=30):
-        root, between, signer = (ec.generate_private_key(ec.SECP256R1()) for _ in range(3))
-        self.root, chain = home / "root.pem", home / "chain.pem"
-        self.private, self.certificate = home / "signer.key", home / "signer.pem"
-        of_root = certificate("root", root, "root", root, authority=1)
-        of_between = certificate("between", between, "root", root, authority=0)
-        own = certificate("ada", signer, "between", between, since=since, until=until)
-        for path, issued in ((self.root, of_root), (chain, of_between), (self.certificate, own)):
-            path.write_bytes(issued.public_bytes(serialization.Encoding.PEM))
-        self.private.write_bytes(private_pem(signer))
-        self.chain = chain
-
-    def sign(self, folder):
-        own = ["--private_key", self.private, "--signing_certificate", self.certificate]
-        tool("sign", "certificate", folder, *own, "--certificate_chain", self.chain)
-
-    def accepts(self, folder):
-        return accepts("certificate", folder, "--certificate_chain", self.root)
-
-
-def private_pem(key):
-    return key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
-
-
-def certificate(subject, key, issuer, by, authority=None, since=100, until=100):
-    """Valid from `since` days ago for `until` days; an authority's when it says how many follow."""
-    name = lambda text: x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])  # noqa: E731
-    now = datetime.datetime.now(datetime.UTC)
-    is_signer = authority is None
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(name(subject))
-        .issuer_name(name(issuer))
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - since * DAY)
-        .not_valid_after(now + until * DAY)
-        .add_extension(x509.BasicConstraints(not is_signer, authority), critical=True)
-        .add_extension(
-            x509.KeyUsage(
-                digital_signature=is_signer,
-                key_cert_sign=not is_signer,
-                crl_sign=not is_signer,
-                content_commitment=False,
-                key_encipherment=False,
-                data_encipherment=False,
-                key_agreement=False,
-                encipher_only=False,
-                decipher_only=False,
-            ),
-            critical=True,
-        )
-    )
-    if is_signer:
-        mail = x509.SubjectAlternativeName([x509.RFC822Name(f"{subject}@example.org")])
-        usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CODE_SIGNING])
-        builder = builder.add_extension(mail, critical=False).add_extension(usage, critical=False)
-    return builder.sign(by, hashes.SHA256())
-
-
-def tool(*arguments):
-    """One run of the signing tool on a version's folder, which its signature lies in."""
-    action, method, folder, *options = arguments
-    command = [sys.executable, "-m", "model_signing", action, method, folder]
-    done = subprocess.run(
-        [*command, "--signature", folder / "model.sig", *options],
-        capture_output=True,
-        text=True,
-        timeout=TOOL_TIMEOUT,
-    )
-    assert action == "verify" or done.returncode == 0, done.stderr
-    return done
-
-
-def accepts(method, folder, *options):
-    return tool("verify", method, folder, *options).returncode == 0
 
 
 def signed(repository, signer, version, number, model="plus", more=None, then=lambda _: None):
@@ -139,22 +27,6 @@ def signed(repository, signer, version, number, model="plus", more=None, then=la
         then(folder)
 
     return repository.put(model, version, "", write)
-
-
-def policy(name, **trusted):
-    """The server's configuration: one entry, for all models unless it says otherwise."""
-    entry = {"models": "*"} | {key: value for key, value in trusted.items() if value is not None}
-    text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in entry.items())
-    return f'[signatures]\npolicy = "{name}"\n[[signatures.trusted]]\n{text}'
-
-
-def keys(*signers):
-    return [str(signer.public) for signer in signers]
-
-
-def details(server, version, model="plus"):
-    reply = call(server.ops, "GET", f"/admin/v1/models/{model}/versions/{version}")
-    return json.loads(reply.body) if reply.status == 200 else None
 
 
 def has_failed(server, version, model="plus"):
@@ -269,7 +141,7 @@ def test_signatures_of_others_are_refused(repository, serve, ada, tmp_path):
     assert "it is signed with the key" in has_failed(server, "1")["reason"]
     assert answers(server) is None
     # Of other models they are taken.
-    config = f'[signatures]\npolicy = "enforce"\n'
+    config = '[signatures]\npolicy = "enforce"\n'
     for models, signer in (("team-*", ada), ("*", eve)):
         config += f'[[signatures.trusted]]\nmodels = "{models}"\nkeys = {json.dumps(keys(signer))}\n'
     signed(repository, eve, "1", 1, model="team-a")
@@ -395,3 +267,50 @@ def test_mirrored_versions_are_verified_too(bucket, serve, ada, tmp_path):  # no
     assert answers(server) == 2
     put("3", 20)
     eventually(lambda: answers(server) == 21, SOON)
+
+
+def packed(ada, folder, files):
+    """The content of a signed folder, by path."""
+    for path, content in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    ada.sign(folder)
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+# What is not fetched of them would not be opened either.
+LEFT_OUT = {"train.py": b"import os", "weights.pkl": b"x", "config.json": b"{}", "README.md": b"#"}
+
+
+def test_a_repository_of_a_hub_is_verified_unless_its_files_are_moved(
+    serve, ada, tmp_path, monkeypatch
+):
+    hub = Hub()
+    try:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        files = {"model.onnx": graph(1), ".gitattributes": b"*.onnx filter=lfs\n"} | LEFT_OUT
+        hub.commit("org/plus", packed(ada, tmp_path / "kept", files))
+        config = CONFIG + policy("enforce", keys=keys(ada))
+        server = serve("hf://org/plus", config=config)
+        assert answers(server) == 2 and only(server)["signature"]["state"] == "verified"
+
+        moved = {"onnx/model.onnx": graph(1)} | LEFT_OUT
+        hub.commit("org/moved", packed(ada, tmp_path / "moved", moved))
+        server = serve("hf://org/moved", "other", config=config)
+        reason = only(server, "moved")["reason"]
+        assert "file 'model.onnx' is not among the files that were signed" in reason
+    finally:
+        hub.close()
+
+
+def test_a_packed_model_is_verified(serve, ada, tmp_path):
+    registry = Registry(tmp_path / "registry")
+    try:
+        files = packed(ada, tmp_path / "packed", {"model.onnx": graph(1)} | LEFT_OUT)
+        registry.model_pack("signed/plus", "v1", files)
+        config = CONFIG + policy("enforce", keys=keys(ada))
+        server = serve(f"oci://{registry.host}/signed/plus:v1", config=config)
+        assert answers(server) == 2 and only(server)["signature"]["state"] == "verified"
+    finally:
+        registry.close()
