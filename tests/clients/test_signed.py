@@ -42,7 +42,8 @@ def has_failed(server, version, model="plus"):
 def checks(server, version, outcome, model="plus"):
     """How many looks at a signature had this outcome."""
     page = call(server.ops, "GET", "/metrics").body.decode()
-    series = rf'^tidegate_signature_checks_total{{model="{model}",version="{version}",outcome="{outcome}"}} (\S+)$'
+    labels = f'{{model="{model}",version="{version}",outcome="{outcome}"}}'
+    series = rf"^tidegate_signature_checks_total{re.escape(labels)} (\S+)$"
     found = re.search(series, page, re.MULTILINE)
     return float(found[1]) if found else 0
 
@@ -53,14 +54,17 @@ def ada(tmp_path):
 
 
 def test_what_is_signed_by_a_trusted_key_is_served(repository, serve, ada):
-    folder = signed(repository, ada, "1", 1, more={".gitignore": b"*.tmp\n", "notes/read.md": b"hello"})
+    folder = signed(
+        repository, ada, "1", 1, more={".gitignore": b"*.tmp\n", "notes/read.md": b"hello"}
+    )
     assert ada.accepts(folder)
     server = serve(repository.path, config=policy("enforce", keys=keys(ada)))
     assert answers(server) == 2
     shown = details(server, "1")["signature"]
     assert (shown["state"], shown["policy"], shown["method"]) == ("verified", "enforce", "key")
     assert shown["key"] in (folder / "model.sig").read_text()
-    assert shown["reason"] is None and shown["identity"] is None
+    assert shown["reason"] is None
+    assert shown["identity"] is None
     listed = run("models", "show", "plus", "--ops", server.ops, home=server.home).stdout
     assert f"signature    verified by key {shown['key']}\n" in listed
     assert checks(server, "1", "verified") == 1
@@ -103,7 +107,10 @@ SPOILED = {
         lambda folder: (folder / "labels.txt").unlink(),
         "file 'labels.txt' was signed and is missing",
     ),
-    "tampered": (change_payload, "the signature over its payload is not of the key that is trusted"),
+    "tampered": (
+        change_payload,
+        "the signature over its payload is not of the key that is trusted",
+    ),
     "linked": (link, "file 'model.onnx' is a symlink; expected a file"),
     "garbage": (
         lambda folder: (folder / "model.sig").write_text("garbage"),
@@ -112,38 +119,42 @@ SPOILED = {
 }
 
 
-@pytest.mark.parametrize("how", SPOILED)
-def test_what_was_changed_is_refused_and_what_runs_stays(repository, serve, ada, how):
-    spoil, reason = SPOILED[how]
+def test_what_was_changed_is_refused_and_what_runs_stays(repository, serve, ada):
     signed(repository, ada, "1", 1)
     server = serve(repository.path, config=policy("enforce", keys=keys(ada)))
     assert answers(server) == 2
-    folder = signed(repository, ada, "2", 10, more={"labels.txt": b"a\nb\n"}, then=spoil)
-    assert not ada.accepts(folder)
-    failed = has_failed(server, "2")
-    begin = "model 'plus' version '2' is refused: model.sig: "
-    assert failed["reason"].startswith(begin + reason), failed["reason"]
-    assert failed["signature"]["state"] == "refused" and failed["signature"]["method"] is None
-    assert begin + failed["signature"]["reason"] == failed["reason"]
-    assert answers(server) == 2 and checks(server, "2", "refused") == 1
+    for version, (how, (spoil, reason)) in enumerate(SPOILED.items(), start=2):
+        folder = signed(repository, ada, str(version), 10, more={"labels.txt": b"a\n"}, then=spoil)
+        assert not ada.accepts(folder), how
+        failed = has_failed(server, version)
+        begin = f"model 'plus' version '{version}' is refused: model.sig: "
+        assert failed["reason"].startswith(begin + reason), failed["reason"]
+        assert failed["signature"]["state"] == "refused"
+        assert failed["signature"]["method"] is None
+        assert begin + failed["signature"]["reason"] == failed["reason"]
+        assert answers(server) == 2
+        assert checks(server, version, "refused") == 1
     # Signed anew, it is what was signed.
-    if how in ("changed", "extra"):
-        ada.sign(folder)
-        assert ada.accepts(folder)
-        eventually(lambda: answers(server) not in (2, None), SOON)
+    folder = repository.path / "plus" / "2"
+    ada.sign(folder)
+    assert ada.accepts(folder)
+    eventually(lambda: answers(server) == 667, SOON)
 
 
 def test_signatures_of_others_are_refused(repository, serve, ada, tmp_path):
     eve = Signer(tmp_path, "eve")
     folder = signed(repository, eve, "1", 1)
-    assert eve.accepts(folder) and not ada.accepts(folder)
+    assert eve.accepts(folder)
+    assert not ada.accepts(folder)
     server = serve(repository.path, config=policy("enforce", keys=keys(ada)))
     assert "it is signed with the key" in has_failed(server, "1")["reason"]
     assert answers(server) is None
     # Of other models they are taken.
     config = '[signatures]\npolicy = "enforce"\n'
     for models, signer in (("team-*", ada), ("*", eve)):
-        config += f'[[signatures.trusted]]\nmodels = "{models}"\nkeys = {json.dumps(keys(signer))}\n'
+        config += (
+            f'[[signatures.trusted]]\nmodels = "{models}"\nkeys = {json.dumps(keys(signer))}\n'
+        )
     signed(repository, eve, "1", 1, model="team-a")
     server = serve(repository.path, "other", config=config)
     assert answers(server) == 2
@@ -173,7 +184,8 @@ def test_without_a_signature_it_depends_on_the_policy(repository, serve, ada):
     assert "no entry of signatures.trusted fits this model" in has_failed(stranger, "1")["reason"]
 
     off = serve(repository.path, "off", config=policy("off", keys=keys(ada)))
-    assert answers(off) == 2 and details(off, "1")["signature"] is None
+    assert answers(off) == 2
+    assert details(off, "1")["signature"] is None
     assert "tidegate_signature_checks_total{" not in call(off.ops, "GET", "/metrics").body.decode()
 
 
@@ -182,7 +194,8 @@ def test_what_is_refused_is_served_with_a_warning_where_that_is_the_policy(repos
     server = serve(repository.path, config=policy("warn", keys=keys(ada)))
     assert answers(server) == 667
     shown = details(server, "1")["signature"]
-    assert shown["state"] == "refused" and "file 'model.onnx' is not what was signed" in shown["reason"]
+    assert shown["state"] == "refused"
+    assert "file 'model.onnx' is not what was signed" in shown["reason"]
 
 
 def test_weights_beside_the_graph_are_covered(repository, serve, ada):
@@ -197,8 +210,12 @@ def test_weights_beside_the_graph_are_covered(repository, serve, ada):
     changed = bytearray(EXTERNAL_WEIGHTS.tobytes())
     changed[0] ^= 1
     (folder / "weights.bin").write_bytes(changed)
-    probe = lambda: "file 'weights.bin' is not what was signed" in details(server, "1", "heavy")["reason"]  # noqa: E731
-    eventually(probe, SOON)
+
+    def is_refused():
+        reason = details(server, "1", "heavy")["reason"]
+        return "file 'weights.bin' is not what was signed" in reason
+
+    eventually(is_refused, SOON)
     # What runs are the files that were verified.
     assert details(server, "1", "heavy")["state"] == "ready"
     assert details(server, "1", "heavy")["signature"]["state"] == "verified"
@@ -221,16 +238,24 @@ def test_a_chain_of_certificates_is_verified_up_to_a_trusted_root(repository, se
     other = Certified(tmp_path / "other")
     assert not other.accepts(folder)
     for name, expected, config in [
-        ("root", "not signed with the key of the authority", policy("enforce", certificates=[str(other.root)])),
+        (
+            "root",
+            "not signed with the key of the authority",
+            policy("enforce", certificates=[str(other.root)]),
+        ),
         ("key", "no certificates are trusted", policy("enforce", keys=keys(ada))),
-        ("identity", "expected 'eve@example.org'", policy("enforce", identity="eve@example.org", **trusted)),
+        (
+            "identity",
+            "expected 'eve@example.org'",
+            policy("enforce", identity="eve@example.org", **trusted),
+        ),
     ]:
         refusing = serve(repository.path, name, config=config)
         assert expected in has_failed(refusing, "1")["reason"]
 
 
 def test_a_certificate_that_has_expired_counts_no_longer(repository, serve, tmp_path):
-    """The tool takes the moment from which the signer's certificate is valid for that of the signature."""
+    """The tool takes the first moment of the signer's certificate for that of the signature."""
     certified = Certified(tmp_path, since=20, until=-10)
     assert certified.accepts(signed(repository, certified, "1", 1))
     server = serve(repository.path, config=policy("enforce", certificates=[str(certified.root)]))
@@ -293,7 +318,8 @@ def test_a_repository_of_a_hub_is_verified_unless_its_files_are_moved(
         hub.commit("org/plus", packed(ada, tmp_path / "kept", files))
         config = CONFIG + policy("enforce", keys=keys(ada))
         server = serve("hf://org/plus", config=config)
-        assert answers(server) == 2 and only(server)["signature"]["state"] == "verified"
+        assert answers(server) == 2
+        assert only(server)["signature"]["state"] == "verified"
 
         moved = {"onnx/model.onnx": graph(1)} | LEFT_OUT
         hub.commit("org/moved", packed(ada, tmp_path / "moved", moved))
@@ -311,6 +337,7 @@ def test_a_packed_model_is_verified(serve, ada, tmp_path):
         registry.model_pack("signed/plus", "v1", files)
         config = CONFIG + policy("enforce", keys=keys(ada))
         server = serve(f"oci://{registry.host}/signed/plus:v1", config=config)
-        assert answers(server) == 2 and only(server)["signature"]["state"] == "verified"
+        assert answers(server) == 2
+        assert only(server)["signature"]["state"] == "verified"
     finally:
         registry.close()
