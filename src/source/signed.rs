@@ -6,7 +6,9 @@
 //! be missed (`folder`). What the signer left out by name is refused like any other file that is not signed, since
 //! anybody might have put it there, all but what version control keeps in a folder: that the server never opens.
 //!
-//! Settings, labels and samples beside the versions are the operator's, and no version's signature covers them.
+//! Settings, labels and samples beside the versions are the operator's, and no version's signature covers them. Nor does
+//! a signature say which model or version the files are: whoever may write there can put an old version, or another model
+//! of the same signer, in a version's place. Models that must not be mistaken for each other have keys of their own.
 
 mod der;
 mod folder;

@@ -7,7 +7,7 @@ use serde::{Deserialize, de::IgnoredAny};
 use serde_json::value::RawValue;
 
 use crate::{
-    error::shorten,
+    error::{abridge, shorten},
     source::{Digest, digest},
 };
 
@@ -137,7 +137,7 @@ impl Bundle {
     /// In words: what it is not, and what was expected.
     pub fn parse(text: &[u8]) -> Result<Self, String> {
         let document: BundleDocument =
-            serde_json::from_slice(text).map_err(|error| format!("it is no Sigstore bundle in JSON: {error}"))?;
+            serde_json::from_slice(text).map_err(|error| in_words("it is no Sigstore bundle in JSON", &error))?;
         let BundleDocument { media_type, verification_material: material, dsse_envelope: envelope } = document;
         if material.certificate.is_some() || material.tlog_entries.is_some_and(|entries| !entries.is_empty()) {
             return Err("keyless signatures are not verified offline; sign with a key or certificate".to_owned());
@@ -185,7 +185,7 @@ impl Bundle {
 impl Statement {
     fn parse(payload: &[u8]) -> Result<Self, String> {
         let document: StatementDocument =
-            serde_json::from_slice(payload).map_err(|error| format!("its payload is no statement: {error}"))?;
+            serde_json::from_slice(payload).map_err(|error| in_words("its payload is no statement", &error))?;
         if document.kind != STATEMENT {
             return Err(format!("expected a statement of type '{STATEMENT}', got '{}'", shorten(&document.kind)));
         }
@@ -197,7 +197,7 @@ impl Statement {
             return Err(format!("expected a predicate of type '{PREDICATE}', got '{found}'"));
         }
         let Predicate { serialization, resources } = serde_json::from_str(document.predicate.get())
-            .map_err(|error| format!("its statement has no such predicate: {error}"))?;
+            .map_err(|error| in_words("its statement has no such predicate", &error))?;
         if serialization.method != "files" {
             let found = shorten(&serialization.method);
             return Err(format!("its method is '{found}'; expected 'files': sign without shards"));
@@ -242,6 +242,11 @@ fn is_inside(path: &str) -> bool {
     !path.contains('\\')
         && !path.chars().any(char::is_control)
         && path.split('/').all(|part| !matches!(part, "" | "." | ".."))
+}
+
+/// What is wrong with a document. Its reader quotes what it did not expect, however long that is.
+fn in_words(what: &str, error: &serde_json::Error) -> String {
+    format!("{what}: {}", abridge(&error.to_string()))
 }
 
 fn decode(what: &str, text: &str) -> Result<Vec<u8>, String> {

@@ -349,6 +349,11 @@ fn bundles_that_are_none_are_refused() {
         let reason = refusal(garbage);
         assert!(reason.contains("it is no Sigstore bundle in JSON"), "{reason}");
     }
+    let long = json!({"mediaType": {}, "verificationMaterial": "x".repeat(1 << 20)});
+    for text in [long.to_string(), format!("\"{}\"", "x".repeat(1 << 20))] {
+        let reason = refusal(text.as_bytes());
+        assert!(reason.len() < 400, "a reason of {} bytes", reason.len());
+    }
     let keyless = "keyless signatures are not verified offline; sign with a key or certificate";
     let cases = [
         ("/mediaType", json!("x"), "expected a bundle of type"),

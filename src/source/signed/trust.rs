@@ -117,7 +117,8 @@ impl Trust {
             return Err("it has no certificate of its signer".to_owned());
         };
         let unread = || "the signer's certificate cannot be read".to_owned();
-        let leaf = EndEntityCert::try_from(first).map_err(|error| format!("{}: {error:?}", unread()))?;
+        let leaf = EndEntityCert::try_from(first)
+            .map_err(|error| format!("{}: {}", unread(), abridge(&format!("{error:?}"))))?;
         let facts = Facts::read(first).ok_or_else(unread)?;
         let mut refused = None;
         for root in &self.roots {
@@ -290,7 +291,7 @@ fn in_words(error: &webpki::Error) -> String {
             "a certificate of its chain is not for signing code (its extended key usage has no codeSigning)".to_owned()
         }
         webpki::Error::CaUsedAsEndEntity => "the signer's certificate is that of an authority".to_owned(),
-        error => format!("the chain of its certificates does not hold: {error:?}"),
+        error => format!("the chain of its certificates does not hold: {}", abridge(&format!("{error:?}"))),
     }
 }
 
