@@ -41,7 +41,7 @@ const HOMES: [(&str, &[&str]); 34] = [
     ("sha1", &["source/digest"]),
     ("object_store", &["source/object"]),
     ("reqwest", &["source"]),
-    ("saphyr_parser", &["source/mlflow/flavor", "source/dvc/pointer"]),
+    ("saphyr_parser", &["source/yaml", "source/mlflow/flavor", "source/dvc/pointer"]),
     ("async_trait", &["source"]),
     ("tempfile", &["control/upload", "source/cache", "source/oci", "backend/onnx/shared", "backend/onnx/testing"]),
     ("axum", &["api", "server"]),

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use anyhow::bail;
 use clap::{Args, Subcommand};
 use http::Method;
+use serde_json::Value;
 
 use super::{
     ask::{AskArgs, Ops},
@@ -18,6 +19,10 @@ use crate::{
     },
     id::{Alias, ModelName, Version},
     model::State,
+    source::{
+        Lineage,
+        card::{Basis, Card},
+    },
 };
 
 #[derive(Args)]
@@ -169,13 +174,13 @@ fn details(version: &VersionDetails) -> anyhow::Result<()> {
     let reason = if version.reason.is_empty() { String::new() } else { format!(": {}", version.reason) };
     line("state", &format!("{}{reason}", version.state))?;
     some("digest", &version.digest)?;
-    if let Some(signature) = &version.signature {
-        let by = signature.method.as_ref().map_or(String::new(), |method| {
-            let signer = signature.key.as_ref().or(signature.identity.as_ref());
+    if let Some(signed) = &version.signed {
+        let by = signed.method.as_ref().map_or(String::new(), |method| {
+            let signer = signed.key.as_ref().or(signed.identity.as_ref());
             format!(" by {method} {}", signer.map_or("", String::as_str))
         });
-        let reason = signature.reason.as_ref().map_or(String::new(), |reason| format!(": {reason}"));
-        line("signature", &format!("{}{by}{reason}", signature.state))?;
+        let reason = signed.reason.as_ref().map_or(String::new(), |reason| format!(": {reason}"));
+        line("signed", &format!("{}{by}{reason}", signed.state))?;
     }
     some("source", &version.source)?;
     some("revision", &version.revision)?;
@@ -205,10 +210,74 @@ fn details(version: &VersionDetails) -> anyhow::Result<()> {
             line("tag", &format!("{name} = {value}"))?;
         }
     }
+    if let Some(signature) = &version.signature {
+        for (name, fields) in
+            [("input", &signature.inputs), ("output", &signature.outputs), ("param", &signature.params)]
+        {
+            fields.iter().flatten().try_for_each(|field| line(name, &described(field)))?;
+        }
+    }
+    if let Some(shown) = &version.card {
+        card(shown, version.lineage.as_ref())?;
+    }
+    version.card_notes.iter().try_for_each(|note| line("note", note))?;
     for file in &version.files {
         line("file", &format!("{} {} bytes, sha256 {}", file.path, file.bytes, file.sha256))?;
     }
     Ok(())
+}
+
+/// A field of MLflow's signature.
+fn described(field: &Value) -> String {
+    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), ToOwned::to_owned);
+    let name = field.get("name").map_or("(unnamed)".to_owned(), text);
+    match field.get("tensor-spec") {
+        Some(spec) => {
+            let [dtype, shape] = ["dtype", "shape"].map(|key| spec.get(key).map_or(String::new(), text));
+            format!("{name} {dtype} {shape}")
+        }
+        None => {
+            let default = field.get("default").map_or(String::new(), |default| format!(" = {default}"));
+            format!("{name} {}{default}", field.get("type").map_or(String::new(), text))
+        }
+    }
+}
+
+/// What the card says; that of a run says nothing that its lineage has not.
+fn card(card: &Card, lineage: Option<&Lineage>) -> anyhow::Result<()> {
+    let line = |name: &str, text: &str| say(format_args!("{name:<12} {text}"));
+    let some = |name: &str, text: &Option<String>| text.as_ref().map_or(Ok(()), |text| line(name, text));
+    let list = |name: &str, texts: &[String]| match texts {
+        [] => Ok(()),
+        texts => line(name, &texts.join(", ")),
+    };
+    line("card", card.file.as_deref().unwrap_or("made from the run"))?;
+    if card.from == Basis::Run && lineage.is_some() {
+        return Ok(());
+    }
+    some("  name", &card.name)?;
+    some("  version", &card.version)?;
+    some("  about", &card.description)?;
+    list("  author", &card.authors)?;
+    list("  license", &card.licenses)?;
+    list("  language", &card.languages)?;
+    some("  library", &card.library)?;
+    some("  task", &card.task)?;
+    some("  kind", &card.architecture)?;
+    list("  made from", &card.base_models)?;
+    for dataset in &card.datasets {
+        line("  dataset", &dataset.name)?;
+    }
+    for result in &card.results {
+        let about = [&result.dataset, &result.slice].into_iter().flatten().cloned().collect::<Vec<_>>().join(", ");
+        let about = if about.is_empty() { about } else { format!(" ({about})") };
+        let value = result.value.as_str().map_or_else(|| result.value.to_string(), ToOwned::to_owned);
+        line("  result", &format!("{} = {value}{about}", result.metric))?;
+    }
+    list("  tags", &card.tags)?;
+    list("  for", &card.users)?;
+    list("  use", &card.use_cases)?;
+    list("  limits", &card.limitations)
 }
 
 /// A name as a part of a path.

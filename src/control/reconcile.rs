@@ -417,6 +417,7 @@ impl Reconciler {
             configured_samples: spec.warmup.iter().map(|path| found.directory.join(path)).collect(),
             described_samples: (spec.warmup_requests, found.directory.join(local::SAMPLES)),
             sample_folders: vec![files.join(local::SAMPLES), found.directory.join(local::SAMPLES)],
+            check_signature: spec.check_signature.unwrap_or(true),
             golden: golden::Check {
                 settings: spec.golden,
                 folders: [files.clone(), found.directory.clone()],

@@ -74,6 +74,9 @@ pub struct ModelSpec {
     /// Described sample requests, which count like those of `warmup`: { name, batch_size, count = 1, inputs.NAME =
     /// { datatype, dims (without the batch), data = "zero", "random" or { file = "in the folder warmup" } } }.
     pub warmup_requests: Vec<DescribedRequest>,
+    /// Whether the signature that MLflow keeps with a model must be that of the graph; one that is not fails the load.
+    /// Default: true.
+    pub check_signature: Option<bool>,
     /// What a version must pass before it takes any traffic.
     pub golden: golden::Settings,
     /// How requests wait for their run.

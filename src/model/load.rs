@@ -10,17 +10,22 @@ use std::{
 use super::{
     Batching, golden,
     labels::{self, Labels},
+    promised,
     schedule::Schedule,
     service_time::ServiceTime,
     warmup::{self, Sample, Wanted, described::DescribedRequest},
 };
 use crate::{
     backend::{Backend, Backends, Device, InstanceGroup, Interface, Options, Session, Signature},
-    error::{Code, Error},
+    error::{Code, Error, abridge},
     id::{ModelName, Version},
     metrics::VersionMetrics,
-    source::signed::{self, Outcome, Policy, SIGNATURE_FILE, Verified},
-    tensor::Tensor,
+    source::{
+        ModelSignature,
+        card::Card,
+        signed::{self, Outcome, Policy, SIGNATURE_FILE, Verified},
+    },
+    tensor::{DType, Data, Tensor},
 };
 
 /// Turns a sample request in the protocol's JSON into tensors; given by the layer that knows JSON.
@@ -72,6 +77,8 @@ pub struct Plan {
     pub described_samples: (Vec<DescribedRequest>, PathBuf),
     /// Folders that may hold sample requests.
     pub sample_folders: Vec<PathBuf>,
+    /// Whether the signature that MLflow keeps with a model must be that of the graph.
+    pub check_signature: bool,
     /// What it must pass before it takes any traffic.
     pub golden: golden::Check,
     /// What the author wants clients to read in the configuration.
@@ -131,7 +138,8 @@ pub struct Facts {
 /// Loads, warms, measures and checks; blocks for as long as that takes.
 ///
 /// # Errors
-/// What the signature, the backend, a configured sample request or the golden check says.
+/// What the signature over its files, the backend, the signature that was promised, a configured sample request or the
+/// golden check says.
 pub fn load(mut plan: Plan, backends: &Backends, decode: Decode) -> Result<Loaded, Error> {
     let start = Instant::now();
     let verified = check_signature(&mut plan)?;
@@ -146,6 +154,8 @@ pub fn load(mut plan: Plan, backends: &Backends, decode: Decode) -> Result<Loade
     };
     let mut signature = first.signature().clone();
     signature.notes.extend_from_slice(&plan.notes);
+    let notes = check_promised(&plan, &signature)?;
+    signature.notes.extend(notes);
     if let (Some(true), Some(reason)) = (plan.batching, signature.unbatchable()) {
         return Err(Error::invalid(format!("the model is to be batched, and {reason}")));
     }
@@ -254,6 +264,18 @@ fn load_sessions(
     Ok(sessions)
 }
 
+/// What operators should know of the signature that MLflow keeps with the model.
+fn check_promised(plan: &Plan, signature: &Signature) -> Result<Vec<String>, Error> {
+    if !plan.check_signature {
+        return Ok(Vec::new());
+    }
+    match ModelSignature::find(&plan.files) {
+        Ok(None) => Ok(Vec::new()),
+        Ok(Some(promised)) => promised::check(&promised, signature, &plan.interface),
+        Err(reason) => Ok(vec![format!("MLflow's signature is not checked: {}", abridge(&reason))]),
+    }
+}
+
 /// Has the first instance on each device pass the golden check, and shows how that went.
 fn check_golden(
     plan: &Plan,
@@ -317,6 +339,10 @@ fn collect_samples(plan: &Plan, signature: &Signature, decode: Decode) -> Result
             }
         }
     }
+    if let Some(inputs) = text_example(&plan.files, signature) {
+        let name = format!("the example of {}", plan.files.display()).into();
+        samples.push(Sample { name, inputs: vec![inputs], required: false, runs: 1 });
+    }
     let path = plan.files.join(EXAMPLE);
     if path.is_file() {
         let inputs = content(&path).and_then(|body| (decode.example)(&body, signature));
@@ -331,6 +357,17 @@ fn collect_samples(plan: &Plan, signature: &Signature, decode: Decode) -> Result
     Ok(samples)
 }
 
+/// The example of a README as the input of a graph that takes one text a row and nothing else.
+fn text_example(files: &Path, signature: &Signature) -> Option<Tensor> {
+    let [spec] = signature.inputs.as_slice() else { return None };
+    if spec.dtype != DType::Bytes || spec.shape.iter().any(|size| !matches!(size, -1 | 1)) {
+        return None;
+    }
+    let text = Card::example(files)?;
+    let shape = spec.shape.iter().map(|_| 1).collect();
+    Tensor::new(spec.name.clone(), spec.dtype, shape, Data::Strings(vec![text.into()])).ok()
+}
+
 fn json_files(folder: &Path) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
     let mut files: Vec<PathBuf> = entries
@@ -339,4 +376,26 @@ fn json_files(folder: &Path) -> Vec<PathBuf> {
         .collect();
     files.sort();
     files
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::TensorSpec;
+
+    #[test]
+    fn the_example_of_a_readme_is_for_graphs_of_texts() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("README.md"), "---\nwidget:\n- text: A fine day\n---\n").unwrap();
+        let graph = |dtype, shape: &[i64]| {
+            let input = TensorSpec { name: "text".into(), dtype, shape: shape.to_vec() };
+            Signature { inputs: vec![input], ..Signature::default() }
+        };
+        let example = |dtype, shape| text_example(folder.path(), &graph(dtype, shape));
+        let found = example(DType::Bytes, &[-1, 1]).unwrap();
+        assert_eq!((&found.shape[..], &found.data), (&[1, 1][..], &Data::Strings(vec!["A fine day".into()])));
+        assert_eq!(example(DType::Bytes, &[-1]).unwrap().shape[..], [1]);
+        assert_eq!((example(DType::Bytes, &[-1, 2]), example(DType::Int64, &[-1])), (None, None));
+        assert_eq!(text_example(folder.path(), &Signature::default()), None);
+    }
 }

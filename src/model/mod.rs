@@ -21,6 +21,7 @@ mod file;
 pub mod golden;
 pub mod labels;
 pub mod load;
+mod promised;
 pub mod relay;
 pub mod schedule;
 pub mod service_time;

@@ -5,6 +5,7 @@
 //! beginning of its MD5. Contents are verified by their MD5, except those that DVC before 3.0 has added: it has hashed
 //! texts otherwise.
 
+mod lineage;
 mod pointer;
 mod settings;
 
@@ -23,10 +24,10 @@ use percent_encoding::percent_decode_str;
 use serde::Deserialize;
 use tokio_stream::StreamExt;
 
-use self::{pointer::Pointer, settings::Settings};
+use self::{lineage::Head, pointer::Pointer, settings::Settings};
 use super::{
-    ByteStream, Digest, Look, RemoteFile, RemoteModel, RemoteVersion, Source, SourceError, SourceUri, arrange::arrange,
-    digest::Hasher, disk, object::Bucket,
+    ByteStream, Digest, Lineage, Look, Names, RemoteFile, RemoteModel, RemoteVersion, Source, SourceError, SourceUri,
+    arrange::arrange, digest::Hasher, disk, object::Bucket,
 };
 use crate::id::{ModelName, Version};
 
@@ -83,14 +84,25 @@ impl Tracked {
         Ok(Self { uri: uri.clone(), checkout, file, model, bucket: Mutex::default() })
     }
 
-    /// What the pointer says now.
-    async fn pointer(&self) -> Result<Pointer, SourceError> {
+    /// The pointer's text.
+    async fn pointer_text(&self) -> Result<String, SourceError> {
         let text = self.text(&self.checkout.join(&self.file)).await?;
-        let text = text.ok_or_else(|| SourceError::NotFound {
+        text.ok_or_else(|| SourceError::NotFound {
             place: self.checkout.display().to_string(),
             what: format!("'{}'", self.file.display()),
-        })?;
-        Pointer::read(&text).map_err(|reason| self.senseless(format!("{}: {reason}", self.file.display())))
+        })
+    }
+
+    /// What the checkout is at, when it is git's.
+    async fn head(&self) -> Result<Head, SourceError> {
+        let checkout = self.checkout.clone();
+        disk::off_thread(&self.checkout, move || Ok(lineage::head(&checkout))).await
+    }
+
+    /// What the pointer says now.
+    async fn pointer(&self) -> Result<Pointer, SourceError> {
+        Pointer::read(&self.pointer_text().await?)
+            .map_err(|reason| self.senseless(format!("{}: {reason}", self.file.display())))
     }
 
     /// Where the pointer's contents may be.
@@ -270,6 +282,15 @@ impl Source for Tracked {
         };
         *self.bucket.lock() = stores.bucket;
         arrange(files).map_err(|reason| SourceError::Refused { file: self.uri.to_string(), reason })
+    }
+
+    async fn lineage(&self, _: &ModelName, _: &RemoteVersion) -> Result<Option<Lineage>, SourceError> {
+        Ok(Some(lineage::lineage(&self.pointer_text().await?, self.head().await?)))
+    }
+
+    async fn names(&self, _: &ModelName, shown: &RemoteModel) -> Result<Option<Names>, SourceError> {
+        let branch = self.head().await?.branch.unwrap_or_default();
+        Ok(Some(branch).filter(|branch| !branch.is_empty()).map(|branch| Names::of_pointer(&branch, shown)))
     }
 
     async fn read(&self, file: &RemoteFile, range: Range<u64>) -> Result<ByteStream, SourceError> {

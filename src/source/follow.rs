@@ -329,7 +329,19 @@ impl Follower {
             Some(remote) => self.point(name, remote),
             None => {}
         }
+        self.rename(name, model).await;
         settled
+    }
+
+    /// Writes down what the place calls its versions now. Without an answer they keep those that they had.
+    async fn rename(&self, name: &ModelName, model: &RemoteModel) {
+        let named = self.source.names(name, model).await;
+        let renamed = named.and_then(|names| names.map_or(Ok(0), |names| self.mirror.rename(name, &names)));
+        match renamed {
+            Ok(0) => {}
+            Ok(renamed) => tracing::info!(model = %name, renamed, "versions have other names at their place now"),
+            Err(error) => tracing::debug!(model = %name, %error, "versions may have other names at their place now"),
+        }
     }
 
     /// Has the mirror's pointer follow the one at the place, as soon as the version that it points at is here.

@@ -23,8 +23,8 @@ use serde::{Deserialize, de::DeserializeOwned};
 use tokio_stream::StreamExt;
 
 use super::{
-    ByteStream, Digest, Look, RemoteFile, RemoteModel, RemoteVersion, Scheme, Source, SourceError, SourceUri, chain,
-    digest, disk,
+    ByteStream, Digest, Lineage, Look, Names, RemoteFile, RemoteModel, RemoteVersion, Scheme, Source, SourceError,
+    SourceUri, chain, digest, disk,
 };
 use crate::{
     error::{abridge, shorten},
@@ -33,8 +33,10 @@ use crate::{
 
 mod choice;
 mod downloads;
+mod lineage;
 
 use downloads::Downloads;
+use lineage::lineage;
 
 const ENDPOINT: &str = "https://huggingface.co";
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -184,6 +186,11 @@ impl Hub {
             listed: Mutex::default(),
             read: Mutex::default(),
         })
+    }
+
+    /// The branch or tag that is followed; `None` when it is a commit.
+    fn branch(&self) -> Option<&str> {
+        Some(self.revision.as_str()).filter(|revision| !is_commit(revision))
     }
 
     /// An address below the endpoint, of parts that are written as they are.
@@ -494,6 +501,22 @@ impl Source for Hub {
         let missing = |what| SourceError::NotFound { place: format!("{} ({commit})", self.uri), what };
         let chosen_paths = choice::version(&paths).map_err(missing)?;
         Ok(chosen(&files, commit, chosen_paths))
+    }
+
+    async fn lineage(&self, _: &ModelName, version: &RemoteVersion) -> Result<Option<Lineage>, SourceError> {
+        let commit = version.version.as_str();
+        let about = if self.environment.offline {
+            serde_json::Value::Null
+        } else {
+            let what = format!("commit {commit}");
+            let url = self.url(&format!("api/models/{}/revision/{commit}", self.id))?;
+            self.json(self.get(url, None, &what).await?, &what).await?
+        };
+        Ok(Some(lineage(&about, commit, self.branch())))
+    }
+
+    async fn names(&self, _: &ModelName, shown: &RemoteModel) -> Result<Option<Names>, SourceError> {
+        Ok(self.branch().map(|branch| Names::of_pointer(branch, shown)))
     }
 
     async fn read(&self, file: &RemoteFile, range: Range<u64>) -> Result<ByteStream, SourceError> {

@@ -11,8 +11,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    SourceError,
+    ModelSignature, RemoteModel, SourceError,
     cache::mirror::{self, Manifest, Stored},
+    card::{self, Card},
     digest::{self, Hasher},
     local,
 };
@@ -26,7 +27,7 @@ const CHUNK: usize = 1 << 20;
 pub struct Lineage {
     /// The registry's own name of the version.
     pub version: Option<String>,
-    /// Names that pointed at it when it was fetched.
+    /// Names that pointed at it as of the last look.
     pub aliases: Vec<String>,
     pub stage: Option<String>,
     pub description: Option<String>,
@@ -37,7 +38,7 @@ pub struct Lineage {
     /// By name; null for what is no finite number.
     pub metrics: BTreeMap<String, Option<f64>>,
     pub datasets: Vec<Dataset>,
-    /// The commit of the code that made it.
+    /// The commit of the code that made it; where the files themselves are in git, the commit that they were taken from.
     pub git_commit: Option<String>,
     pub author: Option<String>,
 }
@@ -53,6 +54,17 @@ pub struct Dataset {
     pub context: Option<String>,
 }
 
+/// What a place calls the versions of a model, which may change while their files stay.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Names {
+    /// The version that each name points at. No other name points at any.
+    pub aliases: BTreeMap<String, String>,
+    /// The stages of some versions; of others nothing new is known.
+    pub stages: BTreeMap<String, Option<String>>,
+    /// The tags of some versions, likewise.
+    pub tags: BTreeMap<String, BTreeMap<String, String>>,
+}
+
 /// What is known of a version's files.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Provenance {
@@ -62,6 +74,32 @@ pub struct Provenance {
     /// Where they are from, and the revision they had there; `None` of a folder's own.
     pub origin: Option<(String, String)>,
     pub lineage: Option<Lineage>,
+    /// What the files say of the model, else the run that made it.
+    pub card: card::Found,
+    /// What MLflow has told clients that it takes and gives.
+    pub signature: Option<ModelSignature>,
+}
+
+impl Names {
+    /// Of a place where one name points at what a look shows, and nothing else has a name.
+    pub fn of_pointer(name: &str, shown: &RemoteModel) -> Self {
+        let pointed = shown.default.iter().map(|version| (name.to_owned(), version.to_string()));
+        Self { aliases: pointed.collect(), ..Self::default() }
+    }
+
+    /// Writes what `version` is called now into what was known of it. Whether that is something else.
+    pub fn renew(&self, version: &str, known: &mut Lineage) -> bool {
+        let before = known.clone();
+        let pointing = self.aliases.iter().filter(|(_, pointed)| *pointed == version);
+        known.aliases = pointing.map(|(name, _)| name.clone()).collect();
+        if let Some(stage) = self.stages.get(version) {
+            known.stage.clone_from(stage);
+        }
+        if let Some(tags) = self.tags.get(version) {
+            known.tags.clone_from(tags);
+        }
+        *known != before
+    }
 }
 
 impl Provenance {
@@ -71,9 +109,19 @@ impl Provenance {
     /// # Errors
     /// When the files cannot be read.
     pub fn of(files: &Path) -> Result<Self, SourceError> {
+        let mut found = Self::of_files(files)?;
+        found.card = Card::find(files, found.files.keys().map(String::as_str), found.lineage.as_ref());
+        match ModelSignature::find(files) {
+            Ok(signature) => found.signature = signature,
+            Err(reason) => found.card.notes.push(crate::error::abridge(&reason)),
+        }
+        Ok(found)
+    }
+
+    fn of_files(files: &Path) -> Result<Self, SourceError> {
         if let Some(manifest) = mirror::manifest_of(files) {
             let Manifest { uri, revision, digest, files, lineage } = manifest;
-            return Ok(Self { digest, files, origin: Some((uri, revision)), lineage });
+            return Ok(Self { digest, files, origin: Some((uri, revision)), lineage, ..Self::default() });
         }
         let mut hashed = BTreeMap::new();
         for (path, file) in local::files_of(files).map_err(|error| SourceError::disk(files, &error))? {

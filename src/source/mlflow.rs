@@ -4,7 +4,13 @@
 //! A look is one call, which shows the one version that the URI points at. Files come through the server's proxy, or
 //! straight from the object store that they lie in.
 
-use std::{collections::HashMap, fmt, ops::Range, sync::Arc};
+use std::{
+    collections::HashMap,
+    fmt,
+    ops::Range,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
@@ -14,8 +20,8 @@ use serde::Deserialize;
 use tokio_stream::StreamExt;
 
 use super::{
-    ByteStream, Lineage, Look, RemoteFile, RemoteModel, RemoteVersion, Scheme, Source, SourceError, SourceUri, digest,
-    object::Bucket,
+    ByteStream, Lineage, Look, Names, RemoteFile, RemoteModel, RemoteVersion, Scheme, Source, SourceError, SourceUri,
+    digest, object::Bucket,
 };
 use crate::{
     error::{abridge, shorten},
@@ -25,10 +31,11 @@ use crate::{
 mod client;
 mod flavor;
 mod lineage;
+pub mod signature;
 
 use client::{Client, Settings, below};
 use flavor::{Flavors, MLMODEL};
-use lineage::{Registered, Run, lineage};
+use lineage::{Called, Named, Registered, Run, lineage};
 
 /// Below a server's root.
 const API: &str = "api/2.0/mlflow";
@@ -42,6 +49,8 @@ const MAX_FOLDERS: usize = 1_000;
 const MAX_DEPTH: usize = 8;
 /// Bytes of `MLmodel`.
 const MAX_MLMODEL: u64 = 1 << 20;
+/// How often it is asked what versions are called that nothing points at. A call may take a server seconds.
+const NAMES_INTERVAL: Duration = Duration::from_secs(60);
 /// Object stores that stay open.
 const MAX_STORES: usize = 8;
 /// What ends the location of a file that the server cannot begin to send in its middle. It is not sent there.
@@ -57,6 +66,16 @@ pub struct Registry {
     client: Client,
     /// By the location of a version's files.
     stores: Mutex<HashMap<String, Arc<Bucket>>>,
+    told: Mutex<Told>,
+}
+
+/// What the registry has said of names.
+#[derive(Default)]
+struct Told {
+    /// Of the version that it pointed at last.
+    pointed: Option<(String, Named)>,
+    /// When it was asked for all names, and what was said of that version then.
+    asked: Option<(Instant, Option<(String, Named)>)>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -96,7 +115,7 @@ impl Registry {
     fn with(uri: &SourceUri, settings: Settings) -> Result<Self, SourceError> {
         let (prefix, model, pointer) = parts(uri)?;
         let client = Client::new(uri, &prefix, settings)?;
-        Ok(Self { uri: uri.clone(), model, pointer, client, stores: Mutex::default() })
+        Ok(Self { uri: uri.clone(), model, pointer, client, stores: Mutex::default(), told: Mutex::default() })
     }
 
     /// The version that the pointer points at.
@@ -346,7 +365,9 @@ impl Source for Registry {
     }
 
     async fn look(&self) -> Result<Look, SourceError> {
-        let version = self.shown(&self.pointed().await?)?;
+        let pointed = self.pointed().await?;
+        let version = self.shown(&pointed)?;
+        self.told.lock().pointed = Some((pointed.version, pointed.named));
         let default = Some(version.version.clone());
         let model = RemoteModel { versions: vec![version], default, beside: Vec::new() };
         Ok(Look { models: [(self.model.clone(), model)].into() })
@@ -390,6 +411,26 @@ impl Source for Registry {
             .inspect_err(|error| tracing::warn!(model = %self.model, %error, "nothing is known of the version's run"))
             .map(|found| found.run);
         Ok(Some(lineage(version, run.ok())))
+    }
+
+    /// The look itself says what the version is called that it shows. When that changes, or from time to time, it is asked
+    /// what all are called.
+    async fn names(&self, _: &ModelName, _: &RemoteModel) -> Result<Option<Names>, SourceError> {
+        let pointed = {
+            let mut told = self.told.lock();
+            let pointed = told.pointed.clone();
+            let is_known = |(at, of): &(Instant, Option<_>)| at.elapsed() < NAMES_INTERVAL && *of == pointed;
+            if told.asked.as_ref().is_some_and(is_known) {
+                return Ok(None);
+            }
+            // Also when it is refused, which it may be each time.
+            told.asked = Some((Instant::now(), pointed.clone()));
+            pointed
+        };
+        let (root, name) = (self.client.root(), self.model.as_str());
+        let path = format!("{API}/registered-models/get");
+        let found: Registration = self.client.call(root, &path, &[("name", name)], &format!("model '{name}'")).await?;
+        Ok(Some(lineage::names(found.registered_model, pointed)))
     }
 
     async fn read(&self, file: &RemoteFile, range: Range<u64>) -> Result<ByteStream, SourceError> {
@@ -495,6 +536,11 @@ struct OfRun {
 }
 
 #[derive(Deserialize)]
+struct Registration {
+    registered_model: Called,
+}
+
+#[derive(Deserialize)]
 struct Several {
     /// MLflow leaves out what is empty.
     #[serde(default)]
@@ -509,6 +555,8 @@ struct ModelVersion {
     #[serde(default)]
     source: String,
     status: Option<String>,
+    #[serde(flatten)]
+    named: Named,
 }
 
 impl ModelVersion {

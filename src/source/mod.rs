@@ -5,6 +5,7 @@
 
 mod arrange;
 pub mod cache;
+pub mod card;
 pub mod digest;
 mod disk;
 mod dvc;
@@ -22,6 +23,7 @@ pub mod places;
 pub mod pointer;
 pub mod signed;
 pub mod uri;
+mod yaml;
 
 use std::{
     collections::BTreeMap,
@@ -38,7 +40,8 @@ use tokio_stream::Stream;
 
 pub use cache::Scratch;
 pub use digest::Digest;
-pub use lineage::Lineage;
+pub use lineage::{Lineage, Names};
+pub use mlflow::signature::{Field, Form, ModelSignature};
 pub use uri::{Scheme, SourceUri};
 
 use crate::{
@@ -94,6 +97,17 @@ pub trait Source: Send + Sync {
     /// As for a look; the version is mirrored all the same.
     async fn lineage(&self, model: &ModelName, version: &RemoteVersion) -> Result<Option<Lineage>, SourceError> {
         let _ = (model, version);
+        Ok(None)
+    }
+
+    /// What versions of a model are called now, of which a look has just shown this; `None` when the place calls them
+    /// nothing, or nothing has changed since it was asked last. Names move while files stay, so this is asked after every
+    /// look, and makes a call only when there is reason to.
+    ///
+    /// # Errors
+    /// As for a look; they are called then what they were.
+    async fn names(&self, model: &ModelName, shown: &RemoteModel) -> Result<Option<Names>, SourceError> {
+        let _ = (model, shown);
         Ok(None)
     }
 

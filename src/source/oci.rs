@@ -7,6 +7,7 @@
 //! version is published, or for an hour, so that a try that failed for want of room need not download it again.
 
 mod challenge;
+mod lineage;
 mod manifest;
 mod registry;
 mod tar;
@@ -37,8 +38,8 @@ use self::{
     unpack::{Budget, Entry},
 };
 use super::{
-    ByteStream, Digest, Look, Progress, RemoteFile, RemoteModel, RemoteVersion, Scheme, Scratch, Source, SourceError,
-    SourceUri,
+    ByteStream, Digest, Lineage, Look, Names, Progress, RemoteFile, RemoteModel, RemoteVersion, Scheme, Scratch,
+    Source, SourceError, SourceUri,
     arrange::arrange,
     cache::{LEAST, Pace},
     digest::Hasher,
@@ -50,6 +51,8 @@ use crate::id::{ModelName, Version};
 const VERSION_DIGITS: usize = 12;
 const DEFAULT_TAG: &str = "latest";
 const MAX_TAG: usize = 128;
+/// Bytes of an artifact's settings.
+const MAX_CONFIG: u64 = 1 << 20;
 /// Tries in a row that bring no byte of an archive.
 const TRIES: u32 = 3;
 /// Tries for one archive, however much each of them brings.
@@ -124,15 +127,47 @@ impl Artifact {
     /// The manifest of an artifact, also when `digest` is that of an index.
     async fn manifest(&self, digest: &str) -> Result<Manifest, SourceError> {
         let refused = |reason| self.refused(reason);
-        let manifest = Manifest::read(&self.registry.manifest(digest).await?).map_err(refused)?;
-        let Some(chosen) = manifest.choose().map_err(refused)? else { return Ok(manifest) };
+        let index = Manifest::read(&self.registry.manifest(digest).await?).map_err(refused)?;
+        let Some(chosen) = index.choose().map_err(refused)? else { return Ok(index) };
         // Were it a tag, nothing would hold what it leads to.
-        let chosen = self.sha256(chosen)?.to_string();
-        let manifest = Manifest::read(&self.registry.manifest(&chosen).await?).map_err(refused)?;
+        let digest = self.sha256(chosen)?.to_string();
+        let manifest = Manifest::read(&self.registry.manifest(&digest).await?).map_err(refused)?;
         match manifest.choose() {
-            Ok(None) => Ok(manifest),
+            Ok(None) => Ok(manifest.chosen_from(&index, chosen)),
             _ => Err(self.refused("its index leads to another index".to_owned())),
         }
+    }
+
+    /// An artifact's settings; null when it has none that can be read.
+    async fn config(&self, manifest: &Manifest) -> Result<serde_json::Value, SourceError> {
+        let Some(config) = manifest.config().filter(|config| (3..=MAX_CONFIG).contains(&config.size)) else {
+            return Ok(serde_json::Value::Null);
+        };
+        let mut hasher = Hasher::new(Some(self.sha256(config)?), config.size);
+        let reading = async {
+            let mut json = Vec::new();
+            let mut pieces = self.registry.blob(&config.digest, 0..config.size).await?;
+            while let Some(piece) = pieces.next().await {
+                let piece = piece?;
+                hasher.update(&piece);
+                json.extend_from_slice(&piece);
+                if json.len() as u64 > config.size {
+                    break;
+                }
+            }
+            hasher.finish(&config.digest).map(|_| json)
+        };
+        let silent = |_| SourceError::Unavailable {
+            place: self.uri.to_string(),
+            reason: format!("its settings did not come in {SILENCE:?}"),
+        };
+        let json = timeout(SILENCE, reading).await.map_err(silent)??;
+        Ok(serde_json::from_slice(&json).unwrap_or_default())
+    }
+
+    /// The tag that is followed; `None` when it is a digest.
+    fn tag(&self) -> Option<&str> {
+        Some(self.reference.as_str()).filter(|reference| !reference.contains(':'))
     }
 
     /// The files of an image's folder.
@@ -353,6 +388,20 @@ impl Source for Artifact {
 
     fn done(&self, version: &RemoteVersion) {
         drop(self.spool.lock().take_if(|spool| spool.revision == version.revision));
+    }
+
+    async fn lineage(&self, _: &ModelName, version: &RemoteVersion) -> Result<Option<Lineage>, SourceError> {
+        let manifest = self.manifest(&version.revision).await?;
+        // Without its settings, what is known is how it is annotated.
+        let config = self.config(&manifest).await.unwrap_or_else(|error| {
+            tracing::warn!(source = %self.uri, %error, "nothing is known of the artifact's settings");
+            serde_json::Value::Null
+        });
+        Ok(Some(lineage::lineage(manifest.annotations(), &config, self.tag())))
+    }
+
+    async fn names(&self, _: &ModelName, shown: &RemoteModel) -> Result<Option<Names>, SourceError> {
+        Ok(self.tag().map(|tag| Names::of_pointer(tag, shown)))
     }
 
     async fn read(&self, file: &RemoteFile, range: Range<u64>) -> Result<ByteStream, SourceError> {

@@ -60,13 +60,13 @@ def test_what_is_signed_by_a_trusted_key_is_served(repository, serve, ada):
     assert ada.accepts(folder)
     server = serve(repository.path, config=policy("enforce", keys=keys(ada)))
     assert answers(server) == 2
-    shown = details(server, "1")["signature"]
+    shown = details(server, "1")["signed"]
     assert (shown["state"], shown["policy"], shown["method"]) == ("verified", "enforce", "key")
     assert shown["key"] in (folder / "model.sig").read_text()
     assert shown["reason"] is None
     assert shown["identity"] is None
     listed = run("models", "show", "plus", "--ops", server.ops, home=server.home).stdout
-    assert f"signature    verified by key {shown['key']}\n" in listed
+    assert f"signed       verified by key {shown['key']}\n" in listed
     assert checks(server, "1", "verified") == 1
     assert server.stop() == 0
 
@@ -129,9 +129,9 @@ def test_what_was_changed_is_refused_and_what_runs_stays(repository, serve, ada)
         failed = has_failed(server, version)
         begin = f"model 'plus' version '{version}' is refused: model.sig: "
         assert failed["reason"].startswith(begin + reason), failed["reason"]
-        assert failed["signature"]["state"] == "refused"
-        assert failed["signature"]["method"] is None
-        assert begin + failed["signature"]["reason"] == failed["reason"]
+        assert failed["signed"]["state"] == "refused"
+        assert failed["signed"]["method"] is None
+        assert begin + failed["signed"]["reason"] == failed["reason"]
         assert answers(server) == 2
         assert checks(server, version, "refused") == 1
     # Signed anew, it is what was signed.
@@ -166,7 +166,7 @@ def test_without_a_signature_it_depends_on_the_policy(repository, serve, ada):
     warned = serve(repository.path, "warned", config=policy("warn", keys=keys(ada)))
     assert answers(warned) == 2
     reason = "there is none; expected the file model.sig in the version's folder"
-    shown = details(warned, "1")["signature"]
+    shown = details(warned, "1")["signed"]
     assert (shown["state"], shown["policy"], shown["reason"]) == ("unsigned", "warn", reason)
     assert f"model.sig: {reason}" in warned.log()
     (version,) = json.loads(call(warned.ops, "GET", "/admin/v1/models/plus").body)["versions"]
@@ -175,7 +175,7 @@ def test_without_a_signature_it_depends_on_the_policy(repository, serve, ada):
 
     enforced = serve(repository.path, "enforced", config=policy("enforce", keys=keys(ada)))
     assert reason in has_failed(enforced, "1")["reason"]
-    assert details(enforced, "1")["signature"]["state"] == "unsigned"
+    assert details(enforced, "1")["signed"]["state"] == "unsigned"
     assert answers(enforced) is None
 
     # Nobody is trusted for it.
@@ -185,7 +185,7 @@ def test_without_a_signature_it_depends_on_the_policy(repository, serve, ada):
 
     off = serve(repository.path, "off", config=policy("off", keys=keys(ada)))
     assert answers(off) == 2
-    assert details(off, "1")["signature"] is None
+    assert details(off, "1")["signed"] is None
     assert "tidegate_signature_checks_total{" not in call(off.ops, "GET", "/metrics").body.decode()
 
 
@@ -193,7 +193,7 @@ def test_what_is_refused_is_served_with_a_warning_where_that_is_the_policy(repos
     signed(repository, ada, "1", 1, then=change_weights)
     server = serve(repository.path, config=policy("warn", keys=keys(ada)))
     assert answers(server) == 667
-    shown = details(server, "1")["signature"]
+    shown = details(server, "1")["signed"]
     assert shown["state"] == "refused"
     assert "file 'model.onnx' is not what was signed" in shown["reason"]
 
@@ -206,7 +206,7 @@ def test_weights_beside_the_graph_are_covered(repository, serve, ada):
 
     folder = repository.put("heavy", "1", "", write)
     server = serve(repository.path, config=policy("enforce", keys=keys(ada)))
-    assert details(server, "1", "heavy")["signature"]["state"] == "verified"
+    assert details(server, "1", "heavy")["signed"]["state"] == "verified"
     changed = bytearray(EXTERNAL_WEIGHTS.tobytes())
     changed[0] ^= 1
     (folder / "weights.bin").write_bytes(changed)
@@ -218,7 +218,7 @@ def test_weights_beside_the_graph_are_covered(repository, serve, ada):
     eventually(is_refused, SOON)
     # What runs are the files that were verified.
     assert details(server, "1", "heavy")["state"] == "ready"
-    assert details(server, "1", "heavy")["signature"]["state"] == "verified"
+    assert details(server, "1", "heavy")["signed"]["state"] == "verified"
 
 
 def test_a_chain_of_certificates_is_verified_up_to_a_trusted_root(repository, serve, tmp_path, ada):
@@ -228,7 +228,7 @@ def test_a_chain_of_certificates_is_verified_up_to_a_trusted_root(repository, se
     trusted = {"certificates": [str(certified.root)]}
     server = serve(repository.path, config=policy("enforce", identity="ada@example.org", **trusted))
     assert answers(server) == 2
-    shown = details(server, "1")["signature"]
+    shown = details(server, "1")["signed"]
     assert (shown["method"], shown["identity"]) == ("certificate", "ada@example.org, ada")
     changed = signed(repository, certified, "2", 10, then=change_weights)
     assert not certified.accepts(changed)
@@ -285,7 +285,7 @@ def test_mirrored_versions_are_verified_too(bucket, serve, ada, tmp_path):  # no
     put("1", 1)
     server = serve("s3://models", config=CONFIG + policy("enforce", keys=keys(ada)))
     assert answers(server) == 2
-    assert details(server, "1")["signature"]["state"] == "verified"
+    assert details(server, "1")["signed"]["state"] == "verified"
     assert not ada.accepts(put("2", 10, change_weights))
     failed = has_failed(server, "2")
     assert "file 'model.onnx' is not what was signed" in failed["reason"]
@@ -319,7 +319,7 @@ def test_a_repository_of_a_hub_is_verified_unless_its_files_are_moved(
         config = CONFIG + policy("enforce", keys=keys(ada))
         server = serve("hf://org/plus", config=config)
         assert answers(server) == 2
-        assert only(server)["signature"]["state"] == "verified"
+        assert only(server)["signed"]["state"] == "verified"
 
         moved = {"onnx/model.onnx": graph(1)} | LEFT_OUT
         hub.commit("org/moved", packed(ada, tmp_path / "moved", moved))
@@ -338,6 +338,6 @@ def test_a_packed_model_is_verified(serve, ada, tmp_path):
         config = CONFIG + policy("enforce", keys=keys(ada))
         server = serve(f"oci://{registry.host}/signed/plus:v1", config=config)
         assert answers(server) == 2
-        assert only(server)["signature"]["state"] == "verified"
+        assert only(server)["signed"]["state"] == "verified"
     finally:
         registry.close()

@@ -14,7 +14,7 @@ use crate::{
         Phase,
         judge::{Finding, Judgement, Verdict},
     },
-    source::Lineage,
+    source::{Lineage, ModelSignature, card::Card},
 };
 
 /// A model: its versions, and who gets which of them.
@@ -77,13 +77,20 @@ pub struct VersionDetails {
     pub source: Option<String>,
     /// The revision that the version had there.
     pub revision: Option<String>,
-    /// What the registry knew of it when it was fetched.
+    /// What its place knew of it when it was fetched, and its names there as of the last look.
     pub lineage: Option<Lineage>,
-    /// How its signature was found when it was loaded, or was to be; null when nobody looked.
-    pub signature: Option<SignatureStatus>,
+    /// The inputs and outputs that MLflow has told clients of, in its own words; null when it has not saved the model.
+    pub signature: Option<ModelSignature>,
+    /// What its files, or else the run that made it, say of the model.
+    pub card: Option<Card>,
+    /// What of card and signature could not be read, and why.
+    #[serde(default)]
+    pub card_notes: Vec<String>,
+    /// How it was found to be signed when it was loaded, or was to be; null when nobody looked.
+    pub signed: Option<SignatureStatus>,
 }
 
-/// What a version's signature is worth.
+/// What the signature over a version's files is worth.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct SignatureStatus {
     /// `verified`, `unsigned`, or `refused`: not by somebody who is trusted, or not over these files.

@@ -49,7 +49,7 @@ pub(super) async fn show(State(app): State<Arc<App>>, named: Named) -> Result<Js
 
 fn details(model: String, entry: &Entry, found: Option<Provenance>) -> VersionDetails {
     let digest = found.as_ref().map(|found| found.digest.clone());
-    let Provenance { files, origin, lineage, .. } = found.unwrap_or_default();
+    let Provenance { files, origin, lineage, card, signature, .. } = found.unwrap_or_default();
     let (source, revision) = origin.unzip();
     let file = |(path, stored): (String, crate::source::cache::mirror::Stored)| FileStatus {
         path,
@@ -66,11 +66,14 @@ fn details(model: String, entry: &Entry, found: Option<Provenance>) -> VersionDe
         source,
         revision,
         lineage,
-        signature: entry.signature.as_deref().map(signature),
+        signature,
+        card: card.card,
+        card_notes: card.notes,
+        signed: entry.signature.as_deref().map(signed),
     }
 }
 
-fn signature(found: &Outcome) -> SignatureStatus {
+fn signed(found: &Outcome) -> SignatureStatus {
     let signer = found.signer.as_ref();
     SignatureStatus {
         state: found.state.as_str().to_owned(),

@@ -266,12 +266,15 @@ fn both_languages_say_the_same() {
 #[test]
 fn what_the_other_language_lacks_is_named() {
     let spec = ModelSpec::from_toml(
-        "profile = \"throughput\"\nwarmup = [\"a.json\"]\nmax_batch_size = 4\n[golden]\nmin_accuracy = 1\n\
+        "profile = \"throughput\"\nwarmup = [\"a.json\"]\nmax_batch_size = 4\ncheck_signature = false\n[golden]\nmin_accuracy = 1\n\
          [options]\noptimized_model = \"/x\"",
     )
     .unwrap();
     let (_, left_out) = to_text(&spec).unwrap();
-    assert_eq!(left_out, ["profile", "max_batch_size", "warmup", "golden", "options.optimized_model"]);
+    assert_eq!(
+        left_out,
+        ["profile", "max_batch_size", "warmup", "check_signature", "golden", "options.optimized_model"]
+    );
 }
 
 #[test]

@@ -44,6 +44,7 @@ pub(super) fn fields(spec: &ModelSpec) -> (Value, Vec<&'static str>) {
         ("max_batch_size", spec.max_batch_size.is_some() && !batched),
         ("labels", spec.labels.keys().any(|name| !spec.outputs.iter().any(|output| output.name == *name))),
         ("warmup", !spec.warmup.is_empty()),
+        ("check_signature", spec.check_signature.is_some()),
         ("golden", spec.golden != golden::Settings::default()),
         ("options.share_prepacked_weights", spec.options.share_prepacked_weights.is_some()),
         ("options.optimized_model", spec.options.optimized_model.is_some()),

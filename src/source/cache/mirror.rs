@@ -21,7 +21,7 @@ use super::{Blob, Cache, time_of, vet, write_atomically};
 use crate::{
     id::{ModelName, Version},
     source::{
-        Digest, Lineage, SourceError, SourceUri, digest,
+        Digest, Lineage, Names, SourceError, SourceUri, digest,
         endpoint::AT,
         pointer::{POINTER_FILE, Pointer},
     },
@@ -47,7 +47,7 @@ pub struct Manifest {
     pub digest: String,
     /// By path below the version's folder.
     pub files: BTreeMap<String, Stored>,
-    /// What its place knew of it when it was fetched.
+    /// What its place knew of it when it was fetched, and what it is called there now.
     #[serde(default)]
     pub lineage: Option<Lineage>,
 }
@@ -200,6 +200,27 @@ impl Mirror {
         }
         self.write(&self.manifest_path(model, version), &manifest)?;
         Ok(manifest)
+    }
+
+    /// Writes down what the versions of a model are called now. How many are called something else.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub fn rename(&self, model: &ModelName, names: &Names) -> Result<usize, SourceError> {
+        let folder = self.models().join(model.as_str());
+        if !folder.is_dir() {
+            return Ok(0);
+        }
+        let mut renamed = 0;
+        for (name, _) in folders(&folder)? {
+            let Ok(version) = Version::parse(&name) else { continue };
+            let Some(mut manifest) = self.manifest(model, &version) else { continue };
+            if manifest.lineage.as_mut().is_some_and(|lineage| names.renew(&name, lineage)) {
+                self.write(&self.manifest_path(model, &version), &manifest)?;
+                renamed += 1;
+            }
+        }
+        Ok(renamed)
     }
 
     /// Puts the files beside a model's versions there, each by a rename, and takes those away that were there before.

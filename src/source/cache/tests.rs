@@ -35,6 +35,8 @@ pub struct Shelf {
     /// Bytes that went out.
     pub read: AtomicU64,
     pub reads: AtomicUsize,
+    /// What versions are called, which have a lineage then.
+    pub names: Mutex<Option<crate::source::Names>>,
 }
 
 impl Shelf {
@@ -54,6 +56,7 @@ impl Shelf {
             whole: false.into(),
             read: AtomicU64::new(0),
             reads: AtomicUsize::new(0),
+            names: Mutex::default(),
         })
     }
 
@@ -124,6 +127,14 @@ impl Source for Shelf {
 
     async fn artifact(&self, model: &ModelName, version: &RemoteVersion) -> Result<Vec<RemoteFile>, SourceError> {
         Ok(self.artifacts.lock()[&(model.to_string(), version.version.to_string())].clone())
+    }
+
+    async fn lineage(&self, _: &ModelName, _: &RemoteVersion) -> Result<Option<crate::source::Lineage>, SourceError> {
+        Ok(self.names.lock().as_ref().map(|_| crate::source::Lineage::default()))
+    }
+
+    async fn names(&self, _: &ModelName, _: &RemoteModel) -> Result<Option<crate::source::Names>, SourceError> {
+        Ok(self.names.lock().clone())
     }
 
     async fn read(&self, file: &RemoteFile, range: Range<u64>) -> Result<ByteStream, SourceError> {

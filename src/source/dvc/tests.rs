@@ -144,3 +144,24 @@ fn a_uri_names_a_pointer_in_a_checkout() {
         assert!(open(wrong).is_err(), "{wrong}");
     }
 }
+
+#[tokio::test]
+async fn the_checkout_says_its_commit_and_the_pointer_what_it_points_at() {
+    let checkout = Checkout::new(CONFIG);
+    let commit = "0123456789abcdef0123456789abcdef01234567";
+    checkout.write(".git/HEAD", b"ref: refs/heads/main\n");
+    checkout.write(".git/refs/heads/main", commit.as_bytes());
+    checkout.write(
+        "iris.onnx.dvc",
+        format!("outs:\n- md5: {}\n  path: iris.onnx\n  desc: Species\n", md5(b"g")).as_bytes(),
+    );
+    let source = checkout.open("iris.onnx.dvc");
+    let look = source.look().await.unwrap();
+    let (name, model) = look.models.first_key_value().unwrap();
+    let found = source.lineage(name, &model.versions[0]).await.unwrap().unwrap();
+    assert_eq!((found.git_commit.as_deref(), found.description.as_deref()), (Some(commit), Some("Species")));
+    let names = source.names(name, model).await.unwrap().unwrap();
+    assert_eq!(names.aliases["main"], model.versions[0].version.as_str());
+    checkout.write(".git/HEAD", commit.as_bytes());
+    assert_eq!(source.names(name, model).await, Ok(None));
+}

@@ -540,3 +540,33 @@ async fn many_versions_take_no_longer_than_as_many_times_one() {
     assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
     assert_eq!(follower.failed.len(), 20_000);
 }
+
+#[tokio::test(start_paused = true)]
+async fn names_move_while_files_stay() {
+    let mut fixture = Fixture::new(1 << 20);
+    let shelf = fixture.shelf.clone();
+    let point = |version: &str| {
+        let aliases = [("live".to_owned(), version.to_owned())].into();
+        *shelf.names.lock() = Some(crate::source::Names { aliases, ..Default::default() });
+    };
+    let aliases = |fixture: &Fixture, version: &str| {
+        let found = crate::source::lineage::Provenance::of(&fixture.models.join("m").join(version)).unwrap();
+        found.lineage.unwrap().aliases
+    };
+    shelf.version("m", "1", vec![shelf.put("model.onnx", b"one")]);
+    point("1");
+    fixture.round().await;
+    assert_eq!(aliases(&fixture, "1"), ["live"]);
+    shelf.version("m", "2", vec![shelf.put("model.onnx", b"two")]);
+    fixture.round().await;
+    assert_eq!((aliases(&fixture, "1"), aliases(&fixture, "2")), (vec!["live".to_owned()], vec![]));
+    let reads = shelf.reads.load(Ordering::Relaxed);
+    point("2");
+    fixture.round().await;
+    assert_eq!((aliases(&fixture, "1"), aliases(&fixture, "2")), (vec![], vec!["live".to_owned()]));
+    assert_eq!(shelf.reads.load(Ordering::Relaxed), reads);
+    // A place that says nothing of names takes none away.
+    *shelf.names.lock() = None;
+    fixture.round().await;
+    assert_eq!(aliases(&fixture, "2"), ["live"]);
+}

@@ -488,3 +488,24 @@ fn the_next_page_is_found_among_links() {
     assert_eq!(next_page("<a>; rel=\"prev\""), None);
     assert_eq!(next_page("nonsense"), None);
 }
+
+#[tokio::test]
+async fn what_the_hub_says_of_a_commit_is_its_lineage() {
+    let about = format!(r#"{{"sha": "{COMMIT}", "author": "acme", "tags": ["license:mit"]}}"#);
+    let place = Place::new(move |_| answer(200, &[], about.clone())).await;
+    let iris = iris(&place);
+    let found = iris.lineage(&iris.model, &at(COMMIT)).await.unwrap().unwrap();
+    assert_eq!(place.paths(), [format!("/api/models/acme/iris/revision/{COMMIT}")]);
+    assert_eq!((found.aliases, found.author.as_deref()), (vec!["main".to_owned()], Some("acme")));
+    assert_eq!((found.tags["license"].as_str(), found.git_commit.as_deref()), ("mit", Some(COMMIT)));
+    let shown = &iris.look().await.unwrap().models["iris"];
+    let names = iris.names(&iris.model, shown).await.unwrap().unwrap();
+    assert_eq!(names.aliases, [("main".to_owned(), COMMIT.to_owned())].into());
+    let pinned = hub(&format!("hf://acme/iris@{COMMIT}"), &[("HF_ENDPOINT", &place.address)]);
+    assert_eq!(pinned.names(&iris.model, shown).await, Ok(None));
+    assert!(pinned.lineage(&iris.model, &at(COMMIT)).await.unwrap().unwrap().aliases.is_empty());
+    place.asked();
+    let offline = hub("hf://acme/iris", &[("HF_ENDPOINT", &place.address), ("HF_HUB_OFFLINE", "1")]);
+    let found = offline.lineage(&iris.model, &at(COMMIT)).await.unwrap().unwrap();
+    assert_eq!((found.version.as_deref(), place.asked()), (Some(COMMIT), vec![]));
+}

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::source::lineage::{Dataset, Lineage};
+use crate::source::lineage::{Dataset, Lineage, Names};
 
 /// The tags of a run that say where its code is from, and who ran it.
 const COMMIT: &str = "mlflow.source.git.commit";
@@ -22,6 +22,39 @@ pub struct Registered {
     current_stage: String,
     pub run_id: String,
     aliases: Vec<String>,
+    tags: Vec<Pair>,
+}
+
+/// A registered model, as far as its versions' names go.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+pub struct Called {
+    aliases: Vec<Alias>,
+    /// The newest of each stage.
+    latest_versions: Vec<Latest>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Alias {
+    alias: String,
+    version: String,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Latest {
+    version: String,
+    #[serde(flatten)]
+    named: Named,
+}
+
+/// What a version is called.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct Named {
+    aliases: Vec<String>,
+    current_stage: String,
     tags: Vec<Pair>,
 }
 
@@ -61,7 +94,7 @@ struct Used {
     digest: String,
 }
 
-#[derive(Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 struct Pair {
     key: String,
@@ -89,7 +122,7 @@ pub fn lineage(version: Registered, run: Option<Run>) -> Lineage {
     Lineage {
         version: some(version.version),
         aliases: version.aliases,
-        stage: some(version.current_stage).filter(|stage| stage != "None"),
+        stage: stage(version.current_stage),
         description: some(version.description),
         tags: pairs(version.tags),
         run_id: some(version.run_id),
@@ -99,6 +132,23 @@ pub fn lineage(version: Registered, run: Option<Run>) -> Lineage {
         git_commit: of_run.remove(COMMIT),
         author: of_run.remove(USER),
     }
+}
+
+/// What the versions of a model are called, of which the registry has just pointed at one.
+pub fn names(model: Called, pointed: Option<(String, Named)>) -> Names {
+    let latest = model.latest_versions.into_iter().map(|latest| (latest.version, latest.named));
+    let mut names =
+        Names { aliases: model.aliases.into_iter().map(|one| (one.alias, one.version)).collect(), ..Names::default() };
+    for (version, named) in latest.chain(pointed) {
+        names.stages.insert(version.clone(), stage(named.current_stage));
+        names.tags.insert(version, pairs(named.tags));
+    }
+    names
+}
+
+/// MLflow has a stage for what is in none.
+fn stage(name: String) -> Option<String> {
+    Some(name).filter(|name| !matches!(name.as_str(), "" | "None"))
 }
 
 fn pairs(pairs: Vec<Pair>) -> BTreeMap<String, String> {

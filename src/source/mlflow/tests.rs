@@ -581,3 +581,41 @@ async fn another_host_that_holds_the_artifacts_gets_no_login() {
     assert!(other.calls.lock().iter().all(|call| call.header("authorization").is_none()));
     assert_eq!(other.calls.lock().len(), 2);
 }
+
+#[tokio::test]
+async fn names_are_asked_for_when_they_may_have_moved() {
+    let now = Arc::new(Mutex::new((version("2"), json!({"name": "iris"}))));
+    let answered = now.clone();
+    let server = Server::new(move |call| {
+        let (version, model) = &*answered.lock();
+        match call.target.starts_with("mlflow/registered-models/get?") {
+            true => of_json(&json!({"registered_model": model})),
+            false => of_json(&json!({"model_version": version})),
+        }
+    })
+    .await;
+    let registry = server.open("iris@champion");
+    let names = async || {
+        let look = registry.look().await.unwrap();
+        let (name, model) = look.models.first_key_value().unwrap();
+        registry.names(name, model).await.unwrap()
+    };
+    now.lock().1["aliases"] = json!([{"alias": "champion", "version": "2"}, {"alias": "old", "version": "1"}]);
+    let first = names().await.unwrap();
+    let mut known = Lineage { aliases: vec!["champion".into()], stage: Some("Staging".into()), ..Lineage::default() };
+    assert!(first.renew("1", &mut known));
+    assert_eq!((known.aliases.as_slice(), known.stage.as_deref()), (&["old".to_owned()][..], Some("Staging")));
+    assert!(!first.renew("1", &mut known));
+    assert_eq!(names().await, None);
+    now.lock().0["current_stage"] = json!("Production");
+    now.lock().0["tags"] = json!([{"key": "state", "value": "passed"}]);
+    now.lock().1["latest_versions"] = json!([{"version": "1", "current_stage": "None"}]);
+    let second = names().await.unwrap();
+    assert!(second.renew("1", &mut known) && known.stage.is_none());
+    let mut known = Lineage::default();
+    assert!(second.renew("2", &mut known));
+    assert_eq!((known.stage.as_deref(), known.tags["state"].as_str()), (Some("Production"), "passed"));
+    assert_eq!(names().await, None);
+    let asked = server.targets().into_iter().filter(|target| target.contains("registered-models/get?")).count();
+    assert_eq!(asked, 2);
+}

@@ -31,7 +31,12 @@ pub struct Manifest {
     config: Option<Descriptor>,
     layers: Option<Vec<Descriptor>>,
     manifests: Option<Vec<Descriptor>>,
+    #[serde(default)]
+    annotations: Annotations,
 }
+
+/// What somebody says of a content; null when nobody says anything.
+type Annotations = Option<BTreeMap<String, String>>;
 
 /// Where a content is, and what it is.
 #[derive(Clone, Debug, Deserialize)]
@@ -43,7 +48,7 @@ pub struct Descriptor {
     /// In bytes.
     pub size: u64,
     artifact_type: Option<String>,
-    annotations: Option<BTreeMap<String, String>>,
+    annotations: Annotations,
     platform: Option<Platform>,
 }
 
@@ -105,6 +110,24 @@ impl Manifest {
             let found = platforms.take(8).collect::<Vec<_>>().join(", ");
             format!("expected a model or an image for linux/{ARCHITECTURE} in its index, found: {found}")
         })
+    }
+
+    /// With what is said of it in the index that it was chosen from, and of the index itself.
+    pub fn chosen_from(self, index: &Self, chosen: &Descriptor) -> Self {
+        let nearest_last = [&index.annotations, &chosen.annotations, &self.annotations];
+        let annotations = nearest_last.into_iter().flatten().flat_map(Clone::clone).collect();
+        Self { annotations: Some(annotations), ..self }
+    }
+
+    /// What is said of it.
+    pub fn annotations(&self) -> &BTreeMap<String, String> {
+        static NONE: BTreeMap<String, String> = BTreeMap::new();
+        self.annotations.as_ref().unwrap_or(&NONE)
+    }
+
+    /// Where its settings are.
+    pub fn config(&self) -> Option<&Descriptor> {
+        self.config.as_ref()
     }
 
     /// What its layers are.

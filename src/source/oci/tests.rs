@@ -505,3 +505,42 @@ fn encryption_is_for_what_leaves_this_machine() {
         assert!(!is_this_machine(away), "{away}");
     }
 }
+
+#[tokio::test]
+async fn annotations_and_settings_are_the_lineage() {
+    let mut shelf = Shelf::default();
+    let graph =
+        shelf.blob("application/vnd.cncf.model.weight.v1.raw", b"g", json!({"org.cncf.model.filepath": "a.onnx"}));
+    let card =
+        shelf.blob("application/vnd.cncf.model.doc.v1.raw", b"# a", json!({"org.cncf.model.filepath": "README.md"}));
+    let settings = json!({"descriptor": {"family": "forest", "version": "3"}}).to_string();
+    let config = shelf.blob("application/vnd.cncf.model.config.v1+json", settings.as_bytes(), Value::Null);
+    let annotations = json!({"org.opencontainers.image.revision": "c0ffee"});
+    let digest = shelf.tag("model", &json!({"config": config, "layers": [graph, card], "annotations": annotations}));
+    let chosen = json!({
+        "mediaType": "m", "digest": digest, "size": 1, "annotations": {"com.acme.team": "flowers"},
+        "artifactType": "application/vnd.cncf.model.manifest.v1+json",
+    });
+    let annotations = json!({"org.opencontainers.image.revision": "other", "org.opencontainers.image.authors": "ada"});
+    shelf.tag("v1", &json!({"manifests": [chosen], "annotations": annotations}));
+    let (address, shelves) = registry(shelf).await;
+    let opened = Opened::at(address);
+    let look = opened.source.look().await.unwrap();
+    let (name, model) = look.models.first_key_value().unwrap();
+    let lineage = async || opened.source.lineage(name, &model.versions[0]).await.unwrap().unwrap();
+    let found = lineage().await;
+    assert_eq!((found.version.as_deref(), found.git_commit.as_deref()), (Some("3"), Some("c0ffee")));
+    assert_eq!((found.author.as_deref(), found.aliases), (Some("ada"), vec!["v1".to_owned()]));
+    assert_eq!((found.tags["family"].as_str(), found.tags["com.acme.team"].as_str()), ("forest", "flowers"));
+    let names = opened.source.names(name, model).await.unwrap().unwrap();
+    assert_eq!(names.aliases["v1"], model.versions[0].version.as_str());
+    let paths: Vec<String> = opened.files().await.unwrap().into_iter().map(|file| file.path).collect();
+    assert_eq!(paths, ["model.onnx", "README.md"]);
+
+    // Settings that are others say nothing.
+    let digest = Digest::of(settings.as_bytes()).to_string();
+    shelves.lock().blobs.insert(digest.clone(), settings.replace('3', "4").into_bytes());
+    assert_eq!(lineage().await.version, None);
+    shelves.lock().blobs.remove(&digest);
+    assert_eq!(lineage().await.git_commit.as_deref(), Some("c0ffee"));
+}
