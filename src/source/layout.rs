@@ -192,6 +192,8 @@ mod tests {
     fn a_single_model_has_versions_or_a_graph_at_the_root() {
         assert_eq!(sorted(&["1/model.onnx", "model.toml"]), ["single: model.toml | 1: model.onnx"]);
         assert_eq!(sorted(&["model.onnx", "weights.data"]), ["single:  | 1: model.onnx weights.data"]);
+        let told = ["m/1/README.md", "m/1/a.cdx.json", "m/1/model.onnx"];
+        assert_eq!(sorted(&told), ["m:  | 1: README.md a.cdx.json model.onnx"]);
         assert!(sorted(&[]).is_empty());
     }
 

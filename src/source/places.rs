@@ -14,7 +14,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    ByteStream, Lineage, Look, Progress, RemoteFile, RemoteVersion, Source, SourceError, SourceUri,
+    ByteStream, Lineage, Look, Names, Progress, RemoteFile, RemoteModel, RemoteVersion, Source, SourceError, SourceUri,
     cache::{
         Cache,
         mirror::{self, Mirror},
@@ -280,6 +280,11 @@ impl Source for Named {
     async fn lineage(&self, _: &ModelName, version: &RemoteVersion) -> Result<Option<Lineage>, SourceError> {
         let there = self.there.lock().clone();
         self.source.lineage(&there, version).await
+    }
+
+    async fn names(&self, _: &ModelName, shown: &RemoteModel) -> Result<Option<Names>, SourceError> {
+        let there = self.there.lock().clone();
+        self.source.names(&there, shown).await
     }
 
     async fn read(&self, file: &RemoteFile, range: std::ops::Range<u64>) -> Result<ByteStream, SourceError> {
