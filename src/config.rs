@@ -18,7 +18,7 @@ use crate::{
     engine::shadow::ShadowConfig,
     logging::LogConfig,
     model::QueueConfig,
-    source::{SourceUri, cache::CacheConfig, follow::FollowConfig, signed::SignatureConfig},
+    source::{SourceUri, WriteBack, cache::CacheConfig, follow::FollowConfig, signed::SignatureConfig},
 };
 
 /// The file that is read when none is named.
@@ -52,6 +52,9 @@ pub struct Config {
     pub follow: FollowConfig,
     /// Whose models are served.
     pub signatures: SignatureConfig,
+    /// What MLflow's registry is told of the versions, when `models` is a model there. One that names its own `source`
+    /// has this table in its model.toml.
+    pub write_back: WriteBack,
     /// How the repository is followed: "watch", "explicit" or "none".
     pub model_control: ModelControl,
     /// Models to load with explicit control; "*" is all.
@@ -118,6 +121,7 @@ impl Default for Config {
             cache: CacheConfig::default(),
             follow: FollowConfig::default(),
             signatures: SignatureConfig::default(),
+            write_back: WriteBack::default(),
             model_control: ModelControl::default(),
             load_model: Vec::new(),
             allow_model_upload: false,
@@ -232,7 +236,8 @@ impl Config {
         if self.cache.max_bytes == 0 {
             bail!("cache.max_bytes must be at least 1");
         }
-        self.source().context("models")?;
+        let source = self.source().context("models")?;
+        self.write_back.validate("models", source.as_ref()).map_err(anyhow::Error::msg)?;
         Clients::new(self.queue.client_header.as_deref())?;
         if self.model_control != ModelControl::Explicit && !self.load_model.is_empty() {
             bail!("load_model needs model_control = \"explicit\"");

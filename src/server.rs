@@ -55,6 +55,7 @@ use crate::{
 };
 
 mod mirroring;
+mod reporting;
 
 use mirroring::{Mirroring, Mirrors, Sourced};
 

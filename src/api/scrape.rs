@@ -16,7 +16,7 @@ use crate::{
     },
     observe::copies::{Comparison, Missing, OutputComparison},
     rollout::{self, Phase, Rollout, judge::Finding},
-    source::follow::Status,
+    source::{follow::Status, write_back::reporter::Outcome},
 };
 
 /// Everything there is to show of the catalog and of the places now.
@@ -50,7 +50,16 @@ fn show_place(uri: &str, followed: &[&Status], page: &mut Page) {
         answered: followed.iter().filter_map(|status| status.answered).min(),
         problems: followed.iter().map(|status| status.problems.len()).sum(),
         fetching: fetching.map(|one| one.total.saturating_sub(one.fetched)).sum(),
+        write_backs: write_backs(followed),
     });
+}
+
+/// Tries to write back to a place, by outcome; all of them where there was one.
+fn write_backs(followed: &[&Status]) -> Vec<(&'static str, u64)> {
+    let written: Vec<_> = followed.iter().filter_map(|status| status.write_back.as_ref()).collect();
+    let tries = |outcome| written.iter().filter_map(|one| one.tries.get(&outcome)).sum();
+    let outcomes = Outcome::ALL.into_iter().filter(|_| !written.is_empty());
+    outcomes.map(|outcome| (outcome.as_str(), tries(outcome))).collect()
 }
 
 fn show_rollout(model: &str, rollout: &Rollout, page: &mut Page) {

@@ -145,6 +145,14 @@ fn source(source: &SourceStatus) -> anyhow::Result<()> {
         let what = named(&one.model, &one.version);
         say(format_args!("  {what} is not mirrored since {}: {}", one.since, one.error))?;
     }
+    if let Some(written) = &source.write_back {
+        if let (Some(error), Some(since)) = (&written.error, &written.since) {
+            say(format_args!("  not written back since {since}: {error}"))?;
+        }
+        if let Some(alias) = &written.alias {
+            say(format_args!("  {alias}"))?;
+        }
+    }
     Ok(())
 }
 

@@ -15,7 +15,7 @@ use crate::{
     id::{Alias, ModelName, Version},
     model::{catalog::VersionPolicy, golden, schedule::Schedule, warmup::described::DescribedRequest},
     rollout,
-    source::{SourceUri, local},
+    source::{SourceUri, WriteBack, local},
 };
 
 /// The alias that is followed where no other one is named.
@@ -95,6 +95,8 @@ pub struct ModelSpec {
     pub predictions: Option<bool>,
     /// What becomes of new versions, and how they take over.
     pub rollout: rollout::plan::Settings,
+    /// What MLflow's registry is told of the versions, of a model whose `source` is there.
+    pub write_back: WriteBack,
     /// What operators should know of the file, such as fields that have no effect here.
     #[serde(skip)]
     pub notes: Vec<String>,
@@ -238,6 +240,7 @@ impl ModelSpec {
         self.golden.validate()?;
         self.queue.validate(self.max_batch_size)?;
         self.rollout.plan().map_err(|error| error.message)?;
+        self.write_back.validate("source", self.source.as_ref())?;
         match &self.versions {
             VersionPolicy::Latest(0) => Err("versions.latest must be at least 1".to_owned()),
             VersionPolicy::Specific(list) => list
@@ -374,6 +377,12 @@ mod tests {
             ("[queue]\npriority_levels = 2", "queue.default_priority"),
             ("[queue.priority.1]\nmax = 3", "max"),
             ("[golden]\nfile = \"1/golden.json\"", "golden.file '1/golden.json'"),
+            ("[write_back]\ntags = true", "expected source to be mlflow://host:5000/name@alias"),
+            (
+                "source = \"models:/m@a\"\n[write_back]\npromoted_alias = \"v3\"",
+                "write_back.promoted_alias 'v3': expected",
+            ),
+            ("[write_back]\nalias = \"champion\"", "promoted_alias"),
             ("[golden]\nmin_accuracy = 90", "golden.min_accuracy"),
             ("[golden]\nlatency = \"1s\"", "latency"),
         ] {

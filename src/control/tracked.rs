@@ -18,7 +18,7 @@ use crate::{
     },
     rollout::{self, Moment, plan::OnNewVersion},
     source::{
-        SourceUri,
+        SourceUri, WriteBack,
         local::{Fingerprint, FoundModel, FoundVersion, MODEL_FILE, TRITON_FILE},
         pointer::Pointer,
         signed::Outcome,
@@ -35,6 +35,8 @@ pub(super) struct Tracked {
     pub(super) versions: Vec<TrackedVersion>,
     pub(super) problem: Option<String>,
     pub(super) policy: VersionPolicy,
+    /// What the registry is told that it comes from.
+    pub(super) write_back: WriteBack,
     /// What becomes of new versions.
     pub(super) settings: rollout::plan::Settings,
     /// What the repository held when it was looked at last.
@@ -272,6 +274,7 @@ impl Tracked {
                 .iter()
                 .filter_map(|(alias, pointer)| Some((alias.clone(), pointer.version()?.clone())))
                 .collect(),
+            write_back: self.write_back.clone(),
         }
     }
 

@@ -24,6 +24,7 @@ pub(super) const SOURCE_UP: &str = "tidegate_source_up";
 pub(super) const SOURCE_ANSWERED: &str = "tidegate_source_last_answer_timestamp_seconds";
 pub(super) const SOURCE_PROBLEMS: &str = "tidegate_source_problems";
 pub(super) const SOURCE_FETCHING: &str = "tidegate_source_fetching_bytes";
+pub(super) const SOURCE_WRITE_BACKS: &str = "tidegate_source_write_backs_total";
 pub(super) const PREDICTIONS: &str = "tidegate_predictions_total";
 pub(super) const PREDICTION_SCORE: &str = "tidegate_prediction_score";
 pub(super) const PREDICTION_VALUE: &str = "tidegate_prediction_value";
@@ -127,7 +128,7 @@ impl Kind {
 }
 
 /// Every family of our own, in the order README lists them.
-pub const FAMILIES: [Family; 40] = [
+pub const FAMILIES: [Family; 41] = [
     Family {
         name: REQUESTS,
         of: Of::Version,
@@ -251,6 +252,14 @@ pub const FAMILIES: [Family; 40] = [
         kind: Kind::Gauge,
         labels: "source",
         help: "Bytes still to come of the versions that are being fetched",
+    },
+    Family {
+        name: SOURCE_WRITE_BACKS,
+        of: Of::Server,
+        kind: Kind::Counter,
+        labels: "source, outcome",
+        help: "Tries to write tags, metrics or an alias back to that place: written, unchanged (it was so already, or \
+               somebody else has moved the alias), denied or failed; only with write_back",
     },
     Family {
         name: PREDICTIONS,

@@ -3,7 +3,7 @@
 use std::time::SystemTime;
 
 use super::{
-    families::{SOURCE_ANSWERED, SOURCE_FETCHING, SOURCE_PROBLEMS, SOURCE_UP},
+    families::{SOURCE_ANSWERED, SOURCE_FETCHING, SOURCE_PROBLEMS, SOURCE_UP, SOURCE_WRITE_BACKS},
     page::Page,
 };
 
@@ -18,6 +18,8 @@ pub struct SourceStanding<'a> {
     pub problems: usize,
     /// Bytes still to come of what is being fetched.
     pub fetching: u64,
+    /// Tries to write back, by outcome; empty where nothing is.
+    pub write_backs: Vec<(&'a str, u64)>,
 }
 
 impl Page {
@@ -31,5 +33,8 @@ impl Page {
         }
         self.sample(SOURCE_PROBLEMS, &series, of.problems);
         self.sample(SOURCE_FETCHING, &series, of.fetching);
+        for (outcome, count) in &of.write_backs {
+            self.sample(SOURCE_WRITE_BACKS, &[("source", of.source), ("outcome", outcome)], count);
+        }
     }
 }

@@ -16,7 +16,7 @@ use crate::{
     id::{Alias, ModelName, Version, shorten},
     metrics::VersionMetrics,
     rollout::{Rollout, route::Route},
-    source::signed::Outcome,
+    source::{WriteBack, signed::Outcome},
 };
 
 /// Everything the server knows of its models at one moment.
@@ -46,6 +46,8 @@ pub struct Deployment {
     pub policy: VersionPolicy,
     /// What operators call versions; requests may name them so.
     pub aliases: BTreeMap<Alias, Version>,
+    /// What its settings have the registry told that it comes from.
+    pub write_back: WriteBack,
 }
 
 /// Which of the versions in a repository are served.

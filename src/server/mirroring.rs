@@ -28,8 +28,11 @@ use crate::{
         endpoint,
         follow::{Fate, FollowConfig, Followed, Follower, Interest, SharedStatus, Status},
         places::Places,
+        write_back::{Teller, reporter::Reporter},
     },
 };
+
+use super::reporting;
 
 /// How long until a cache is tried again that cannot be used.
 const CACHE_RETRY: Duration = Duration::from_secs(10);
@@ -39,6 +42,7 @@ pub struct Mirroring {
     /// The folder that the models are mirrored into.
     pub models: PathBuf,
     follower: Follower,
+    reporter: Reporter,
     /// Whether an earlier server has left something there to serve.
     is_filled: bool,
 }
@@ -71,10 +75,12 @@ impl Mirroring {
         let mirror = Mirror::open(cache, &endpoint::key(uri, None)).with_context(hint)?;
         let is_filled = mirror.published().with_context(hint)?.values().any(|versions| !versions.is_empty());
         let models = mirror.models();
+        let teller = Box::new(reporting::Catalogued::new(catalog.clone(), Some(config.write_back.clone())));
         let interest = Box::new(Catalogued { catalog, settings: None });
-        let follower = Follower::new(source, mirror, config.follow.clone(), interest);
+        let follower = Follower::new(source.clone(), mirror, config.follow.clone(), interest);
+        let reporter = Reporter::new(source, teller, follower.status(), config.follow.clone());
         followed.add(&follower.status());
-        Ok(Self { models, follower, is_filled })
+        Ok(Self { models, follower, reporter, is_filled })
     }
 
     /// Follows from now on.
@@ -87,7 +93,16 @@ impl Mirroring {
         let status = self.follower.status();
         let shown = status.clone();
         let follower = self.follower.run(cancel.clone(), filled);
-        let thread = on_thread(follower, move |reason| shown.give_up(reason))?;
+        let reporter = self.reporter.run(cancel.clone());
+        let both = async {
+            // By itself: nothing that goes wrong with it is to end the following.
+            let reporting = tokio::spawn(reporter);
+            follower.await;
+            if let Err(error) = reporting.await {
+                tracing::error!(%error, "nothing was written back any longer");
+            }
+        };
+        let thread = on_thread(both, move |reason| shown.give_up(reason))?;
         Ok(Mirrors { thread, cancel, mirrored, status })
     }
 }
@@ -112,11 +127,12 @@ impl Sourced {
         let Some(cache) = cancel.run_until_cancelled(self.cache()).await else { return Ok(()) };
         let Self { places, follow, followed, models, catalog, .. } = self;
         // The settings are not in the mirrors.
-        let interest = move || -> Box<dyn Interest> {
-            Box::new(Catalogued { catalog: catalog.clone(), settings: Some(models.clone()) })
+        let asked = move || -> (Box<dyn Interest>, Box<dyn Teller>) {
+            let interest = Catalogued { catalog: catalog.clone(), settings: Some(models.clone()) };
+            (Box::new(interest), Box::new(reporting::Catalogued::new(catalog.clone(), None)))
         };
         let standing = followed.clone();
-        let follower = places.follow(cache, follow, interest, followed, kick, cancel.child_token());
+        let follower = places.follow(cache, follow, asked, followed, kick, cancel.child_token());
         let thread = on_thread(follower, move |reason| standing.give_up(&reason))?;
         cancel.cancelled().await;
         tokio::task::spawn_blocking(move || join(thread)).await?;

@@ -32,7 +32,7 @@ use crate::id::{ModelName, Version};
 
 mod status;
 
-pub use status::{Fetching, Followed, Problem, SharedStatus, Status};
+pub use status::{Fetching, Followed, Problem, SharedStatus, Status, WrittenBack};
 
 /// How places of models are followed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -564,7 +564,7 @@ fn is_over(error: &SourceError) -> bool {
 }
 
 /// Twice as long after each failure, up to `most`.
-fn backed_off(interval: Duration, most: Duration, failures: u32) -> Duration {
+pub(super) fn backed_off(interval: Duration, most: Duration, failures: u32) -> Duration {
     interval.saturating_mul(1 << failures.saturating_sub(1).min(16)).min(most.max(interval))
 }
 

@@ -20,8 +20,8 @@ use serde::Deserialize;
 use tokio_stream::StreamExt;
 
 use super::{
-    ByteStream, Lineage, Look, Names, RemoteFile, RemoteModel, RemoteVersion, Scheme, Source, SourceError, SourceUri,
-    digest, object::Bucket,
+    ByteStream, Lineage, Look, Names, Recorder, RemoteFile, RemoteModel, RemoteVersion, Scheme, Source, SourceError,
+    SourceUri, digest, object::Bucket,
 };
 use crate::{
     error::{abridge, shorten},
@@ -32,6 +32,7 @@ mod client;
 mod flavor;
 mod lineage;
 pub mod signature;
+mod write;
 
 use client::{Client, Settings, below};
 use flavor::{Flavors, MLMODEL};
@@ -431,6 +432,10 @@ impl Source for Registry {
         let path = format!("{API}/registered-models/get");
         let found: Registration = self.client.call(root, &path, &[("name", name)], &format!("model '{name}'")).await?;
         Ok(Some(lineage::names(found.registered_model, pointed)))
+    }
+
+    fn recorder(&self) -> Option<&dyn Recorder> {
+        Some(self)
     }
 
     async fn read(&self, file: &RemoteFile, range: Range<u64>) -> Result<ByteStream, SourceError> {

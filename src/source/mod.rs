@@ -23,6 +23,7 @@ pub mod places;
 pub mod pointer;
 pub mod signed;
 pub mod uri;
+pub mod write_back;
 mod yaml;
 
 use std::{
@@ -43,6 +44,7 @@ pub use digest::Digest;
 pub use lineage::{Lineage, Names};
 pub use mlflow::signature::{Field, Form, ModelSignature};
 pub use uri::{Scheme, SourceUri};
+pub use write_back::{Recorder, WriteBack};
 
 use crate::{
     error::visible,
@@ -109,6 +111,11 @@ pub trait Source: Send + Sync {
     async fn names(&self, model: &ModelName, shown: &RemoteModel) -> Result<Option<Names>, SourceError> {
         let _ = (model, shown);
         Ok(None)
+    }
+
+    /// The place as one that keeps what becomes of its versions, if it does.
+    fn recorder(&self) -> Option<&dyn Recorder> {
+        None
     }
 
     /// The bytes `range` of a file, which is never empty and lies within its size.

@@ -21,8 +21,12 @@ use super::{
     },
     endpoint,
     follow::{FollowConfig, Followed, Follower, Interest, SharedStatus},
+    write_back::{Recorder, Teller, reporter::Reporter},
 };
 use crate::id::ModelName;
+
+/// Who says what is wanted of a place, and what is to be said there.
+type Asked = (Box<dyn Interest>, Box<dyn Teller>);
 
 /// Which model comes from where.
 type Wanted = BTreeMap<ModelName, SourceUri>;
@@ -98,12 +102,13 @@ impl Places {
         let _ = self.wanted.subscribe().wait_for(|wanted| !wanted.is_empty()).await;
     }
 
-    /// Follows what is wanted until it is cancelled. `kick` hears whenever there may be something new in a folder.
+    /// Follows what is wanted until it is cancelled, for whoever `asked` makes for each model, and writes back what it says.
+    /// `kick` hears whenever there may be something new in a folder.
     pub async fn follow(
         self,
         cache: Arc<Cache>,
         config: FollowConfig,
-        interest: impl Fn() -> Box<dyn Interest>,
+        asked: impl Fn() -> Asked,
         followed: Followed,
         kick: mpsc::Sender<()>,
         cancel: CancellationToken,
@@ -125,7 +130,7 @@ impl Places {
                 }
                 let status = SharedStatus::new(uri.to_string());
                 followed.add(&status);
-                let one = self.start(&cache, &config, interest(), kick.clone(), (&name, uri, status), &cancel);
+                let one = self.start(&cache, &config, asked(), kick.clone(), (&name, uri, status), &cancel);
                 self.standing.lock().insert(name.clone(), (one.uri.clone(), one.status.clone()));
                 let _ = kick.try_send(());
                 running.insert(name, one);
@@ -146,7 +151,7 @@ impl Places {
         &self,
         cache: &Arc<Cache>,
         config: &FollowConfig,
-        interest: Box<dyn Interest>,
+        (interest, teller): Asked,
         kick: mpsc::Sender<()>,
         (name, uri, status): (&ModelName, SourceUri, SharedStatus),
         cancel: &CancellationToken,
@@ -164,10 +169,13 @@ impl Places {
                     // What an earlier server has left is there to serve.
                     status.settled();
                 }
+                let source: Arc<dyn Source> = source;
+                let reporter = Reporter::new(source.clone(), teller, status.clone(), config.clone());
                 let follower =
                     Follower::new(source, mirror, config.clone(), interest).with_status(status.clone()).telling(kick);
                 let following = tokio::spawn(follower.run(token.clone(), watch::Sender::new(false)));
-                (tokio::spawn(watched(following, name.clone(), status.clone())), false)
+                let reporting = tokio::spawn(reporter.run(token.clone()));
+                (tokio::spawn(watched(following, reporting, name.clone(), status.clone())), false)
             }
             Err(error) => {
                 tracing::error!(model = %name, source = %uri, %error, "cannot be followed");
@@ -197,11 +205,14 @@ impl Following {
 }
 
 /// Says when following ended that nobody has ended.
-async fn watched(following: JoinHandle<()>, name: ModelName, status: SharedStatus) {
+async fn watched(following: JoinHandle<()>, reporting: JoinHandle<()>, name: ModelName, status: SharedStatus) {
     if let Err(error) = following.await {
         let reason = format!("following it panicked: {error}");
         tracing::error!(model = %name, reason, "its place is followed no longer, until the server is started anew");
         status.give_up(reason);
+    }
+    if let Err(error) = reporting.await {
+        tracing::error!(model = %name, %error, "nothing is written back to its place any longer");
     }
 }
 
@@ -285,6 +296,10 @@ impl Source for Named {
     async fn names(&self, _: &ModelName, shown: &RemoteModel) -> Result<Option<Names>, SourceError> {
         let there = self.there.lock().clone();
         self.source.names(&there, shown).await
+    }
+
+    fn recorder(&self) -> Option<&dyn Recorder> {
+        self.source.recorder()
     }
 
     async fn read(&self, file: &RemoteFile, range: std::ops::Range<u64>) -> Result<ByteStream, SourceError> {

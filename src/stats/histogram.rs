@@ -67,6 +67,11 @@ impl Histogram {
         found.map(end)
     }
 
+    /// Counts what another one has counted, too.
+    pub fn join(&mut self, other: &Self) {
+        self.counts.iter_mut().zip(&other.counts).for_each(|(count, more)| *count += more);
+    }
+
     /// What came since `earlier`, which this one was before.
     pub fn since(&self, earlier: &Self) -> Self {
         let counts = self.counts.iter().zip(&earlier.counts).map(|(now, then)| now.saturating_sub(*then));

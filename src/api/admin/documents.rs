@@ -135,6 +135,21 @@ pub struct SourceStatus {
     pub fetching: Vec<FetchingStatus>,
     /// What could not be mirrored when that was tried last.
     pub problems: Vec<SourceProblem>,
+    /// How it stands with what is written back there; null when nothing is.
+    pub write_back: Option<WriteBackStatus>,
+}
+
+/// How it stands with what is written back to a place.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+pub struct WriteBackStatus {
+    /// When the place took something last, or had it already.
+    pub last: Option<String>,
+    /// Why something could not be written when that was tried last; null when all was.
+    pub error: Option<String>,
+    /// When that was tried first.
+    pub since: Option<String>,
+    /// What became of the alias when a rollout last promoted or took back a version; null when none did since the start.
+    pub alias: Option<String>,
 }
 
 /// A version on its way from a place.

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::SystemTime};
 use axum::{Json, extract::State};
 use humantime_serde::re::humantime::format_rfc3339_millis;
 
-use super::documents::{FetchingStatus, SourceProblem, SourceStatus};
+use super::documents::{FetchingStatus, SourceProblem, SourceStatus, WriteBackStatus};
 use crate::{api::App, source::follow::Status};
 
 pub(super) async fn list(State(app): State<Arc<App>>) -> Json<Vec<SourceStatus>> {
@@ -28,6 +28,10 @@ impl From<Status> for SourceStatus {
             error: problem.error.to_string(),
             since: moment(problem.since),
         });
+        let write_back = status.write_back.map(|written| {
+            let (since, error) = written.failed.map(|(since, error)| (moment(since), error)).unzip();
+            WriteBackStatus { last: written.last.map(moment), error, since, alias: written.alias }
+        });
         Self {
             uri: status.uri,
             answered: status.answered.map(moment),
@@ -37,6 +41,7 @@ impl From<Status> for SourceStatus {
             given_up: status.given_up,
             fetching: fetching.collect(),
             problems: problems.collect(),
+            write_back,
         }
     }
 }

@@ -49,9 +49,10 @@ impl Reconciler {
         }
         let is_ordered = ordered.is_some();
         let model = self.models.entry(name.clone()).or_default();
-        // Broken settings say nothing, and those of an order nothing of where the files are.
+        // Broken settings say nothing, and those of an order nothing of where the files are and what is said there.
         if let (Ok(spec), false) = (&spec, is_ordered) {
             model.source.clone_from(&spec.source);
+            model.write_back.clone_from(&spec.write_back);
         }
         (model.is_awaited, model.is_bare) = (false, false);
         let Some(uri) = model.source.clone().filter(|_| found.origin == Origin::Here) else {

@@ -11,7 +11,7 @@ use tokio::sync::Notify;
 
 use crate::{
     id::{ModelName, Version},
-    source::{Look, Progress, SourceError},
+    source::{Look, Progress, SourceError, write_back::reporter::Outcome},
 };
 
 /// A follower's state at one moment.
@@ -35,6 +35,21 @@ pub struct Status {
     pub fetching: BTreeMap<(ModelName, Option<String>), Fetching>,
     /// What was not mirrored at the last try.
     pub problems: BTreeMap<(ModelName, Option<String>), Problem>,
+    /// How it stands with what is written back; `None` when nothing is.
+    pub write_back: Option<WrittenBack>,
+}
+
+/// How it stands with what is written back to a place.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WrittenBack {
+    /// When the place took something last, or had it already.
+    pub last: Option<SystemTime>,
+    /// Since when something could not be written, and why.
+    pub failed: Option<(SystemTime, String)>,
+    /// What became of the alias when a rollout last promoted or took back a version.
+    pub alias: Option<String>,
+    /// Tries by what became of them.
+    pub tries: BTreeMap<Outcome, u64>,
 }
 
 /// A version on its way.
@@ -120,7 +135,7 @@ impl SharedStatus {
     }
 
     /// The place answered; how long it had not, if it had not.
-    pub(super) fn answered(&self, look: &Look) -> Option<Duration> {
+    pub(in crate::source) fn answered(&self, look: &Look) -> Option<Duration> {
         let mut status = self.status.lock();
         let now = SystemTime::now();
         status.answered = Some(now);
@@ -162,6 +177,36 @@ impl SharedStatus {
                 let since = status.problems.get(&key).map_or_else(SystemTime::now, |problem| problem.since);
                 status.problems.insert(key, Problem { error: error.clone(), since });
             }
+        }
+    }
+
+    /// The models of the last look, where the place has a pointer.
+    pub(in crate::source) fn models(&self) -> Vec<ModelName> {
+        self.status.lock().defaults.keys().cloned().collect()
+    }
+
+    /// Something was tried to be written back.
+    pub(in crate::source) fn wrote_back(&self, outcome: Outcome) {
+        let mut status = self.status.lock();
+        let written = status.write_back.get_or_insert_default();
+        *written.tries.entry(outcome).or_default() += 1;
+        if matches!(outcome, Outcome::Written | Outcome::Unchanged) {
+            written.last = Some(SystemTime::now());
+        }
+    }
+
+    /// An alias was moved, or was not to be.
+    pub(in crate::source) fn alias_moved(&self, said: String) {
+        self.status.lock().write_back.get_or_insert_default().alias = Some(said);
+    }
+
+    /// Whether anything is written back, and since when something could not be, and why.
+    pub(in crate::source) fn write_back_stands(&self, is_on: bool, failed: Option<(SystemTime, String)>) {
+        let mut status = self.status.lock();
+        if is_on {
+            status.write_back.get_or_insert_default().failed = failed;
+        } else {
+            status.write_back = None;
         }
     }
 

@@ -1,7 +1,7 @@
 //! Speaks HTTP to an MLflow tracking server: calls that answer in JSON, and files through its proxy.
 //!
-//! The server's credentials go to the server alone: no redirect to another host is followed, and another host that
-//! holds the artifacts gets none.
+//! The server's credentials go to the server alone: no redirect to another host is followed, none at all of what
+//! changes something, and another host that holds the artifacts gets none.
 
 use std::{
     env,
@@ -15,8 +15,9 @@ use std::{
 use bytes::{Bytes, BytesMut};
 use http::{StatusCode, header};
 use percent_encoding::percent_decode_str;
-use reqwest::{Response, Url, redirect::Policy};
+use reqwest::{RequestBuilder, Response, Url, redirect::Policy};
 use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::Value;
 use tokio::time::timeout;
 use tokio_stream::Stream;
 
@@ -53,6 +54,8 @@ pub struct Settings {
 /// A tracking server.
 pub struct Client {
     http: reqwest::Client,
+    /// For what changes something. A redirect would make another call of it.
+    writing: reqwest::Client,
     /// The server's root, below which `api` lies.
     root: Url,
     login: Option<Login>,
@@ -135,18 +138,22 @@ impl Client {
         let _ = (root.set_username(""), root.set_password(None));
         root.set_query(None);
         root.set_fragment(None);
-        let http = reqwest::Client::builder()
-            .user_agent(concat!("tidegate/", env!("CARGO_PKG_VERSION")))
-            .connect_timeout(CONNECT_TIMEOUT)
-            .read_timeout(READ_TIMEOUT)
-            .redirect(Policy::custom(|attempt| {
-                let same = attempt.previous().last().is_some_and(|from| from.origin() == attempt.url().origin());
-                if same && attempt.previous().len() <= MAX_REDIRECTS { attempt.follow() } else { attempt.stop() }
-            }))
-            .tls_danger_accept_invalid_certs(settings.insecure_tls)
-            .build()
-            .map_err(|error| wrong(said(error)))?;
-        Ok(Self { http, root, login, workspace: settings.workspace, place })
+        let client = |redirects: Policy| {
+            reqwest::Client::builder()
+                .user_agent(concat!("tidegate/", env!("CARGO_PKG_VERSION")))
+                .connect_timeout(CONNECT_TIMEOUT)
+                .read_timeout(READ_TIMEOUT)
+                .redirect(redirects)
+                .tls_danger_accept_invalid_certs(settings.insecure_tls)
+                .build()
+                .map_err(|error| wrong(said(error)))
+        };
+        let http = client(Policy::custom(|attempt| {
+            let same = attempt.previous().last().is_some_and(|from| from.origin() == attempt.url().origin());
+            if same && attempt.previous().len() <= MAX_REDIRECTS { attempt.follow() } else { attempt.stop() }
+        }))?;
+        let writing = client(Policy::none())?;
+        Ok(Self { http, writing, root, login, workspace: settings.workspace, place })
     }
 
     /// What errors call the server.
@@ -181,6 +188,22 @@ impl Client {
             let text = String::from_utf8_lossy(&body);
             self.senseless(format!("expected JSON ({error}), got: {}", one_line(&text)))
         })
+    }
+
+    /// Has the server change something about `what`, as `body` says. What it answers beside that it did is of no interest.
+    ///
+    /// # Errors
+    /// As for a call; the change may have been made all the same.
+    pub async fn change(&self, path: &str, body: &Value, what: &str) -> Result<(), SourceError> {
+        let url = below(&self.root, path.split('/'));
+        let request = self.writing.post(url.clone()).header(header::CONTENT_TYPE, "application/json");
+        let calling = async {
+            let sent = self.sent_as_us(request.body(body.to_string()), &url).send().await;
+            let mut response = self.accepted(sent.map_err(|error| self.unavailable(said(error)))?, what).await?;
+            // Read, so that the connection can be used again.
+            self.body(&mut response, MAX_ERROR).await
+        };
+        self.in_time(calling).await.map(drop)
     }
 
     /// Opens `range` of the file at `url`, which has `size` bytes and is called `name`.
@@ -224,20 +247,25 @@ impl Client {
     }
 
     async fn send(&self, url: Url, range: Option<&Range<u64>>) -> Result<Response, SourceError> {
-        let is_own = url.origin() == self.root.origin();
-        let mut request = self.http.get(url);
-        request = match &self.login {
-            Some(Login::Token(token)) if is_own => request.bearer_auth(token),
-            Some(Login::Password(user, secret)) if is_own => request.basic_auth(user, Some(secret)),
-            _ => request,
-        };
-        if let Some(workspace) = &self.workspace {
-            request = request.header("X-MLFLOW-WORKSPACE", workspace);
-        }
+        let mut request = self.sent_as_us(self.http.get(url.clone()), &url);
         if let Some(range) = range {
             request = request.header(header::RANGE, format!("bytes={}-{}", range.start, range.end - 1));
         }
         request.send().await.map_err(|error| self.unavailable(said(error)))
+    }
+
+    /// The request for `url`, with what says who asks.
+    fn sent_as_us(&self, request: RequestBuilder, url: &Url) -> RequestBuilder {
+        let is_own = url.origin() == self.root.origin();
+        let request = match &self.login {
+            Some(Login::Token(token)) if is_own => request.bearer_auth(token),
+            Some(Login::Password(user, secret)) if is_own => request.basic_auth(user, Some(secret)),
+            _ => request,
+        };
+        match &self.workspace {
+            Some(workspace) => request.header("X-MLFLOW-WORKSPACE", workspace),
+            None => request,
+        }
     }
 
     /// The response, unless it is an error about `what`.
