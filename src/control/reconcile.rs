@@ -246,7 +246,6 @@ impl Reconciler {
         if let Ok(spec) = spec {
             model.policy.clone_from(&spec.versions);
             model.settings.clone_from(&spec.rollout);
-            model.write_back.clone_from(&spec.write_back);
         }
         model.found.clone_from(&found.versions);
         model.pointer.clone_from(&found.pointer);

@@ -41,7 +41,7 @@ pub struct WriteBack {
     #[schemars(with = "String")]
     pub metrics_interval: Duration,
     /// The alias that is set to a version when a rollout has promoted it, and back when it is rolled back. One that
-    /// somebody else has moved meanwhile stays where it is.
+    /// somebody else has moved meanwhile stays where it is. The tag `tidegate.alias` says which rollout was decided upon.
     pub promoted_alias: Option<String>,
 }
 
