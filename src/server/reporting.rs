@@ -112,3 +112,51 @@ fn promotion(alias: &str, rollout: &Rollout, deployment: &Deployment) -> Option<
         is_undone,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        id::Version,
+        rollout::{Command, Event, plan::Settings},
+    };
+
+    fn version(text: &str) -> Version {
+        Version::parse(text).unwrap()
+    }
+
+    /// A rollout from version 1 to 2, and what it says at each moment: its result, and whether the alias is to be at 2.
+    fn told(events: Vec<Event>, default: &str) -> Vec<(Option<String>, Option<bool>)> {
+        let plan = Settings { steps: vec![100.0], ..Settings::default() }.plan().unwrap();
+        let mut rollout = Rollout::new("m/r1".into(), [version("1"), version("2")], plan, None, 0).unwrap();
+        let deployment = Deployment { default: Some(version(default)), ..Deployment::default() };
+        let says = |rollout: &Rollout| {
+            let promotion = promotion("champion", rollout, &deployment);
+            (result(rollout), promotion.map(|promotion| !promotion.is_undone))
+        };
+        let mut told = vec![says(&rollout)];
+        for event in events {
+            rollout.apply(event, 7).unwrap();
+            told.push(says(&rollout));
+        }
+        told
+    }
+
+    #[test]
+    fn a_rollout_says_how_it_ended_and_where_its_alias_belongs() {
+        let by_hand = |command| Event::Told(command, "as told".to_owned());
+        let (promote, rollback) = (by_hand(Command::Promote), by_hand(Command::Rollback));
+        let some = |text: &str| Some(format!("{text} (canary, m/r1)"));
+        let (promoted, rolled_back) = (some("promoted"), some("rolled_back: as told"));
+        assert_eq!(
+            told(vec![Event::Ready, promote.clone(), Event::Promoted, rollback], "2"),
+            [(None, None), (None, None), (None, None), (promoted.clone(), Some(true)), (rolled_back, Some(false))]
+        );
+        assert_eq!(
+            told(vec![Event::Ready, Event::Failed("no opset".to_owned())], "1").last(),
+            Some(&(some("aborted: no opset"), None))
+        );
+        // Another version has taken over since.
+        assert_eq!(told(vec![Event::Ready, promote, Event::Promoted], "3").last(), Some(&(promoted, None)));
+    }
+}

@@ -569,7 +569,7 @@ pub(super) fn backed_off(interval: Duration, most: Duration, failures: u32) -> D
 }
 
 /// Give or take a tenth, so that servers that were started together do not look together.
-fn jittered(pause: Duration) -> Duration {
+pub(super) fn jittered(pause: Duration) -> Duration {
     pause.mul_f64(rand::rng().random_range(0.9..1.1))
 }
 

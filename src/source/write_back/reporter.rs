@@ -17,7 +17,7 @@ use crate::{
     id::{ModelName, Version},
     source::{
         Source, SourceError,
-        follow::{FollowConfig, SharedStatus, backed_off},
+        follow::{FollowConfig, SharedStatus, backed_off, jittered},
     },
 };
 
@@ -137,7 +137,8 @@ impl Reporter {
                 let result = result.map(|moved| self.moved(name, promotion, moved));
                 self.note(&mut known.promotion, promotion.clone(), result, (name, promotion.to.as_str()));
             }
-            _ => {}
+            Some(_) => {}
+            None => known.promotion.failed = None,
         }
         let gone: Vec<String> =
             known.versions.keys().filter(|version| !told.records.contains_key(*version)).cloned().collect();
@@ -156,12 +157,15 @@ impl Reporter {
             if told.settings.tags {
                 let record = record.over(one.record.said.as_ref().unwrap_or(&Record::default()));
                 self.record(recorder, (name, &version), record, one).await;
+            } else {
+                one.record = Saying::default();
             }
             if told.settings.metrics {
                 self.measure(recorder, (name, &version), one, interval, is_last).await;
+            } else {
+                one.measured = Saying::default();
             }
-            let is_told = !told.settings.tags || one.record.failed.is_none();
-            if gone.contains(&text) && is_told {
+            if gone.contains(&text) && one.record.failed.is_none() {
                 known.versions.remove(&text);
             }
         }
@@ -205,15 +209,15 @@ impl Reporter {
             return;
         }
         let Some(served) = self.teller.served(name, version.as_str()) else { return };
-        one.next = now + interval;
         let measured = Measured { served: served.since(&one.served), until: SystemTime::now(), interval };
         if measured.served.requests == 0 {
-            one.served = served;
+            (one.served, one.next) = (served, now + interval);
             return;
         }
         let result = recorder.measured(version, &measured).await;
+        // After a failure, the next try is of all that came until then.
         if result.is_ok() {
-            one.served = served;
+            (one.served, one.next) = (served, now + interval);
         }
         let result = result.map(|()| Outcome::Written);
         self.note(&mut one.measured, (), result, (name, version.as_str()));
@@ -269,7 +273,7 @@ impl Reporter {
                 }
                 let pause = backed_off(self.config.interval, self.config.max_interval, times);
                 let pause = error.retry_after().map_or(pause, |wanted| wanted.max(pause));
-                let again = Instant::now() + pause;
+                let again = Instant::now() + jittered(pause);
                 saying.failed = Some(Failed { times, since, again, error: error.to_string() });
             }
         }

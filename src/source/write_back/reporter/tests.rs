@@ -196,12 +196,12 @@ async fn what_fails_is_tried_again_later_and_only_the_latest_counts() {
     let written = fixture.round().await;
     assert_eq!(written.failed.map(|(_, error)| error).as_deref(), Some("mlflow://host does not answer: 500"));
     fixture.is("1", Some("failed: later"));
-    // After 10 s, and 20 s more, and 40 s more.
-    assert_eq!(fixture.calls_in(9).await, 0);
-    assert_eq!(fixture.calls_in(2).await, 1);
-    assert_eq!(fixture.calls_in(18).await, 0);
-    assert_eq!(fixture.calls_in(2).await, 1);
-    assert_eq!(fixture.calls_in(40).await, 1);
+    // After 10 s, and 20 s more, and 40 s more, give or take a tenth.
+    assert_eq!(fixture.calls_in(8).await, 0);
+    assert_eq!(fixture.calls_in(4).await, 1);
+    assert_eq!(fixture.calls_in(14).await, 0);
+    assert_eq!(fixture.calls_in(12).await, 1);
+    assert_eq!(fixture.calls_in(50).await, 1);
     assert_eq!(fixture.records(), ["1 failed: later"]);
     let written = fixture.round().await;
     assert_eq!((written.failed, written.tries), (None, [(Outcome::Written, 1), (Outcome::Failed, 3)].into()));
@@ -240,7 +240,7 @@ async fn metrics_are_of_each_interval_in_which_something_was_served() {
     fixture.book.lock().served = Served::default();
     fixture.serves(1);
     fixture.calls_in(60).await;
-    assert_eq!(fixture.book.lock().measured, [5, 3, 1]);
+    assert_eq!(fixture.book.lock().measured, [5, 2, 1, 1]);
     assert!(fixture.records().is_empty());
 }
 
@@ -256,10 +256,11 @@ async fn a_promotion_is_said_once_and_so_is_its_end() {
     let said = fixture.round().await.alias;
     assert_eq!(said.as_deref(), Some("alias 'champion' was set to version 2 by iris/r1 at 17"));
     promotion.is_undone = true;
-    let mut book = fixture.book.lock();
-    book.told.as_mut().unwrap().promotion = Some(promotion);
-    book.moved = Some(Moved::LeftAlone("to version 7".to_owned()));
-    drop(book);
+    {
+        let mut book = fixture.book.lock();
+        book.told.as_mut().unwrap().promotion = Some(promotion);
+        book.moved = Some(Moved::LeftAlone("to version 7".to_owned()));
+    }
     assert_eq!(fixture.calls_in(60).await, 1);
     let said = fixture.round().await.alias.unwrap();
     assert!(said.contains("was not set to version 1") && said.ends_with("meanwhile, to version 7"), "{said}");
@@ -274,10 +275,11 @@ async fn what_was_served_last_is_written_when_the_server_stops() {
     let cancel = CancellationToken::new();
     let running = tokio::spawn(fixture.reporter.run(cancel.clone()));
     tokio::time::sleep(Duration::from_secs(5)).await;
-    let mut book = fixture.book.lock();
-    book.served.requests = 4;
-    assert!(book.measured.is_empty());
-    drop(book);
+    {
+        let mut book = fixture.book.lock();
+        book.served.requests = 4;
+        assert!(book.measured.is_empty());
+    }
     cancel.cancel();
     running.await.unwrap();
     assert_eq!(fixture.book.lock().measured, [4]);
