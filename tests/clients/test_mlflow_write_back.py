@@ -104,7 +104,7 @@ def digest(server, name, version):
 
 
 def test_tags_appear_and_a_restart_finds_them(mlflow, serve):
-    register(mlflow, "tagged", "1")
+    register(mlflow, "tagged", "1", "2")
     uri = mlflow.uri("tagged@live", login=OWNER)
     server = serve(uri, config=FOLLOW + TAGS)
     assert answers(server, "tagged") == 2
@@ -119,6 +119,10 @@ def test_tags_appear_and_a_restart_finds_them(mlflow, serve):
     counts = {line.split('outcome="')[1].split('"')[0]: line.split()[-1] for line in lines}
     assert counts == {"written": "0", "unchanged": "1", "denied": "0", "failed": "0"}
     assert SECRET not in server.log() and SECRET not in page
+    mlflow.client.set_registered_model_alias("tagged", "live", "2")
+    eventually(lambda: tags(mlflow, "tagged", "2").get("tidegate.state") == "ready", SOON)
+    eventually(lambda: tags(mlflow, "tagged", "1")["tidegate.state"] == "unloaded", SOON)
+    assert answers(server, "tagged") == 3
 
 
 def test_a_version_that_does_not_load_is_failed(mlflow, repository, serve):
@@ -250,7 +254,7 @@ def test_without_mlflow_no_request_fails_and_all_is_written_later(mlflow, reposi
         eventually(lambda: call(server.ops, "GET", "/admin/v1/models/away").json()["epoch"] == 1, SOON)
         mlflow.client.set_registered_model_alias("away", "live", "2")
         eventually(lambda: phase(server, "away") == "canary", SOON)
-        with asked(server, "away") as asking:
+        with Asking(server, "away") as asking:
             door.shut()
             tell(server, "promote", "away")
             error = eventually(lambda: status(server)["error"], SOON)
@@ -265,7 +269,7 @@ def test_without_mlflow_no_request_fails_and_all_is_written_later(mlflow, reposi
         assert asking.count > 0 and not asking.failed, asking.failed[:3]
 
 
-class asked:
+class Asking:
     """Asks a model without a pause."""
 
     def __init__(self, server, name):

@@ -142,10 +142,9 @@ impl Reporter {
         }
         let gone: Vec<String> =
             known.versions.keys().filter(|version| !told.records.contains_key(*version)).cloned().collect();
-        let unloaded = |_: &String| Record { state: Some(UNLOADED.to_owned()), ..Record::default() };
-        let wanted = told.records.iter().map(|(version, record)| (version.clone(), record.clone()));
-        let wanted = wanted.chain(gone.iter().map(|version| (version.clone(), unloaded(version))));
-        for (text, record) in wanted.collect::<Vec<_>>() {
+        let unloaded = Record { state: Some(UNLOADED.to_owned()), ..Record::default() };
+        let wanted = told.records.clone().into_iter();
+        for (text, record) in wanted.chain(gone.iter().map(|version| (version.clone(), unloaded.clone()))) {
             let Ok(version) = Version::parse(&text) else { continue };
             let interval = told.settings.metrics_interval;
             let one = known.versions.entry(text.clone()).or_insert_with(|| KnownVersion {
@@ -165,6 +164,7 @@ impl Reporter {
             } else {
                 one.measured = Saying::default();
             }
+            // What could be said of it is said.
             if gone.contains(&text) && one.record.failed.is_none() {
                 known.versions.remove(&text);
             }

@@ -23,6 +23,8 @@ struct Book {
     measured: Vec<u64>,
     /// What the next calls answer.
     failures: Vec<SourceError>,
+    /// Whether calls are never answered.
+    hangs: bool,
     calls: usize,
 }
 
@@ -57,7 +59,10 @@ impl Source for Registry {
 }
 
 impl Registry {
-    fn call(&self) -> Result<parking_lot::MutexGuard<'_, Book>, SourceError> {
+    async fn call(&self) -> Result<parking_lot::MutexGuard<'_, Book>, SourceError> {
+        if self.book.lock().hangs {
+            std::future::pending::<()>().await;
+        }
         let mut book = self.book.lock();
         book.calls += 1;
         match book.failures.pop() {
@@ -71,18 +76,18 @@ impl Registry {
 impl Recorder for Registry {
     async fn record(&self, version: &Version, record: &Record) -> Result<bool, SourceError> {
         let said = format!("{version} {}", record.state.as_deref().unwrap_or("-"));
-        self.call()?.records.push(said);
+        self.call().await?.records.push(said);
         Ok(true)
     }
 
     async fn promote(&self, promotion: &Promotion) -> Result<Moved, SourceError> {
-        let mut book = self.call()?;
+        let mut book = self.call().await?;
         book.promotions.push(promotion.clone());
         Ok(book.moved.clone().unwrap_or(Moved::Written))
     }
 
     async fn measured(&self, _: &Version, measured: &Measured) -> Result<(), SourceError> {
-        self.call()?.measured.push(measured.served.requests);
+        self.call().await?.measured.push(measured.served.requests);
         Ok(())
     }
 }
@@ -283,4 +288,19 @@ async fn what_was_served_last_is_written_when_the_server_stops() {
     cancel.cancel();
     running.await.unwrap();
     assert_eq!(fixture.book.lock().measured, [4]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_registry_that_says_nothing_does_not_keep_the_server_from_stopping() {
+    let fixture = Fixture::new(tags());
+    fixture.is("1", Some("ready"));
+    fixture.book.lock().hangs = true;
+    let cancel = CancellationToken::new();
+    let running = tokio::spawn(fixture.reporter.run(cancel.clone()));
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    cancel.cancel();
+    let before = Instant::now();
+    running.await.unwrap();
+    assert_eq!(before.elapsed(), LAST_TRY);
+    assert!(fixture.book.lock().records.is_empty());
 }
