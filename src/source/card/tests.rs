@@ -1,5 +1,6 @@
 //! Cards as authors write them, from files in a folder.
 
+use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
@@ -217,4 +218,15 @@ fn long_texts_and_much_of_the_rest_are_left_out() {
     assert_eq!(card.licenses[0].chars().count(), MAX_TEXT + 1);
     // What is not understood stays as it is.
     assert_eq!((card.languages.len(), &card.extra["language"]), (1, &json!(["en", ["de"]])));
+}
+
+proptest! {
+    /// Authors write what they like.
+    #[test]
+    fn no_text_is_too_odd(text in r#"([a-z]{0,3}|[-:\[\]{}&*!|>'#",?%@` \n\t~0-9.]){0,60}"#) {
+        let mut notes = Vec::new();
+        let _ = readme::read(&format!("---\n{text}\n---\n"), &mut notes);
+        let _ = cyclonedx::read(&text, &mut notes);
+        let _ = crate::source::ModelSignature::parse(&text);
+    }
 }
