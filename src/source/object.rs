@@ -40,6 +40,11 @@ const READ_TIMEOUT: &str = "30 seconds";
 /// Objects are written one by one, so a version is taken when it has not changed for so long.
 const SETTLE_TIME: Duration = Duration::from_secs(2);
 
+/// What comes before the status of an answer in the text of an error.
+const STATUS: &str = "Server returned non-2xx status code: ";
+/// What stands in answers to logins that were good once.
+const EXPIRED: [&str; 3] = ["ExpiredToken", "InvalidToken", "TokenRefreshRequired"];
+
 /// What a pin begins with that is no tag, of stores that have none: they cannot be asked for it either.
 const WRITTEN: &str = "written ";
 
@@ -120,13 +125,19 @@ impl Bucket {
     }
 
     fn failed(&self, error: &Error, what: &str) -> SourceError {
-        let (place, reason) = (self.uri.to_string(), abridge(&chain(error)));
+        let text = chain(error);
+        let (place, reason) = (self.uri.to_string(), abridge(&said(&text)));
         match error {
             Error::NotFound { .. } => SourceError::NotFound { place, what: what.to_owned() },
             Error::Precondition { .. } => SourceError::Changed { what: what.to_owned() },
             Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => SourceError::Denied { place, reason },
             Error::InvalidPath { .. } => SourceError::Senseless { place, reason },
-            _ => SourceError::Unavailable { place, reason },
+            // Of a list, which has no kind of its own.
+            _ => match status(&text) {
+                Some(401 | 403) => SourceError::Denied { place, reason },
+                Some(404) => SourceError::NotFound { place, what: what.to_owned() },
+                _ => SourceError::Unavailable { place, reason },
+            },
         }
     }
 
@@ -270,6 +281,29 @@ fn of_account(builder: MicrosoftAzureBuilder, account: Option<&str>) -> Result<M
     }
 }
 
+/// The status of the answer that an error's text is about: some errors say it nowhere else.
+fn status(text: &str) -> Option<u16> {
+    let (_, answer) = text.split_once(STATUS)?;
+    let status = answer.get(..3)?.parse().ok()?;
+    // Amazon's answer to a login of yesterday is none of those that mean a login.
+    let has_ended = status == 400 && EXPIRED.iter().any(|code| answer.contains(code));
+    Some(if has_ended { 401 } else { status })
+}
+
+/// An error's text; of one about a store's document, what this says in so many words.
+fn said(text: &str) -> String {
+    let words = || {
+        let (_, answer) = text.split_once(STATUS)?;
+        let (status, document) = answer.split_once(": ")?;
+        let element = |name: &str| {
+            let (_, rest) = document.split_once(&format!("<{name}>"))?;
+            rest.split_once("</").map(|(inside, _)| inside)
+        };
+        Some(format!("{status}: {}: {}", element("Code")?, element("Message")?))
+    };
+    words().unwrap_or_else(|| text.to_owned())
+}
+
 /// What pins an object of a store without tags.
 fn written(object: &ObjectMeta) -> String {
     format!("{WRITTEN}{}", object.last_modified.to_rfc3339())
@@ -325,6 +359,28 @@ mod tests {
         let left: Vec<String> = without_folders(files).into_iter().map(|file| file.path).collect();
         assert_eq!(left, ["iris/1/model.onnx", "iris/1/empty"]);
         assert_eq!(without_folders(vec![file("a", 1), file("a/b", 1)]).len(), 2);
+    }
+
+    #[test]
+    fn a_refused_list_is_told_from_a_store_that_is_away() {
+        let bucket = Bucket::open(&SourceUri::parse("s3://bucket/models").unwrap()).unwrap();
+        let failed = |said: &str| {
+            let text = format!("Error performing GET http://host/ in 2ms - {said}");
+            bucket.failed(&Error::Generic { store: "S3", source: text.into() }, "bucket")
+        };
+        let denied = |error: &SourceError| matches!(error, SourceError::Denied { .. });
+        let away = |error: &SourceError| matches!(error, SourceError::Unavailable { .. });
+        let refused = failed(&format!(
+            "{STATUS}403 Forbidden: <Error><Code>AccessDenied</Code><Message>No way</Message><HostId>9Gjj</HostId></Error>"
+        ));
+        assert_eq!(refused.to_string(), "s3://bucket/models refuses: 403 Forbidden: AccessDenied: No way");
+        assert!(denied(&refused) && denied(&failed(&format!("{STATUS}401 Unauthorized: "))));
+        assert!(denied(&failed(&format!("{STATUS}400 Bad Request: <Code>ExpiredToken</Code>"))));
+        assert!(away(&failed(&format!("{STATUS}400 Bad Request: <Code>InvalidArgument</Code>"))));
+        assert!(away(&failed(&format!("{STATUS}503 Service Unavailable: "))));
+        assert!(away(&failed("HTTP error: error sending request")));
+        let missing = failed(&format!("{STATUS}404 Not Found: <Code>NoSuchBucket</Code>"));
+        assert_eq!(missing.to_string(), "bucket is not at s3://bucket/models");
     }
 
     #[tokio::test]
