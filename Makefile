@@ -7,7 +7,7 @@ PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
 # ONNX Runtime would otherwise write its telemetry's files, and send them, from the tests too.
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: serve test setup build lint fmt test-rust test-clients fuzz image-test bench bench-counters bench-peer models clean
+.PHONY: serve test setup build lint fmt test-rust test-clients fuzz image-test bench bench-counters bench-peer bench-polling models clean
 
 serve: build
 	exec ./$(BINARY) serve
@@ -66,6 +66,11 @@ bench-peer: setup
 	@test -n "$(URL)" || { echo "bench-peer: name the server's REST address with URL=http://host:port" >&2; exit 1; }
 	cargo build --release --locked --package tidegate-bench
 	target/release/tidegate-bench peer --rest "$(URL)" $(if $(GRPC),--grpc "$(GRPC)") $(if $(MODEL),--model "$(MODEL)")
+
+# What following 100 models in a registry costs while nothing changes there, beside the same models in folders: two minutes.
+# Fails when it is more than 1 % of a core.
+bench-polling: build .venv/clients.installed
+	$(PYTHON) benches/polling.py
 
 # Trains the models in models/ anew; the files come out the same.
 models: setup .venv/models.installed

@@ -16,7 +16,10 @@ use tokio::{
     task::JoinSet,
 };
 
-use self::{elsewhere::Elsewhere, sourced::Sourced};
+use self::{
+    elsewhere::Elsewhere,
+    sourced::{Looked, Sourced},
+};
 use super::{
     ModelControl, Settings,
     command::Orders,
@@ -81,7 +84,9 @@ pub struct Reconciler {
     looked_at: rollout::Moment,
     orders: Orders,
     ordered: orders::Ordered,
-    elsewhere: Elsewhere,
+    elsewhere: Elsewhere<Looked>,
+    /// What mirrors held when something changed there last.
+    mirrored: BTreeMap<ModelName, Looked>,
     rollouts: Rollouts,
 }
 
@@ -119,6 +124,7 @@ impl Reconciler {
             orders,
             ordered: orders::Ordered::default(),
             elsewhere: Elsewhere::default(),
+            mirrored: BTreeMap::new(),
             rollouts,
         }
     }

@@ -150,7 +150,8 @@ impl Follower {
         Self { status, ..self }
     }
 
-    /// Tells whenever the mirror may have changed.
+    /// Tells whenever the mirror may have changed. Who is told looks at everything that there is, so a look that shows
+    /// nothing new is not worth a word.
     pub fn telling(self, kick: mpsc::Sender<()>) -> Self {
         Self { kick: Some(kick), ..self }
     }
@@ -169,12 +170,15 @@ impl Follower {
     /// published is whole. `mirrored` turns true after the first look of which all that could be fetched is there.
     pub async fn run(mut self, cancel: CancellationToken, mirrored: watch::Sender<bool>) {
         let waker = self.status.waker();
+        let mut told = None;
         loop {
             let pause = tokio::select! {
                 () = cancel.cancelled() => return,
                 pause = self.round(&mirrored) => pause,
             };
-            if let Some(kick) = &self.kick {
+            let changes = Some(self.status.changes());
+            if let Some(kick) = self.kick.as_ref().filter(|_| told != changes) {
+                told = changes;
                 // A full channel holds a kick already.
                 let _ = kick.try_send(());
             }
@@ -350,7 +354,11 @@ impl Follower {
         if self.mirror.manifest(name, version).is_none_or(|manifest| manifest.revision != remote.revision) {
             return;
         }
-        match self.mirror.point(name, version) {
+        let pointed = self.mirror.point(name, version);
+        if !matches!(pointed, Ok(false)) {
+            self.status.changed();
+        }
+        match pointed {
             Ok(true) => tracing::info!(model = %name, %version, "is what the models' place points at"),
             Ok(false) => {}
             Err(error) => tracing::error!(model = %name, %version, %error, "the pointer cannot be moved here"),
@@ -511,14 +519,17 @@ impl Follower {
         self.missing = missing.into_iter().map(|gone| (gone.clone(), since(&gone))).collect();
         let enough = self.config.interval / 2;
         for gone in self.missing.iter().filter(|(_, since)| now - **since >= enough).map(|(gone, _)| gone) {
-            match gone {
-                (name, None) => self.mirror.withdraw_model(name)?,
+            let withdrawn = match gone {
+                (name, None) => self.mirror.withdraw_model(name),
                 (name, Some(version)) => {
                     let version = Version::parse(version)
                         .map_err(|error| SourceError::Disk { what: name.to_string(), reason: error.message })?;
-                    self.mirror.withdraw(name, &version)?;
+                    self.mirror.withdraw(name, &version)
                 }
-            }
+            };
+            // Also when half of it is gone.
+            self.status.changed();
+            withdrawn?;
             let unwanted =
                 gone.1.as_ref().is_some_and(|version| self.unwanted.contains(&(gone.0.clone(), version.clone())));
             let why = if unwanted { "nobody wants it any more" } else { "gone from its place" };

@@ -213,14 +213,32 @@ pub fn scan_elsewhere(
 /// # Errors
 /// When something cannot be read for a reason that may pass.
 pub fn fingerprint(files: &Path, model: &Path) -> io::Result<Fingerprint> {
-    let mut paths = Vec::new();
+    let mut paths = beside(model)?;
     collect(files, 0, &mut paths)?;
+    fingerprint_of(paths)
+}
+
+/// The fingerprint of what lies beside the versions in the model folder `model`.
+///
+/// # Errors
+/// When something cannot be read for a reason that may pass.
+pub fn fingerprint_beside(model: &Path) -> io::Result<Fingerprint> {
+    fingerprint_of(beside(model)?)
+}
+
+/// Settings, labels and sample requests.
+fn beside(model: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut paths = Vec::new();
     for path in list(model)? {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         if [MODEL_FILE, TRITON_FILE, SAMPLES].contains(&name) || name.ends_with(".json") || name.ends_with(".txt") {
             collect(&path, 0, &mut paths)?;
         }
     }
+    Ok(paths)
+}
+
+fn fingerprint_of(mut paths: Vec<PathBuf>) -> io::Result<Fingerprint> {
     paths.sort();
     paths.dedup();
     let mut hasher = DefaultHasher::new();

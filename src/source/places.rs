@@ -91,6 +91,11 @@ impl Places {
         }
     }
 
+    /// What is another number whenever there may be something new in a model's folder; `None` while nobody looks after it.
+    pub fn changes(&self, name: &ModelName, uri: &SourceUri) -> Option<u64> {
+        self.standing.lock().get(name).filter(|(of, _)| of == uri).map(|(_, status)| status.changes())
+    }
+
     /// Says why nothing can be followed, or that it can.
     pub fn unusable(&self, reason: Option<String>) {
         *self.unusable.lock() = reason;

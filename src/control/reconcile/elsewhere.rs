@@ -8,27 +8,32 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use crate::{id::ModelName, source::local::FoundModel};
+use crate::id::ModelName;
 
-/// Looks under way, by model.
-#[derive(Default)]
-pub struct Elsewhere {
-    looks: BTreeMap<ModelName, Look>,
+/// Looks under way, by model, each for a `T`.
+pub struct Elsewhere<T> {
+    looks: BTreeMap<ModelName, Look<T>>,
+}
+
+impl<T> Default for Elsewhere<T> {
+    fn default() -> Self {
+        Self { looks: BTreeMap::new() }
+    }
 }
 
 /// A folder to be looked at.
-pub struct Wanted {
+pub struct Wanted<T> {
     pub name: ModelName,
     pub folder: PathBuf,
-    pub scan: Box<dyn FnOnce() -> io::Result<FoundModel> + Send>,
+    pub scan: Box<dyn FnOnce() -> io::Result<T> + Send>,
 }
 
-struct Look {
+struct Look<T> {
     folder: PathBuf,
-    found: oneshot::Receiver<io::Result<FoundModel>>,
+    found: oneshot::Receiver<io::Result<T>>,
 }
 
-impl Elsewhere {
+impl<T: Send + 'static> Elsewhere<T> {
     /// Forgets the looks for models that are not meant any more.
     pub fn retain(&mut self, is_meant: impl Fn(&ModelName) -> bool) {
         self.looks.retain(|name, _| is_meant(name));
@@ -36,11 +41,7 @@ impl Elsewhere {
 
     /// What the folders hold. A look that takes longer than `patience` is an error, and goes on: what it finds is told the
     /// next time, which does not wait for it again.
-    pub async fn look(
-        &mut self,
-        wanted: Vec<Wanted>,
-        patience: Duration,
-    ) -> BTreeMap<ModelName, io::Result<FoundModel>> {
+    pub async fn look(&mut self, wanted: Vec<Wanted<T>>, patience: Duration) -> BTreeMap<ModelName, io::Result<T>> {
         let mut found = BTreeMap::new();
         let mut new = Vec::new();
         for Wanted { name, folder, scan } in wanted {
@@ -72,9 +73,9 @@ impl Elsewhere {
     }
 }
 
-fn begin(
-    scan: Box<dyn FnOnce() -> io::Result<FoundModel> + Send>,
-) -> io::Result<oneshot::Receiver<io::Result<FoundModel>>> {
+fn begin<T: Send + 'static>(
+    scan: Box<dyn FnOnce() -> io::Result<T> + Send>,
+) -> io::Result<oneshot::Receiver<io::Result<T>>> {
     let (tell, told) = oneshot::channel();
     // Nobody may listen any more.
     thread::Builder::new().name("look".to_owned()).spawn(move || drop(tell.send(scan())))?;
@@ -87,20 +88,16 @@ fn silent(folder: &std::path::Path) -> io::Error {
 
 #[cfg(test)]
 mod tests {
-    use std::{path::Path, sync::mpsc};
+    use std::sync::mpsc;
 
     use super::*;
 
     const LONG: Duration = Duration::from_secs(60);
 
-    fn model(folder: &str) -> FoundModel {
-        FoundModel { directory: folder.into(), ..FoundModel::default() }
-    }
-
-    fn wanted(name: &str, folder: &'static str, gate: Option<mpsc::Receiver<()>>) -> Wanted {
+    fn wanted(name: &str, folder: &'static str, gate: Option<mpsc::Receiver<()>>) -> Wanted<&'static str> {
         let scan = Box::new(move || {
             gate.map(|gate| gate.recv());
-            Ok(model(folder))
+            Ok(folder)
         });
         Wanted { name: ModelName::parse(name).unwrap(), folder: folder.into(), scan }
     }
@@ -112,13 +109,13 @@ mod tests {
         let started = Instant::now();
         let both = vec![wanted("hung", "/hung", Some(gate)), wanted("quick", "/quick", None)];
         let found = elsewhere.look(both, Duration::from_millis(200)).await;
-        assert_eq!(found["quick"].as_ref().unwrap().directory, Path::new("/quick"));
+        assert_eq!(*found["quick"].as_ref().unwrap(), "/quick");
         assert_eq!(found["hung"].as_ref().unwrap_err().to_string(), "the disk of /hung does not answer");
         let found = elsewhere.look(vec![wanted("hung", "/hung", None)], LONG).await;
         assert!(found["hung"].is_err() && started.elapsed() < LONG, "it is still being looked at");
         // Another folder is another matter.
         let found = elsewhere.look(vec![wanted("hung", "/other", None)], LONG).await;
-        assert_eq!(found["hung"].as_ref().unwrap().directory, Path::new("/other"));
+        assert_eq!(*found["hung"].as_ref().unwrap(), "/other");
 
         open.send(()).unwrap();
         let found = loop {
@@ -128,7 +125,7 @@ mod tests {
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
         };
-        assert_eq!(found.unwrap().directory, Path::new("/hung"));
+        assert_eq!(found.unwrap(), "/hung");
         elsewhere.retain(|_| false);
         assert!(elsewhere.looks.is_empty());
     }

@@ -9,13 +9,28 @@ use crate::{
     id::ModelName,
     source::{
         SourceUri,
-        local::{self, FoundModel, Origin, Scan},
+        local::{self, Fingerprint, FoundModel, Origin, Scan},
         places::{Places, Trial},
     },
 };
 
 /// How long folders elsewhere may take to be looked at, before the server is ready and after.
 const PATIENCE: [Duration; 2] = [Duration::from_secs(10), Duration::from_secs(1)];
+
+/// What a look at a folder elsewhere has found.
+#[derive(Clone)]
+pub(super) struct Looked {
+    found: FoundModel,
+    /// Of a mirror: it holds as long as nothing changes there or beside the model's settings.
+    as_of: Option<AsOf>,
+}
+
+/// The state of a mirror when the look began; what changed meanwhile is found by the next one.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct AsOf {
+    changes: u64,
+    beside: Fingerprint,
+}
 
 /// Models and their settings, with the versions that their sources have where these name one.
 pub(super) type Sourced<'a> = BTreeMap<ModelName, (Cow<'a, FoundModel>, Result<ModelSpec, Error>)>;
@@ -27,10 +42,20 @@ impl Reconciler {
         let mut wanted = Vec::new();
         for (name, found) in scan {
             let (spec, uri) = self.source_of(name, found);
-            wanted.extend(uri.map(|uri| self.wanted_from(name, &uri, found)));
-            sourced.insert(name.clone(), (Cow::Borrowed(found), spec));
+            let mut shown = Cow::Borrowed(found);
+            if let Some(uri) = uri {
+                let as_of = self.as_of(name, &uri, found);
+                match self.mirrored.get(name).cloned() {
+                    Some(kept) if as_of.is_some() && kept.as_of == as_of => {
+                        shown = Cow::Owned(self.found_at_source(name, found, Ok(kept)));
+                    }
+                    _ => wanted.push(self.wanted_from(name, &uri, found, as_of)),
+                }
+            }
+            sourced.insert(name.clone(), (shown, spec));
         }
         self.elsewhere.retain(|name| scan.contains_key(name));
+        self.mirrored.retain(|name, _| scan.contains_key(name));
         let patience = PATIENCE[usize::from(self.complete)];
         for (name, result) in self.elsewhere.look(wanted, patience).await {
             let Some((shown, _)) = sourced.get_mut(&name) else { continue };
@@ -72,8 +97,12 @@ impl Reconciler {
     }
 
     /// The model with what was found where its settings say.
-    fn found_at_source(&mut self, name: &ModelName, found: &FoundModel, result: io::Result<FoundModel>) -> FoundModel {
-        let mut found = result.unwrap_or_else(|error| {
+    fn found_at_source(&mut self, name: &ModelName, found: &FoundModel, looked: io::Result<Looked>) -> FoundModel {
+        match looked.as_ref().ok().filter(|looked| looked.as_of.is_some()) {
+            Some(kept) => drop(self.mirrored.insert(name.clone(), kept.clone())),
+            None => drop(self.mirrored.remove(name)),
+        }
+        let mut found = looked.map(|looked| looked.found).unwrap_or_else(|error| {
             tracing::warn!(model = %name, %error, "the versions cannot be read");
             FoundModel { unreadable: Some(error.to_string()), ..found.clone() }
         });
@@ -104,21 +133,38 @@ impl Reconciler {
             // What is on its way is looked at again when it has come.
             return Ok(found);
         }
-        let wanted = self.wanted_from(name, &uri, &found);
+        let wanted = self.wanted_from(name, &uri, &found, None);
         let looked = self.elsewhere.look(vec![wanted], PATIENCE[0]).await.remove(name);
         let looked = looked.unwrap_or_else(|| Err(io::Error::other("it was not looked at")));
-        looked.map_err(|error| Error::internal(format!("model '{name}': {error}")))
+        looked.map(|looked| looked.found).map_err(|error| Error::internal(format!("model '{name}': {error}")))
     }
 
     /// What there is to look at for a model whose versions are elsewhere.
-    fn wanted_from(&self, name: &ModelName, uri: &SourceUri, found: &FoundModel) -> Wanted {
+    fn wanted_from(
+        &self,
+        name: &ModelName,
+        uri: &SourceUri,
+        found: &FoundModel,
+        as_of: Option<AsOf>,
+    ) -> Wanted<Looked> {
         let (folder, origin) = match uri.folder() {
             Some(path) => (found.directory.join(path), Origin::Elsewhere),
             None => (self.settings.places.folder(name, uri), Origin::Mirrored),
         };
         let (backends, found, at) = (self.loader.backends.clone(), found.clone(), folder.clone());
-        let scan = move || local::scan_elsewhere(&found, &at, origin, &|file| backends.knows(file));
+        let scan = move || {
+            let found = local::scan_elsewhere(&found, &at, origin, &|file| backends.knows(file))?;
+            Ok(Looked { found, as_of })
+        };
         Wanted { name: name.clone(), folder, scan: Box::new(scan) }
+    }
+
+    /// As of when a look at a mirror's folder would be that begins now; `None` of folders that nobody else looks after.
+    fn as_of(&self, name: &ModelName, uri: &SourceUri, found: &FoundModel) -> Option<AsOf> {
+        let changes = self.settings.places.changes(name, uri).filter(|_| uri.folder().is_none())?;
+        // A folder that cannot be read is not as it was.
+        let beside = local::fingerprint_beside(&found.directory).ok()?;
+        Some(AsOf { changes, beside })
     }
 
     /// Says which models come from where.

@@ -2,7 +2,10 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -13,6 +16,9 @@ use crate::{
     id::{ModelName, Version},
     source::{Look, Progress, SourceError, write_back::reporter::Outcome},
 };
+
+/// Changes of any state so far.
+static CHANGES: AtomicU64 = AtomicU64::new(0);
 
 /// A follower's state at one moment.
 #[derive(Clone, Debug, Default)]
@@ -76,6 +82,7 @@ pub struct Problem {
 pub struct SharedStatus {
     status: Arc<Mutex<Status>>,
     wake: Arc<Notify>,
+    changes: Arc<AtomicU64>,
 }
 
 /// The states of all followers that there are.
@@ -111,7 +118,19 @@ impl Followed {
 impl SharedStatus {
     pub(in crate::source) fn new(uri: String) -> Self {
         let status = Arc::new(Mutex::new(Status { uri, ..Status::default() }));
-        Self { status, wake: Arc::default() }
+        let shared = Self { status, ..Self::default() };
+        shared.changed();
+        shared
+    }
+
+    /// Notes that the mirror, or what is said of it here, may be another one than before.
+    pub(super) fn changed(&self) {
+        self.changes.store(CHANGES.fetch_add(1, Ordering::Relaxed), Ordering::Release);
+    }
+
+    /// Another number after each change, and no other state's.
+    pub fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
     }
 
     /// Has the follower look at once when it is notified.
@@ -121,7 +140,9 @@ impl SharedStatus {
 
     /// All was tried that there was to mirror.
     pub(in crate::source) fn settled(&self) {
-        self.status.lock().settled = true;
+        if !std::mem::replace(&mut self.status.lock().settled, true) {
+            self.changed();
+        }
     }
 
     /// The state now.
@@ -142,7 +163,9 @@ impl SharedStatus {
         status.failures = 0;
         let defaults = look.models.iter().filter_map(|(name, model)| Some((name.clone(), model.default.clone()?)));
         status.defaults = defaults.collect();
-        status.away.take().map(|(since, _)| now.duration_since(since).unwrap_or_default())
+        let (since, _) = status.away.take()?;
+        self.changed();
+        Some(now.duration_since(since).unwrap_or_default())
     }
 
     /// The place did not answer; how often in a row now.
@@ -151,6 +174,9 @@ impl SharedStatus {
         let since = status.away.as_ref().map_or_else(SystemTime::now, |(since, _)| *since);
         status.away = Some((since, error.to_string()));
         status.failures = status.failures.saturating_add(1);
+        if status.failures == 1 {
+            self.changed();
+        }
         status.failures
     }
 
@@ -170,6 +196,7 @@ impl SharedStatus {
     pub(super) fn fetched(&self, name: &ModelName, version: Option<&Version>, error: Option<&SourceError>) {
         let mut status = self.status.lock();
         let key = (name.clone(), version.map(ToString::to_string));
+        self.changed();
         status.fetching.remove(&key);
         match error {
             None => drop(status.problems.remove(&key)),

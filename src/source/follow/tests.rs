@@ -468,6 +468,37 @@ async fn following_wakes_and_ends_when_it_is_told_to() {
     timeout(Duration::from_secs(1), following).await.unwrap().unwrap();
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_look_that_shows_nothing_new_is_not_told() {
+    let mut fixture = Fixture::new(1 << 20);
+    let shelf = fixture.shelf.clone();
+    shelf.version("m", "1", vec![shelf.put("model.onnx", b"one")]);
+    let (kick, mut kicks) = mpsc::channel(8);
+    let follower = fixture.follower.take().unwrap().telling(kick);
+    let cancel = CancellationToken::new();
+    let following = tokio::spawn(follower.run(cancel.clone(), watch::Sender::new(false)));
+    let mut told = async || {
+        let mut times = 0;
+        while timeout(Duration::from_secs(300), kicks.recv()).await.is_ok() {
+            times += 1;
+        }
+        times
+    };
+    assert_eq!(told().await, 1, "the first look");
+    assert_eq!(told().await, 0, "the same ever since");
+    shelf.version("m", "2", vec![shelf.put("model.onnx", b"two")]);
+    assert_eq!(told().await, 1, "a version");
+    let look = shelf.look.lock().clone();
+    *shelf.look.lock() = Err(SourceError::Unavailable { place: "shelf".into(), reason: "gone fishing".into() });
+    assert_eq!(told().await, 1, "once, however often it does not answer");
+    *shelf.look.lock() = look;
+    assert_eq!(told().await, 1, "it answers again");
+    shelf.change(|models| models.get_mut(&name()).unwrap().versions.retain(|one| one.version.as_str() == "2"));
+    assert_eq!(told().await, 1, "a version is gone");
+    cancel.cancel();
+    following.await.unwrap();
+}
+
 #[test]
 fn pauses_grow_and_have_an_end() {
     let seconds = Duration::from_secs;
