@@ -1,6 +1,8 @@
 """What the tests ask of servers whose models are mirrored, and what they put in the models' place."""
 
 import json
+import re
+from pathlib import Path
 
 from infer import Question, rest_json
 from models import EXTERNAL_WEIGHTS, plus
@@ -39,3 +41,9 @@ def versions(server, model="plus"):
 
 def log_has(server, *words):
     return any(all(word in line for word in words) for line in server.log().splitlines())
+
+
+def memory(server):
+    """Bytes of the process that are no file's."""
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) << 10

@@ -4,13 +4,13 @@ import base64
 import hashlib
 import json
 import os
-import re
 import socket
 import subprocess
 import time
 
 import pytest
 from infer import Question, rest_json
+from mirrored import memory
 from models import plus
 from server import eventually, run
 from tensors import tensor
@@ -34,10 +34,12 @@ http {{
     access_log {home}/access.log;
     client_body_temp_path {home}/body;
     log_format ranges '$request_method $uri $http_range';
+    log_format sent '$request_method $uri $body_bytes_sent';
     server {{
         listen 127.0.0.1:{port};
         root {home}/root;
         access_log {home}/ranges.log ranges;
+        access_log {home}/sent.log sent;
         dav_ext_methods PROPFIND OPTIONS;
         location /private/ {{ auth_basic models; auth_basic_user_file {home}/users; dav_ext_methods PROPFIND OPTIONS; }}
         location /slow/ {{ limit_rate 16m; dav_ext_methods PROPFIND OPTIONS; }}
@@ -54,7 +56,17 @@ class Nginx:
         (home / "users").write_text(f"ada:{{SHA}}{secret}\n")
         user = "user root;" if os.geteuid() == 0 else ""
         (home / "conf").write_text(NGINX.format(home=home, port=port, user=user))
+        self.start()
+
+    def start(self):
+        home = self.home
         self.process = subprocess.Popen(["nginx", "-p", home, "-c", home / "conf", "-e", home / "error.log"])
+        host, port = self.address.split(":")
+        try:
+            eventually(lambda: socket.create_connection((host, int(port)), 1).close() or True)
+        except AssertionError:
+            self.stop()
+            raise
 
     def put(self, path, content):
         content = content if isinstance(content, bytes) else content.SerializeToString()
@@ -77,6 +89,11 @@ class Nginx:
         lines = (self.home / "ranges.log").read_text().splitlines()
         return [line.split(" ", 2)[2] for line in lines if line.startswith(f"GET /{path} ")]
 
+    def sent(self, path):
+        """Bytes of a file in all answers that have come to an end."""
+        lines = (self.home / "sent.log").read_text().splitlines()
+        return sum(int(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"GET /{path} "))
+
     def stop(self):
         self.process.terminate()
         self.process.wait(10)
@@ -88,7 +105,6 @@ def nginx(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = Nginx(tmp_path_factory.mktemp("nginx"), port)
-    eventually(lambda: socket.create_connection(("127.0.0.1", port), 1).close() or True)
     yield server
     server.stop()
 
@@ -96,12 +112,6 @@ def nginx(tmp_path_factory):
 def answers(server, model="plus", number=1):
     answer = rest_json(server, Question(model, [tensor("x", "FP32", [1, 1], [number])]))
     return None if answer.error else answer.outputs["y"].data[0]
-
-
-def memory(server):
-    """Bytes of the process that are no file's."""
-    status = open(f"/proc/{server.process.pid}/status").read()
-    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) << 10
 
 
 def test_a_web_server_is_followed(nginx, serve):
