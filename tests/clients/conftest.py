@@ -8,6 +8,7 @@ import pytest
 
 pytest.register_assert_rewrite("contract", "infer", "load")
 
+from mlflow_server import Mlflow  # noqa: E402
 from models import Repository, add_small_models, magika  # noqa: E402
 from server import Server  # noqa: E402
 
@@ -23,6 +24,19 @@ def server(tmp_path_factory):
     with Server(repository.path, home) as running:
         yield running
         assert running.stop() == 0, running.tail()
+
+
+@pytest.fixture(scope="session")
+def mlflow(tmp_path_factory):
+    """A registry of MLflow, and MLflow's own client of it. It takes 20 s to boot, so all tests that want one share it."""
+    server = Mlflow(tmp_path_factory.mktemp("mlflow"))
+    try:
+        # MLflow leaves settings in the environment.
+        with pytest.MonkeyPatch.context() as environment:
+            server.connect(environment)
+            yield server
+    finally:
+        server.stop()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from models import EXTERNAL_WEIGHTS, plus
 from tensors import tensor
 from wire import call
 
-CONFIG = '[follow]\ninterval = "1s"\n'
+CONFIG = '[follow]\ninterval = "250ms"\n'
 # Until something new is looked at, fetched and loaded.
 SOON = 30
 

@@ -5,7 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+from contextlib import suppress
 
 from server import eventually
 from wire import call
@@ -25,7 +25,7 @@ SERVED_WITH = ["onnxruntime"]
 class Mlflow:
     """One server, with its database and files in `home`."""
 
-    def __init__(self, home, artifacts=None, flags=(), environment=()):
+    def __init__(self, home, artifacts=None, flags=(), environment=(), wait=True):
         home.mkdir(parents=True, exist_ok=True)
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
@@ -46,11 +46,15 @@ class Mlflow:
                 # The processes that it starts end with it.
                 start_new_session=True,
             )
+        if wait:
+            self.wait()
+
+    def wait(self):
         try:
             eventually(self.is_ready, START_TIMEOUT, pause=0.2)
         except BaseException:
             self.stop()
-            print((home / "log").read_text(errors="replace")[-4000:])
+            print((self.home / "log").read_text(errors="replace")[-4000:])
             raise
 
     def is_ready(self):
@@ -77,14 +81,9 @@ class Mlflow:
         return f"mlflow://{login}{self.address}/{model}"
 
     def stop(self):
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self.process.pid, number)
-            except ProcessLookupError:
-                break
-            deadline = time.monotonic() + 10
-            while self.process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.05)
+        """At once: nothing of it is kept, and it takes its time to end by itself."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 

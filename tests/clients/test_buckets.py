@@ -15,8 +15,7 @@ from tensors import tensor
 from werkzeug.serving import make_server
 from wire import call
 
-INTERVAL = 1
-CONFIG = f'[follow]\ninterval = "{INTERVAL}s"\n'
+CONFIG = '[follow]\ninterval = "250ms"\n'
 # A version settles for two seconds before it is taken.
 SOON = 30
 PARTS = 3

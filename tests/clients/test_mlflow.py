@@ -35,22 +35,9 @@ VERSIONS = 10_000
 MOST_GROWTH = 24 << 20
 
 
-@pytest.fixture(scope="module")
-def mlflow(tmp_path_factory):
-    """A server, and MLflow's own client of it."""
-    server = Mlflow(tmp_path_factory.mktemp("mlflow"))
-    try:
-        # MLflow leaves settings in the environment.
-        with pytest.MonkeyPatch.context() as environment:
-            server.connect(environment)
-            yield server
-    finally:
-        server.stop()
-
-
-@pytest.fixture(scope="module")
-def guarded(tmp_path_factory):
-    """A server with users of its own, that keeps its artifacts in a bucket and passes them on."""
+@pytest.fixture(scope="module", autouse=True)
+def booting(tmp_path_factory):
+    """The server of `guarded`. It boots while the tests run that need none, or another one."""
     bucket = Bucket()
     home = tmp_path_factory.mktemp("guarded")
     users = home / "users.ini"
@@ -64,30 +51,33 @@ def guarded(tmp_path_factory):
         "MLFLOW_AUTH_CONFIG_PATH": str(users),
         "MLFLOW_FLASK_SERVER_SECRET_KEY": "tests",
     }
-    server = None
-    try:
-        with pytest.MonkeyPatch.context() as environment:
-            for name, setting in bucket_settings(bucket).items():
-                environment.setenv(name, setting)
-            bucket.open()
-            flags = ["--app-name", "basic-auth"]
-            server = Mlflow(home, artifacts="s3://models/kept", flags=flags, environment=settings)
-        server.bucket = bucket
-        with pytest.MonkeyPatch.context() as environment:
-            server.connect(environment, login=f"ada:{SECRET}@")
-            graph = model(
-                [helper.make_node("Add", ["x", "number"], ["y"])],
-                [value("x", "FP32", ["rows", 1])],
-                [value("y", "FP32", ["rows", 1])],
-                {"number": np.float32(3), "ballast": np.zeros(BALLAST, dtype=np.uint8)},
-            )
-            log_folder(server, graph, "plus", tmp_path_factory.mktemp("plus") / "model")
-            server.client.set_registered_model_alias("plus", "live", "1")
-        yield server
-    finally:
-        if server:
-            server.stop()
-        bucket.close()
+    flags = ["--app-name", "basic-auth"]
+    server = Mlflow(home, artifacts="s3://models/kept", flags=flags, environment=settings, wait=False)
+    server.bucket = bucket
+    yield server
+    server.stop()
+    bucket.close()
+
+
+@pytest.fixture(scope="module")
+def guarded(booting, tmp_path_factory):
+    """A server with users of its own, that keeps its artifacts in a bucket and passes them on."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name, setting in bucket_settings(booting.bucket).items():
+            environment.setenv(name, setting)
+        booting.bucket.open()
+    booting.wait()
+    with pytest.MonkeyPatch.context() as environment:
+        booting.connect(environment, login=f"ada:{SECRET}@")
+        graph = model(
+            [helper.make_node("Add", ["x", "number"], ["y"])],
+            [value("x", "FP32", ["rows", 1])],
+            [value("y", "FP32", ["rows", 1])],
+            {"number": np.float32(3), "ballast": np.zeros(BALLAST, dtype=np.uint8)},
+        )
+        log_folder(booting, graph, "plus", tmp_path_factory.mktemp("plus") / "model")
+        booting.client.set_registered_model_alias("plus", "live", "1")
+    return booting
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from tensors import tensor
 from wire import call
 
 SOON = 30
-CONFIG = '[follow]\ninterval = "1s"\n'
+CONFIG = '[follow]\ninterval = "250ms"\n'
 PART = 16 << 20
 LARGE = 16 * PART
 # Of a server that has something to do, the heap breathes too.
