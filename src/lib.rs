@@ -23,8 +23,8 @@
 //! 1. `api::listen` accepts on one listener per port and hands the connection to an I/O thread. Inferences go straight on,
 //!    all else through a router.
 //! 2. `api::rest` or `api::grpc` opens a `Record`, finds the version (`engine` → `model::catalog`, one snapshot; by the
-//!    route, where requests are divided), and decodes the body through `api::codec`, other servers' shapes of it through `api::shapes`; raw tensor bytes are
-//!    not copied; `api::shared_memory` fetches those that were left in memory instead of being sent.
+//!    route, where requests are divided), and decodes the body through `api::codec`, other servers' shapes of it through `api::shapes`; raw
+//!    tensor bytes are not copied; `api::shared_memory` fetches those that were left in memory instead of being sent.
 //! 3. `engine` checks the inputs against the `Signature` and submits them.
 //! 4. `model::batcher` queues, with turns for clients (`api::client` tells them apart), or refuses; an idle thread of
 //!    `model::executor`, woken through `model::relay`, takes what may run together, gathers it, runs it, and hands
@@ -38,10 +38,11 @@
 //! `source::cache` fetch and verify what is new, and publishes each version by one rename, on a thread of its own. So it
 //! is for a whole repository, or for single models whose settings name their place (`source::places`). Where a registry
 //! has a pointer (an alias, a tag, a branch), its way is kept beside the versions (`source::pointer`) and decides which of
-//! them is the newest; `source::lineage` is what the registry knows of each.
+//! them is the newest; of a folder an alias does (`control::standing`). `source::lineage` is what the registry knows of each,
+//! `source::card` what its files say of themselves, and `source::write_back` tells the registry what became of it.
 //! `control::reconcile` scans the folder (`source::local`), waits until files settle, and has `model::load` load and
-//! warm them on a low-priority thread, once `source::signed` has found them signed where they must be, as `control::spec` says (from model.toml, or through `control::pbtxt` from
-//! Triton's config.pbtxt). What the author declares of inputs and outputs is a session before the graph's
+//! warm them on a low-priority thread, once `source::signed` has found them signed where they must be, as `control::spec`
+//! says (from model.toml, or through `control::pbtxt` from Triton's config.pbtxt). What the author declares of inputs and outputs is a session before the graph's
 //! (`backend::declared`). Clients' wishes to load and unload come in as `control::command`. Warm-up proves that rows are
 //! independent before requests may share runs, and `model::golden` asks what has a known answer. Then one new catalog is
 //! published, the old version takes no more requests, finishes those it has, and is dropped off the serving threads.

@@ -337,7 +337,7 @@ async fn a_body_that_stops_is_not_waited_for() {
         assert_eq!(operation["requestBody"].is_object(), described, "{operation}");
         described
     });
-    assert_eq!(bodies.count(), 5);
+    assert_eq!(bodies.count(), 7);
     running.stop().await;
 }
 
