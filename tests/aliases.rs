@@ -124,6 +124,15 @@ async fn mistakes_are_told() {
         let reply = ask(&running, method, alias, &body).await;
         assert!(reply.status == status && reply.error().contains(said), "{} {}", reply.status, reply.body);
     }
+    repository.settings("m", "versions = { specific = [\"2\", \"3\"] }");
+    eventually("version 2 serves, too", async || running.infer("m/versions/2", &[1.0]).await.status == 200).await;
+    let reply = ask(&running, "PUT", "champion", &json!({ "version": "1" })).await;
+    assert!(
+        reply.status == 400 && reply.error().contains("versions.specific leaves version '1' out"),
+        "{}",
+        reply.body
+    );
+    repository.settings("m", "");
     // Where a registry's pointer says who serves, an alias would say so, too.
     std::fs::write(repository.0.path().join("m/.pointer"), "1 1\n").unwrap();
     answers(&running, "m", "1").await;

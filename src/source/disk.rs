@@ -2,14 +2,17 @@
 //! somebody else's, far away and silent.
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     io::{Read, Seek, SeekFrom},
     ops::Range,
-    path::Path,
+    path::{Path, PathBuf},
+    sync::{Arc, Weak},
     time::Duration,
 };
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use tokio::{
     sync::{Semaphore, SemaphorePermit, mpsc},
     task::spawn_blocking,
@@ -25,8 +28,10 @@ const PIECE: usize = 256 << 10;
 const AHEAD: usize = 2;
 /// How long a disk may take to answer.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Threads that wait for disks, of all places. Those of a disk that never answers are lost, and no more than these.
+/// Threads that wait for disks, of all places. One is lost for each path on a disk that never answers.
 static THREADS: Semaphore = Semaphore::const_new(32);
+/// Paths that a thread still waits for whom nobody listens to any more. No other one waits there beside it.
+static SILENT: Mutex<BTreeMap<PathBuf, Weak<()>>> = Mutex::new(BTreeMap::new());
 
 /// The bytes `range` of the file at `path`.
 ///
@@ -79,14 +84,24 @@ async fn within<T: Send + 'static>(
     path: &Path,
     work: impl FnOnce() -> Result<T, SourceError> + Send + 'static,
 ) -> Result<T, SourceError> {
+    if SILENT.lock().get(path).is_some_and(|waits| waits.strong_count() > 0) {
+        return Err(silent(path, patience));
+    }
     let thread = thread(path, patience).await?;
+    let waits = Arc::new(());
+    let still_waits = Arc::downgrade(&waits);
     let working = spawn_blocking(move || {
-        let _thread = thread;
+        let _held = (thread, waits);
         work()
     });
     match timeout(patience, working).await {
         Ok(found) => found.unwrap_or_else(|error| Err(SourceError::disk(path, &std::io::Error::other(error)))),
-        Err(_) => Err(silent(path, patience)),
+        Err(_) => {
+            let mut silent_ones = SILENT.lock();
+            silent_ones.retain(|_, waits| waits.strong_count() > 0);
+            silent_ones.insert(path.to_path_buf(), still_waits);
+            Err(silent(path, patience))
+        }
     }
 }
 
@@ -133,7 +148,14 @@ mod tests {
         let hanging = move || gate.recv().map_err(|error| SourceError::Full(error.to_string()));
         let error = within(Duration::from_millis(50), Path::new("/hung"), hanging).await.unwrap_err();
         assert_eq!(error.to_string(), "/hung does not answer: nothing comes from its disk in 50ms");
+        let threads = THREADS.available_permits();
+        let error = within(PATIENCE, Path::new("/hung"), || Ok(1)).await.unwrap_err();
+        assert_eq!(error.to_string(), "/hung does not answer: nothing comes from its disk in 30s");
+        assert!(THREADS.available_permits() >= threads, "one thread at most waits there");
         drop(open);
+        while within(PATIENCE, Path::new("/hung"), || Ok(1)).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
         assert_eq!(within(PATIENCE, Path::new("/quick"), || Ok(1)).await.unwrap(), 1);
     }
 }

@@ -46,8 +46,6 @@ impl Patience {
 fn host(uri: &SourceUri) -> String {
     match uri.scheme() {
         Scheme::Hf | Scheme::Models => format!("{:?}", uri.scheme()),
-        // Limits of object stores are those of a bucket.
-        Scheme::S3 | Scheme::Gs | Scheme::Az => format!("{:?} {}", uri.scheme(), uri.authority()),
         _ => uri.authority().to_owned(),
     }
 }
@@ -70,9 +68,9 @@ mod tests {
         patience.heed(&uri("oci://host:5000/a"), &SourceError::Full("no room".into()));
         let error = patience.check(&uri("hf://other/model@main")).unwrap_err();
         assert_eq!(error.retry_after(), Some(Duration::from_secs(60)), "{error}");
-        patience.heed(&uri("s3://bucket/a"), &limited(60));
-        patience.check(&uri("s3://bucket/b")).unwrap_err();
-        for other in ["s3://other/a", "gs://bucket/a", "oci://host:5000/a", "mlflow://host:5000/a/1"] {
+        patience.heed(&uri("oci://registry/a"), &limited(60));
+        patience.check(&uri("oci://registry/b")).unwrap_err();
+        for other in ["oci://other/a", "oci://host:5000/a", "mlflow://host:5000/a/1"] {
             patience.check(&uri(other)).unwrap();
         }
         tokio::time::advance(Duration::from_secs(60)).await;

@@ -1,5 +1,5 @@
 //! `Elsewhere`: looks at folders that models' settings name, each on a thread of its own, so that one on a disk that does not
-//! answer keeps nobody waiting: neither other models, nor the server's end.
+//! answer keeps nobody waiting for long: neither other models, nor the server's end.
 
 use std::{collections::BTreeMap, io, path::PathBuf, thread, time::Duration};
 
@@ -37,6 +37,12 @@ impl<T: Send + 'static> Elsewhere<T> {
     /// Forgets the looks for models that are not meant any more.
     pub fn retain(&mut self, is_meant: impl Fn(&ModelName) -> bool) {
         self.looks.retain(|name, _| is_meant(name));
+    }
+
+    /// Forgets a look that has ended: what it has found is of then.
+    pub fn forget_ended(&mut self, name: &ModelName) {
+        let is_under_way = |look: &mut Look<T>| matches!(look.found.try_recv(), Err(TryRecvError::Empty));
+        self.looks.retain(|other, look| other != name || is_under_way(look));
     }
 
     /// What the folders hold. A look that takes longer than `patience` is an error, and goes on: what it finds is told the
@@ -108,7 +114,7 @@ mod tests {
         let (open, gate) = mpsc::channel();
         let started = Instant::now();
         let both = vec![wanted("hung", "/hung", Some(gate)), wanted("quick", "/quick", None)];
-        let found = elsewhere.look(both, Duration::from_millis(200)).await;
+        let found = elsewhere.look(both, Duration::from_secs(2)).await;
         assert_eq!(*found["quick"].as_ref().unwrap(), "/quick");
         assert_eq!(found["hung"].as_ref().unwrap_err().to_string(), "the disk of /hung does not answer");
         let found = elsewhere.look(vec![wanted("hung", "/hung", None)], LONG).await;
@@ -126,6 +132,19 @@ mod tests {
             tokio::time::sleep(Duration::from_millis(1)).await;
         };
         assert_eq!(found.unwrap(), "/hung");
+
+        // What nobody has asked for in time is of then.
+        let (open, gate) = mpsc::channel();
+        let found = elsewhere.look(vec![wanted("left", "/left", Some(gate))], Duration::from_millis(10)).await;
+        assert!(found["left"].is_err());
+        let name = ModelName::parse("left").unwrap();
+        elsewhere.forget_ended(&name);
+        assert!(elsewhere.looks.contains_key(&name), "it is under way");
+        open.send(()).unwrap();
+        while elsewhere.looks.contains_key(&name) {
+            elsewhere.forget_ended(&name);
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
         elsewhere.retain(|_| false);
         assert!(elsewhere.looks.is_empty());
     }

@@ -13,6 +13,7 @@ use crate::{
     error::{Code, Error},
     id::{Alias, ModelName, Version},
     metrics::Way,
+    model::catalog::VersionPolicy,
     rollout::{
         self, Command, Event, Moment, Phase, Rollout, Transition,
         plan::{Arrival, OnNewVersion, Settings},
@@ -457,6 +458,13 @@ fn call(
         }
         Some(version) => {
             known(model, version)?;
+            let leaves_out = |list: &[String]| !list.iter().any(|listed| listed == version.as_str());
+            if model.pointed_by == PointedBy::Alias(alias.to_string())
+                && matches!(&model.policy, VersionPolicy::Specific(list) if leaves_out(list))
+            {
+                let message = format!("versions.specific leaves version '{version}' out; add it there first");
+                return Err(Error::invalid(message));
+            }
             standing.aliases.entry(alias.clone()).or_default().call(version, now);
         }
     }

@@ -40,16 +40,21 @@ impl Reconciler {
     pub(super) async fn sourced<'a>(&mut self, scan: &'a Scan) -> Sourced<'a> {
         let mut sourced = Sourced::new();
         let mut wanted = Vec::new();
+        let mut asked = BTreeMap::new();
         for (name, found) in scan {
             let (spec, uri) = self.source_of(name, found);
             let mut shown = Cow::Borrowed(found);
             if let Some(uri) = uri {
                 let as_of = self.as_of(name, &uri, found);
-                match self.mirrored.get(name).cloned() {
+                match self.mirrored.get(name) {
                     Some(kept) if as_of.is_some() && kept.as_of == as_of => {
+                        let kept = kept.found.clone();
                         shown = Cow::Owned(self.found_at_source(name, found, Ok(kept)));
                     }
-                    _ => wanted.push(self.wanted_from(name, &uri, found, as_of)),
+                    _ => {
+                        asked.insert(name.clone(), as_of);
+                        wanted.push(self.wanted_from(name, &uri, found, as_of));
+                    }
                 }
             }
             sourced.insert(name.clone(), (shown, spec));
@@ -59,7 +64,16 @@ impl Reconciler {
         let patience = PATIENCE[usize::from(self.complete)];
         for (name, result) in self.elsewhere.look(wanted, patience).await {
             let Some((shown, _)) = sourced.get_mut(&name) else { continue };
-            *shown = Cow::Owned(self.found_at_source(&name, shown, result));
+            let result = result.and_then(|looked| {
+                // One that took longer than its pass tells what was then.
+                let is_of_now = asked.get(&name) == Some(&looked.as_of);
+                if is_of_now { Ok(looked) } else { Err(io::Error::other("it changed while it was looked at")) }
+            });
+            match result.as_ref().ok().filter(|looked| looked.as_of.is_some()) {
+                Some(kept) => drop(self.mirrored.insert(name.clone(), kept.clone())),
+                None => drop(self.mirrored.remove(&name)),
+            }
+            *shown = Cow::Owned(self.found_at_source(&name, shown, result.map(|looked| looked.found)));
         }
         sourced
     }
@@ -70,6 +84,10 @@ impl Reconciler {
         let ordered = self.ordered.overrides.get(name);
         let is_upload = ordered.is_some_and(|ordered| ordered.upload.is_some());
         if found.unreadable.is_some() || is_upload {
+            if let Some(model) = self.models.get_mut(name).filter(|_| is_upload) {
+                // Uploaded files are here; whatever comes from the source is not waited for.
+                (model.is_awaited, model.is_bare) = (false, false);
+            }
             return (spec, None);
         }
         let is_ordered = ordered.is_some();
@@ -97,12 +115,8 @@ impl Reconciler {
     }
 
     /// The model with what was found where its settings say.
-    fn found_at_source(&mut self, name: &ModelName, found: &FoundModel, looked: io::Result<Looked>) -> FoundModel {
-        match looked.as_ref().ok().filter(|looked| looked.as_of.is_some()) {
-            Some(kept) => drop(self.mirrored.insert(name.clone(), kept.clone())),
-            None => drop(self.mirrored.remove(name)),
-        }
-        let mut found = looked.map(|looked| looked.found).unwrap_or_else(|error| {
+    fn found_at_source(&mut self, name: &ModelName, found: &FoundModel, looked: io::Result<FoundModel>) -> FoundModel {
+        let mut found = looked.unwrap_or_else(|error| {
             tracing::warn!(model = %name, %error, "the versions cannot be read");
             FoundModel { unreadable: Some(error.to_string()), ..found.clone() }
         });
@@ -134,7 +148,9 @@ impl Reconciler {
             return Ok(found);
         }
         let wanted = self.wanted_from(name, &uri, &found, None);
-        let looked = self.elsewhere.look(vec![wanted], PATIENCE[0]).await.remove(name);
+        self.elsewhere.forget_ended(name);
+        let patience = PATIENCE[usize::from(self.complete)];
+        let looked = self.elsewhere.look(vec![wanted], patience).await.remove(name);
         let looked = looked.unwrap_or_else(|| Err(io::Error::other("it was not looked at")));
         looked.map(|looked| looked.found).map_err(|error| Error::internal(format!("model '{name}': {error}")))
     }

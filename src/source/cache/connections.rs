@@ -26,8 +26,8 @@ pub struct Connections {
 struct Places {
     /// By place; no entry is zero.
     held: BTreeMap<String, usize>,
-    /// The longest waiting first, with what tells it from others of its place.
-    waiting: VecDeque<(u64, String)>,
+    /// Who waits, by place, the longest waiting first; no line is empty.
+    waiting: BTreeMap<String, VecDeque<u64>>,
     last: u64,
 }
 
@@ -41,6 +41,7 @@ pub struct Permit<'a> {
 /// Leaves the line when it is dropped.
 struct Waiting<'a> {
     connections: &'a Connections,
+    place: String,
     ticket: u64,
 }
 
@@ -83,7 +84,7 @@ impl Connections {
         loop {
             let mut changed = pin!(self.changed.notified());
             changed.as_mut().enable();
-            if self.places.lock().take(self.most, waiting.ticket) {
+            if self.places.lock().take(self.most, place, waiting.ticket) {
                 // The next one in the line may have a turn, too.
                 self.changed.notify_waiters();
                 return Permit { connections: self, place: place.to_owned(), is_given: false };
@@ -96,11 +97,11 @@ impl Connections {
         let mut places = self.places.lock();
         places.last += 1;
         let ticket = places.last;
-        places.waiting.push_back((ticket, place.to_owned()));
+        places.waiting.entry(place.to_owned()).or_default().push_back(ticket);
         drop(places);
         // Who has more than his share hears that somebody wants some of it.
         self.changed.notify_waiters();
-        Waiting { connections: self, ticket }
+        Waiting { connections: self, place: place.to_owned(), ticket }
     }
 }
 
@@ -132,7 +133,7 @@ impl Drop for Permit<'_> {
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.connections.places.lock().waiting.retain(|(ticket, _)| *ticket != self.ticket);
+        self.connections.places.lock().leave(&self.place, self.ticket);
         self.connections.changed.notify_waiters();
     }
 }
@@ -147,18 +148,29 @@ impl Places {
     }
 
     /// Takes one for who holds `ticket`, when there is one and it is his turn.
-    fn take(&mut self, most: usize, ticket: u64) -> bool {
-        let next = self.waiting.iter().min_by_key(|(ticket, place)| (self.of(place), *ticket));
-        let Some((_, place)) = next.filter(|(next, _)| *next == ticket && self.total() < most) else { return false };
-        *self.held.entry(place.clone()).or_default() += 1;
-        self.waiting.retain(|(other, _)| *other != ticket);
+    fn take(&mut self, most: usize, place: &str, ticket: u64) -> bool {
+        // Of each place, only who waits longest may be the next.
+        let next = self.waiting.iter().filter_map(|(place, line)| Some((self.of(place), *line.front()?))).min();
+        if next.is_none_or(|(_, next)| next != ticket) || self.total() >= most {
+            return false;
+        }
+        *self.held.entry(place.to_owned()).or_default() += 1;
+        self.leave(place, ticket);
         true
+    }
+
+    fn leave(&mut self, place: &str, ticket: u64) {
+        let Some(line) = self.waiting.get_mut(place) else { return };
+        line.retain(|other| *other != ticket);
+        if line.is_empty() {
+            self.waiting.remove(place);
+        }
     }
 
     /// Gives one of `place` up, when none is left and a place waits that would still have no more with it than this one
     /// without.
     fn give(&mut self, most: usize, place: &str) -> bool {
-        let fewest = self.waiting.iter().map(|(_, place)| self.of(place)).min();
+        let fewest = self.waiting.keys().map(|place| self.of(place)).min();
         let is_wanted = self.total() >= most && fewest.is_some_and(|fewest| fewest + 1 < self.of(place));
         if is_wanted {
             self.release(place);

@@ -112,10 +112,11 @@ impl Cache {
     /// Makes room for everything that is reserved. What is there already of what is being fetched is part of it.
     pub(super) fn make_room(&self) -> Result<(), SourceError> {
         let _linking = self.linking.lock();
-        let coming = self.coming();
-        let bytes = coming.absent.values().copied().fold(0, u64::saturating_add);
         loop {
             let mut kept = list(&self.root)?;
+            // After the list: what is in it by now, and reserved, is known to be here.
+            let coming = self.coming();
+            let bytes = coming.absent.values().copied().fold(0, u64::saturating_add);
             kept.retain(|kept| kept.digest.is_some() || !coming.absent.contains_key(stem(kept)));
             let total: u64 = kept.iter().map(|kept| kept.size).sum();
             let used: u64 = kept.iter().filter(|kept| !self.is_free(kept, &coming)).map(|kept| kept.size).sum();

@@ -63,13 +63,12 @@ impl Cache {
         let part = if source.seeks(file) { self.part } else { file.size.max(1) };
         let mut partial = Partial::open(&self.root.join("partial"), &key, file.size, part, resumable)?;
         fetched.fetch_add(partial.bytes(), Ordering::Relaxed);
-        let result = self.complete(source, file, &mut partial, fetched).await;
+        let result = self.complete(source, file, &names, &mut partial, fetched).await;
         if let Err(SourceError::Corrupt { .. } | SourceError::Changed { .. } | SourceError::Refused { .. }) = &result {
             partial.discard();
         }
         let blob = result?;
         partial.done();
-        names.iter().for_each(|name| self.remember(name, &blob));
         Ok(blob)
     }
 
@@ -94,6 +93,7 @@ impl Cache {
         self: &Arc<Self>,
         source: &Arc<dyn Source>,
         file: &RemoteFile,
+        names: &[String],
         partial: &mut Partial,
         fetched: &Arc<AtomicU64>,
     ) -> Result<Blob, SourceError> {
@@ -126,10 +126,12 @@ impl Cache {
         drop(tell);
         let sha256 = hashing.await.map_err(|error| disk(std::io::Error::other(error)))??;
         let blob = Blob { sha256, size: file.size };
-        let (cache, path, name) = (self.clone(), partial.path.clone(), file.path.clone());
+        let (cache, path, name, names) = (self.clone(), partial.path.clone(), file.path.clone(), names.to_vec());
         let adopting = spawn_blocking(move || {
             let mut content = File::open(&path).map_err(|error| SourceError::disk(&path, &error))?;
             vet::content(&name, &mut content)?;
+            // First: as soon as it is in its place, who makes room knows whose it is. A name without a content says nothing.
+            names.iter().for_each(|name| cache.remember(name, &blob));
             cache.adopt(&path, &blob)
         });
         adopting.await.map_err(|error| disk(std::io::Error::other(error)))??;

@@ -82,6 +82,13 @@ pub struct Staged {
     files: BTreeMap<String, Blob>,
 }
 
+impl Drop for Mirror {
+    fn drop(&mut self) {
+        // Nobody follows its place any more; who does so again opens it anew.
+        self.cache.opened.lock().remove(&self.root);
+    }
+}
+
 impl Mirror {
     /// The mirror that goes by `key` (`endpoint::key`), made when there is none yet.
     ///

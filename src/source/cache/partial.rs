@@ -56,8 +56,11 @@ impl Partial {
             Ok(Self { path: path.clone(), list: list.clone(), file, size, part, there, notes })
         };
         opened().map_err(|error| {
-            // A file that could not be made as long as it is to be takes room that is wanted elsewhere.
-            let _ = (fs::remove_file(&path), fs::remove_file(&list));
+            use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+            if matches!(error.kind(), StorageFull | QuotaExceeded | FileTooLarge) {
+                // A file that could not be made as long as it is to be takes room that is wanted elsewhere.
+                let _ = (fs::remove_file(&path), fs::remove_file(&list));
+            }
             SourceError::disk(&path, &error)
         })
     }

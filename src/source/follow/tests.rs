@@ -568,7 +568,7 @@ async fn many_versions_take_no_longer_than_as_many_times_one() {
     fixture.shelf.change(|models| models.entry(name()).or_default().versions = versions);
     let started = Instant::now();
     follower.round(&watch::channel(false).0).await;
-    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
     assert_eq!(follower.failed.len(), 20_000);
 }
 
