@@ -28,7 +28,12 @@ pub fn read(text: &str) -> Result<Value, String> {
                 reading.put(value, anchor)?;
             }
             Event::Alias(anchor) => {
-                let value = reading.anchors.get(&anchor).ok_or("an alias stands for what holds it")?.clone();
+                let value = reading.anchors.get(&anchor).ok_or("an alias stands for what holds it")?;
+                // What is placed may hold aliases itself, so levels add up.
+                if reading.open.len() + depth(value) > MAX_DEPTH {
+                    return Err(too_deep());
+                }
+                let value = value.clone();
                 reading.spend(cost(&value))?;
                 reading.place(value);
             }
@@ -65,7 +70,7 @@ impl Reading {
     fn open(&mut self, open: Open, anchor: usize) -> Result<(), String> {
         self.spend(VALUE_COST)?;
         self.open.push((open, anchor));
-        if self.open.len() > MAX_DEPTH { Err(format!("it is more than {MAX_DEPTH} levels deep")) } else { Ok(()) }
+        if self.open.len() > MAX_DEPTH { Err(too_deep()) } else { Ok(()) }
     }
 
     fn close(&mut self) -> Result<(), String> {
@@ -124,6 +129,19 @@ fn cost(value: &Value) -> usize {
         }
 }
 
+/// Lists and maps in one another. No value that was read has more than `MAX_DEPTH`.
+fn depth(value: &Value) -> usize {
+    match value {
+        Value::Array(list) => 1 + list.iter().map(depth).max().unwrap_or_default(),
+        Value::Object(map) => 1 + map.values().map(depth).max().unwrap_or_default(),
+        _ => 0,
+    }
+}
+
+fn too_deep() -> String {
+    format!("it is more than {MAX_DEPTH} levels deep")
+}
+
 /// A word without quotes.
 fn plain(text: &str) -> Value {
     match text {
@@ -178,5 +196,17 @@ mod tests {
         assert!(read(&laughs).unwrap_err().starts_with("it stands for more than"));
         assert!(read(&"[".repeat(100)).unwrap_err().contains("more than 64 levels deep"));
         assert!(read("a: [").is_err() && read("a: *nobody").is_err());
+    }
+
+    #[test]
+    fn levels_of_what_aliases_repeat_add_up() {
+        let nested = |levels: usize, inner: &str| format!("{}{inner}{}", "[".repeat(levels), "]".repeat(levels));
+        let chain = |levels: usize| {
+            let [first, second, third] = ["1", "*a", "*b"].map(|inner| nested(levels, inner));
+            read(&format!("- &a {first}\n- &b {second}\n- &c {third}\n"))
+        };
+        assert!(chain(40).unwrap_err().contains("more than 64 levels deep"));
+        assert!(chain(21).is_ok());
+        assert!(chain(22).is_err());
     }
 }
