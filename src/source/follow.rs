@@ -92,12 +92,16 @@ pub struct Follower {
     unwanted: BTreeSet<(ModelName, String)>,
     /// Since when models and versions are missing or unwanted: once does not count.
     missing: BTreeMap<(ModelName, Option<String>), tokio::time::Instant>,
+    /// When the place was asked what it knows of versions, and said nothing.
+    unknown: BTreeMap<(ModelName, String), tokio::time::Instant>,
     /// Looks that were answered so far.
     looks: u32,
     /// Whether there was a look at which nothing had to settle.
     settled: bool,
     /// Whether something was fetched that a pointer may have left meanwhile.
     look_again: bool,
+    /// The state of the mirror that was told.
+    told: Option<u64>,
     /// When the mirror was said to be in use.
     touched: Instant,
 }
@@ -114,6 +118,8 @@ struct Failed {
 const MOST_SETTINGS: u64 = 1 << 20;
 /// Looks after which a server is ready although something at the place never settles.
 const PATIENCE: u32 = 15;
+/// How often a place is asked what it knows of a version while it says nothing.
+const LINEAGE_INTERVAL: Duration = Duration::from_secs(300);
 /// How often a mirror is said to be in use.
 const TOUCH_INTERVAL: Duration = Duration::from_secs(3600);
 /// Versions of a model that may fail, one after the other, before no older one is fetched for them: it is not the
@@ -138,9 +144,11 @@ impl Follower {
             failed: BTreeMap::new(),
             unwanted: BTreeSet::new(),
             missing: BTreeMap::new(),
+            unknown: BTreeMap::new(),
             looks: 0,
             settled: false,
             look_again: false,
+            told: None,
             touched: Instant::now(),
         }
     }
@@ -170,23 +178,27 @@ impl Follower {
     /// published is whole. `mirrored` turns true after the first look of which all that could be fetched is there.
     pub async fn run(mut self, cancel: CancellationToken, mirrored: watch::Sender<bool>) {
         let waker = self.status.waker();
-        let mut told = None;
         loop {
             let pause = tokio::select! {
                 () = cancel.cancelled() => return,
                 pause = self.round(&mirrored) => pause,
             };
-            let changes = Some(self.status.changes());
-            if let Some(kick) = self.kick.as_ref().filter(|_| told != changes) {
-                told = changes;
-                // A full channel holds a kick already.
-                let _ = kick.try_send(());
-            }
+            self.tell();
             tokio::select! {
                 () = cancel.cancelled() => return,
                 () = sleep(pause) => {}
                 () = waker.notified() => {}
             }
+        }
+    }
+
+    /// Says that the mirror may have changed, when it has.
+    fn tell(&mut self) {
+        let changes = Some(self.status.changes());
+        if let Some(kick) = self.kick.as_ref().filter(|_| self.told != changes) {
+            self.told = changes;
+            // A full channel holds a kick already.
+            let _ = kick.try_send(());
         }
     }
 
@@ -259,6 +271,7 @@ impl Follower {
         };
         self.fresh.retain(|(name, version), _| is_there(name, version));
         self.failed.retain(|(name, version), _| is_there(name, version));
+        self.unknown.retain(|(name, version), _| is_there(name, version));
         self.status.forget(|name, version| !is_there(name, version.unwrap_or(BESIDE)));
         settled
     }
@@ -314,6 +327,9 @@ impl Follower {
                 }
                 let result = result.map(|manifest| {
                     came.push(remote.version.clone());
+                    if manifest.lineage.is_none() {
+                        self.unknown.insert(key.clone(), tokio::time::Instant::now());
+                    }
                     let digest = manifest.digest;
                     tracing::info!(model = %name, version = %remote.version, digest, "mirrored");
                 });
@@ -325,16 +341,53 @@ impl Follower {
         let pointed =
             model.default.as_ref().and_then(|version| model.versions.iter().find(|it| it.version == *version));
         match pointed {
-            // It may have taken long to fetch, and the pointer be elsewhere by now.
+            // It may have taken long to fetch, and the pointer be elsewhere by now. That look asks for names, too.
             Some(remote) if came.contains(&remote.version) => {
                 self.look_again = true;
-                settled = false;
+                return false;
             }
-            Some(remote) => self.point(name, remote),
+            Some(remote) => {
+                if self.point(name, remote) {
+                    // It serves without what is said of it.
+                    self.tell();
+                }
+                self.learn(name, remote).await;
+            }
             None => {}
         }
         self.rename(name, model).await;
         settled
+    }
+
+    /// Asks what the place knows of a version that it points at, when nobody could tell while it was mirrored.
+    async fn learn(&mut self, name: &ModelName, remote: &RemoteVersion) {
+        let key = (name.clone(), remote.version.to_string());
+        let was_asked = self.unknown.get(&key).is_some_and(|asked| asked.elapsed() < LINEAGE_INTERVAL);
+        let is_unknown = |manifest: &Manifest| manifest.revision == remote.revision && manifest.lineage.is_none();
+        if was_asked
+            || !self.mirror.manifest(name, &remote.version).as_ref().is_some_and(is_unknown)
+            || self.cache.patience.check(self.source.uri()).is_err()
+        {
+            return;
+        }
+        let found = self.source.lineage(name, remote).await;
+        let learned = found.and_then(|found| match found {
+            Some(lineage) => self.mirror.learn(name, &remote.version, lineage),
+            None => Ok(false),
+        });
+        match learned {
+            Ok(true) => {
+                self.unknown.remove(&key);
+                tracing::info!(model = %name, version = %remote.version, "its lineage is known now");
+                return;
+            }
+            Ok(false) => {}
+            Err(error) => {
+                self.cache.patience.heed(self.source.uri(), &error);
+                tracing::debug!(model = %name, version = %remote.version, %error, "its lineage is still not known");
+            }
+        }
+        self.unknown.insert(key, tokio::time::Instant::now());
     }
 
     /// Writes down what the place calls its versions now. Without an answer they keep those that they had.
@@ -348,21 +401,23 @@ impl Follower {
         }
     }
 
-    /// Has the mirror's pointer follow the one at the place, as soon as the version that it points at is here.
-    fn point(&self, name: &ModelName, remote: &RemoteVersion) {
+    /// Has the mirror's pointer follow the one at the place, as soon as the version that it points at is here. Whether it
+    /// pointed elsewhere.
+    fn point(&self, name: &ModelName, remote: &RemoteVersion) -> bool {
         let version = &remote.version;
         if self.mirror.manifest(name, version).is_none_or(|manifest| manifest.revision != remote.revision) {
-            return;
+            return false;
         }
         let pointed = self.mirror.point(name, version);
         if !matches!(pointed, Ok(false)) {
             self.status.changed();
         }
-        match pointed {
+        match &pointed {
             Ok(true) => tracing::info!(model = %name, %version, "is what the models' place points at"),
             Ok(false) => {}
             Err(error) => tracing::error!(model = %name, %version, %error, "the pointer cannot be moved here"),
         }
+        matches!(pointed, Ok(true))
     }
 
     /// Notes which versions make room: nobody uses them, and all that are wanted are here. Those that were `selected` and
@@ -451,11 +506,15 @@ impl Follower {
             self.status.fetching(name, Some(&remote.version), progress);
         }
         let files = self.source.artifact(name, remote).await?;
-        let staged = self.fetch(name, Some(&remote.version), &files).await?;
-        let lineage = self.source.lineage(name, remote).await.unwrap_or_else(|error| {
-            tracing::warn!(model = %name, version = %remote.version, %error, "nothing is known of its lineage");
-            None
-        });
+        // Asked meanwhile, so that nothing waits for the answer.
+        let asked = async {
+            let found = self.source.lineage(name, remote).await;
+            Ok(found.unwrap_or_else(|error| {
+                tracing::warn!(model = %name, version = %remote.version, %error, "nothing is known of its lineage");
+                None
+            }))
+        };
+        let (staged, lineage) = tokio::try_join!(self.fetch(name, Some(&remote.version), &files), asked)?;
         let origin = Origin { uri: self.source.uri(), revision: &remote.revision, lineage };
         self.mirror.publish(name, &remote.version, staged, origin)
     }

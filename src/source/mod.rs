@@ -93,7 +93,8 @@ pub trait Source: Send + Sync {
         let _ = version;
     }
 
-    /// What the place knows of a version beyond its files. It is asked once for each version that is fetched.
+    /// What the place knows of a version beyond its files. It is asked for each version that is fetched,
+    /// and now and then for one that is pointed at and of which nothing is known.
     ///
     /// # Errors
     /// As for a look; the version is mirrored all the same.

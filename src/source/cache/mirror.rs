@@ -209,6 +209,18 @@ impl Mirror {
         Ok(manifest)
     }
 
+    /// Writes down what its place knows of a version of which nothing was known when it was mirrored. Whether that is news.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub fn learn(&self, model: &ModelName, version: &Version, lineage: Lineage) -> Result<bool, SourceError> {
+        let Some(manifest) = self.manifest(model, version).filter(|manifest| manifest.lineage.is_none()) else {
+            return Ok(false);
+        };
+        self.write(&self.manifest_path(model, version), &Manifest { lineage: Some(lineage), ..manifest })?;
+        Ok(true)
+    }
+
     /// Writes down what the versions of a model are called now. How many are called something else.
     ///
     /// # Errors

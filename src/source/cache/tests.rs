@@ -37,6 +37,8 @@ pub struct Shelf {
     pub reads: AtomicUsize,
     /// What versions are called, which have a lineage then.
     pub names: Mutex<Option<crate::source::Names>>,
+    /// How often somebody asked for names, and for lineages.
+    pub asked: [AtomicUsize; 2],
 }
 
 impl Shelf {
@@ -57,6 +59,7 @@ impl Shelf {
             read: AtomicU64::new(0),
             reads: AtomicUsize::new(0),
             names: Mutex::default(),
+            asked: Default::default(),
         })
     }
 
@@ -130,10 +133,12 @@ impl Source for Shelf {
     }
 
     async fn lineage(&self, _: &ModelName, _: &RemoteVersion) -> Result<Option<crate::source::Lineage>, SourceError> {
+        self.asked[1].fetch_add(1, Ordering::Relaxed);
         Ok(self.names.lock().as_ref().map(|_| crate::source::Lineage::default()))
     }
 
     async fn names(&self, _: &ModelName, _: &RemoteModel) -> Result<Option<crate::source::Names>, SourceError> {
+        self.asked[0].fetch_add(1, Ordering::Relaxed);
         Ok(self.names.lock().clone())
     }
 

@@ -601,3 +601,60 @@ async fn names_move_while_files_stay() {
     fixture.round().await;
     assert_eq!(aliases(&fixture, "2"), ["live"]);
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_nobody_could_tell_when_it_was_mirrored_is_learned_later() {
+    let mut fixture = Fixture::new(1 << 20);
+    let shelf = fixture.shelf.clone();
+    shelf.version("m", "1", vec![shelf.put("model.onnx", b"one")]);
+    shelf.change(|models| models.get_mut(&name()).unwrap().default = Version::parse("1").ok());
+    let aliases = |fixture: &Fixture| {
+        let found = crate::source::lineage::Provenance::of(&fixture.models.join("m/1")).unwrap();
+        found.lineage.map(|lineage| lineage.aliases)
+    };
+    let asked = || shelf.asked[1].load(Ordering::Relaxed);
+    fixture.round().await;
+    // A place that says nothing is not asked at every look.
+    for _ in 0..5 {
+        fixture.round().await;
+    }
+    assert_eq!((asked(), aliases(&fixture)), (1, None));
+    tokio::time::advance(LINEAGE_INTERVAL).await;
+    fixture.round().await;
+    fixture.round().await;
+    assert_eq!((asked(), aliases(&fixture)), (2, None));
+    let live = [("live".to_owned(), "1".to_owned())].into();
+    *shelf.names.lock() = Some(crate::source::Names { aliases: live, ..Default::default() });
+    tokio::time::advance(LINEAGE_INTERVAL).await;
+    fixture.round().await;
+    fixture.round().await;
+    assert_eq!((asked(), aliases(&fixture)), (3, Some(vec!["live".to_owned()])));
+
+    // What a server mirrored that asked for none.
+    let manifest = fixture.follower.as_ref().unwrap().mirror().manifest(&name(), &Version::parse("1").unwrap());
+    let path = fixture.models.join("../manifests/m/versions/1.json");
+    fs::write(&path, serde_json::to_vec(&Manifest { lineage: None, ..manifest.unwrap() }).unwrap()).unwrap();
+    assert_eq!(aliases(&fixture), None);
+    fixture.round().await;
+    assert_eq!((asked(), aliases(&fixture)), (4, Some(vec!["live".to_owned()])));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_pointed_at_waits_for_no_names() {
+    let mut fixture = Fixture::new(1 << 20);
+    let (kick, mut kicked) = mpsc::channel(1);
+    fixture.follower = fixture.follower.take().map(|follower| follower.telling(kick));
+    let shelf = fixture.shelf.clone();
+    let asked = || shelf.asked[0].load(Ordering::Relaxed);
+    shelf.version("m", "1", vec![shelf.put("model.onnx", b"one")]);
+    shelf.change(|models| models.get_mut(&name()).unwrap().default = Version::parse("1").ok());
+    fixture.round().await;
+    assert_eq!((asked(), fixture.published()), (0, vec!["m/1/model.onnx".to_owned()]));
+    // It is told within the look that has the pointer follow.
+    assert!(kicked.try_recv().is_err());
+    fixture.round().await;
+    assert_eq!((asked(), fixture.published()[0].as_str()), (1, "m/.pointer"));
+    assert!(kicked.try_recv().is_ok());
+    fixture.round().await;
+    assert!(kicked.try_recv().is_err());
+}
