@@ -11,6 +11,8 @@ use crate::{
     tensor::DType,
 };
 
+/// MLflow's types of columns that have one value a row. Others, of arrays or vectors, may have any shape.
+const SCALARS: [&str; 8] = ["boolean", "integer", "long", "float", "double", "string", "binary", "datetime"];
 /// Names in one note.
 const MOST_NAMED: usize = 5;
 
@@ -98,7 +100,8 @@ fn check_columns(columns: &[Field], graph: &Signature, notes: &mut Vec<String>) 
     if needed.iter().all(|spec| find(&spec.name).is_some()) {
         for spec in &graph.inputs {
             let Some(column) = find(&spec.name) else { continue };
-            if !matches!(spec.shape[..], [_] | [_, -1 | 1]) {
+            let is_scalar = matches!(&column.form, Form::Column(kind) if SCALARS.contains(&kind.as_str()));
+            if is_scalar && !matches!(spec.shape[..], [_] | [_, -1 | 1]) {
                 return Err(format!(
                     "input '{}' is a column of {}, and the graph has {} {:?}",
                     spec.name,
@@ -237,18 +240,21 @@ fn difference(kind: &str, dtype: &str, shape: &[i64], spec: &TensorSpec) -> Resu
     );
     let alike = |(promised, has): (&i64, &i64)| *promised < 0 || *has < 0 || promised == has;
     let fits = shape.len() == spec.shape.len() && shape.iter().zip(&spec.shape).all(alike);
-    // Of some outputs the graph does not say the shape.
-    let is_unknown = kind == "output" && spec.shape.is_empty();
-    if !(fits || is_unknown) {
+    let is_output = kind == "output";
+    if !(fits || is_output) {
         return Err(said);
     }
+    let noted = || Some(format!("in MLflow's signature, {said}"));
+    // Of some outputs the graph does not say the shape, of others not exactly; what it gives may be what was promised.
+    let is_odd = !(fits || spec.shape.is_empty());
     match of_numpy(dtype) {
+        None if is_odd => Ok(noted()),
         None => {
             Ok(Some(format!("the type of {kind} '{name}' in MLflow's signature, {}, is not checked", shorten(dtype))))
         }
-        Some(promised) if promised == spec.dtype => Ok(None),
+        Some(promised) if promised == spec.dtype => Ok(noted().filter(|_| is_odd)),
         // What MLflow casts itself.
-        Some(DType::Fp64) if spec.dtype == DType::Fp32 => Ok(Some(format!("in MLflow's signature, {said}"))),
+        Some(DType::Fp64) if spec.dtype == DType::Fp32 => Ok(noted()),
         Some(_) => Err(said),
     }
 }
@@ -417,6 +423,13 @@ mod tests {
         // A column of a name is one number a row.
         let said = "input 'X' is a column of float, and the graph has FP32 [-1, 4]";
         assert_eq!(inputs(&iris(), vec![column("X", "float")]), Err(said.to_owned()));
+        // Of a list or a vector it is as many as there are.
+        for kind in ["array", "sparkml-vector"] {
+            let noted = "columns of MLflow's signature whose type is not checked: 'X'";
+            assert_eq!(inputs(&iris(), vec![column("X", kind)]), Ok(noted.to_owned()));
+        }
+        let image = vec![tensor("X", "float32", &[-1, 4]), column("other", "string")];
+        assert!(inputs(&iris(), image).is_ok());
     }
 
     #[test]
@@ -426,6 +439,11 @@ mod tests {
         assert!(outputs(vec![tensor("scores", "float64", &[-1, 3])]).unwrap().contains("is float64"));
         let said = "output 'label' is float32 [-1], and the graph has INT64 [-1] (-1 is any size)";
         assert_eq!(outputs(vec![tensor("label", "float32", &[-1])]), Err(said.to_owned()));
+        // Graphs are not exact about them.
+        let noted = "in MLflow's signature, output 'scores' is float32 [-1, 1], and the graph has FP32 [-1, 3] (-1 is any \
+                     size)";
+        assert_eq!(outputs(vec![tensor("scores", "float32", &[-1, 1])]), Ok(noted.to_owned()));
+        assert!(outputs(vec![tensor("label", "float32", &[-1, 1])]).is_err());
         let said = "it has an output 'y', and the graph's outputs are 'label', 'scores'";
         assert_eq!(outputs(vec![tensor("y", "int64", &[-1])]), Err(said.to_owned()));
         assert!(outputs(vec![tensor("", "int64", &[-1])]).unwrap().contains("which output it means"));
