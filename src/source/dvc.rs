@@ -101,8 +101,11 @@ impl Tracked {
 
     /// What the pointer says now.
     async fn pointer(&self) -> Result<Pointer, SourceError> {
-        Pointer::read(&self.pointer_text().await?)
-            .map_err(|reason| self.senseless(format!("{}: {reason}", self.file.display())))
+        self.read_pointer(&self.pointer_text().await?)
+    }
+
+    fn read_pointer(&self, text: &str) -> Result<Pointer, SourceError> {
+        Pointer::read(text).map_err(|reason| self.senseless(format!("{}: {reason}", self.file.display())))
     }
 
     /// Where the pointer's contents may be.
@@ -270,9 +273,7 @@ impl Source for Tracked {
 
     async fn artifact(&self, model: &ModelName, version: &RemoteVersion) -> Result<Vec<RemoteFile>, SourceError> {
         let pointer = self.pointer().await?;
-        if pointer.md5 != version.revision {
-            return Err(SourceError::Changed { what: format!("version {} of model '{model}'", version.version) });
-        }
+        check(&pointer, model, version)?;
         let stores = self.stores(&pointer).await?;
         let files = if pointer.md5.ends_with(".dir") {
             self.list(&stores, &pointer).await?
@@ -284,19 +285,30 @@ impl Source for Tracked {
         arrange(files).map_err(|reason| SourceError::Refused { file: self.uri.to_string(), reason })
     }
 
-    async fn lineage(&self, _: &ModelName, _: &RemoteVersion) -> Result<Option<Lineage>, SourceError> {
-        Ok(Some(lineage::lineage(&self.pointer_text().await?, self.head().await?)))
+    async fn lineage(&self, model: &ModelName, version: &RemoteVersion) -> Result<Option<Lineage>, SourceError> {
+        let text = self.pointer_text().await?;
+        check(&self.read_pointer(&text)?, model, version)?;
+        Ok(Some(lineage::lineage(&text, self.head().await?)))
     }
 
     async fn names(&self, _: &ModelName, shown: &RemoteModel) -> Result<Option<Names>, SourceError> {
-        let branch = self.head().await?.branch.unwrap_or_default();
-        Ok(Some(branch).filter(|branch| !branch.is_empty()).map(|branch| Names::of_pointer(&branch, shown)))
+        let branch = self.head().await?.branch.filter(|branch| !branch.is_empty());
+        // A checkout that is on no branch any more is called nothing.
+        Ok(Some(branch.map_or_else(Names::default, |branch| Names::of_pointer(&branch, shown))))
     }
 
     async fn read(&self, file: &RemoteFile, range: Range<u64>) -> Result<ByteStream, SourceError> {
         let bucket = self.bucket.lock().clone();
         self.read_from(bucket.as_ref(), file, range).await
     }
+}
+
+/// Whether the pointer still stands for the version.
+fn check(pointer: &Pointer, model: &ModelName, version: &RemoteVersion) -> Result<(), SourceError> {
+    if pointer.md5 == version.revision {
+        return Ok(());
+    }
+    Err(SourceError::Changed { what: format!("version {} of model '{model}'", version.version) })
 }
 
 #[cfg(test)]

@@ -13,6 +13,8 @@ use crate::source::{lineage::Lineage, yaml};
 
 /// Bytes of one of git's own files; a list of 50,000 references has so many.
 const MAX_BYTES: u64 = 8 << 20;
+/// The branch that `HEAD` names where references are in a table: what is checked out stands in there.
+const NO_BRANCH: &str = ".invalid";
 /// Links from one reference to another.
 const MAX_LINKS: usize = 5;
 
@@ -51,7 +53,8 @@ pub fn head(checkout: &Path) -> Head {
     // A worktree has its own head, and the references of the repository that it is of.
     let shared = read(&own.join("commondir")).map_or_else(|| own.clone(), |path| own.join(path.trim()));
     let Some(said) = read(&own.join("HEAD")) else { return Head::default() };
-    let branch = said.trim().strip_prefix("ref: refs/heads/").map(ToOwned::to_owned);
+    let branch = said.trim().strip_prefix("ref: refs/heads/").filter(|branch| *branch != NO_BRANCH);
+    let branch = branch.map(ToOwned::to_owned);
     Head { commit: commit(&said, &own, &shared), branch }
 }
 
@@ -142,6 +145,8 @@ mod tests {
         assert_eq!(head(checkout).commit, Some(other));
         write(checkout, ".git/HEAD", &format!("{COMMIT}\n"));
         assert_eq!(head(checkout), Head { commit: Some(COMMIT.to_owned()), branch: None });
+        write(checkout, ".git/HEAD", "ref: refs/heads/.invalid\n");
+        assert_eq!(head(checkout), Head::default());
 
         // A worktree beside it.
         write(checkout, ".git/worktrees/two/HEAD", "ref: refs/heads/two\n");

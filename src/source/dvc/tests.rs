@@ -163,5 +163,11 @@ async fn the_checkout_says_its_commit_and_the_pointer_what_it_points_at() {
     let names = source.names(name, model).await.unwrap().unwrap();
     assert_eq!(names.aliases["main"], model.versions[0].version.as_str());
     checkout.write(".git/HEAD", commit.as_bytes());
-    assert_eq!(source.names(name, model).await, Ok(None));
+    assert_eq!(source.names(name, model).await, Ok(Some(Names::default())));
+
+    // What it says now is of another version.
+    let other = format!("outs:\n- md5: {}\n  path: iris.onnx\n  desc: Other\n", md5(b"h"));
+    checkout.write("iris.onnx.dvc", other.as_bytes());
+    let error = source.lineage(name, &model.versions[0]).await.unwrap_err();
+    assert!(matches!(error, SourceError::Changed { .. }), "{error}");
 }
