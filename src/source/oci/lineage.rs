@@ -18,8 +18,10 @@ pub fn lineage(annotations: &BTreeMap<String, String>, config: &Value, tag: Opti
     // Images are annotated where they are built, in their settings.
     let mut tags = texts(&config["config"]["Labels"]);
     tags.extend(annotations.clone());
-    let mut tags: BTreeMap<String, String> =
-        tags.into_iter().map(|(key, text)| (key.strip_prefix(OCI).unwrap_or(&key).to_owned(), text)).collect();
+    // A plain `version` may be a label of the image that it was built on.
+    let (meant, mut tags): (BTreeMap<_, _>, BTreeMap<_, _>) =
+        tags.into_iter().partition(|(key, _)| key.starts_with(OCI));
+    tags.extend(meant.into_iter().map(|(key, text)| (key[OCI.len()..].to_owned(), text)));
     let descriptor = &config["descriptor"];
     let mut say = |key: &str, text: Option<String>| {
         if let Some(text) = text {
@@ -100,6 +102,16 @@ mod tests {
         };
         assert_eq!(found, expected);
         assert_eq!(lineage(&BTreeMap::new(), &json!([]), None), Lineage::default());
+    }
+
+    #[test]
+    fn labels_without_a_meaning_stand_behind_those_with_one() {
+        let annotations = [("org.opencontainers.image.version".to_owned(), "1.2".to_owned())].into();
+        let config = json!({"config": {"Labels": {"version": "9.4", "org.opencontainers.image.revision": "c0ffee"}}});
+        let found = lineage(&annotations, &config, None);
+        assert_eq!((found.version.as_deref(), found.git_commit.as_deref()), (Some("1.2"), Some("c0ffee")));
+        let found = lineage(&BTreeMap::new(), &config, None);
+        assert_eq!(found.version.as_deref(), Some("9.4"));
     }
 
     #[test]
