@@ -30,6 +30,8 @@ const MAX_BILL: u64 = 8 << 20;
 const MAX_BILLS: usize = 8;
 /// Bytes of all that has no field of its own.
 const MAX_EXTRA: usize = 64 << 10;
+/// Fields in notes on what there is no room for.
+const MOST_NAMED: usize = 5;
 /// Items of one list.
 const MAX_ITEMS: usize = 1000;
 /// Characters of one text.
@@ -71,7 +73,7 @@ pub struct Card {
     pub run_id: Option<String>,
     /// The commit of the code that made it.
     pub git_commit: Option<String>,
-    /// Everything else that was said, as it was said.
+    /// Everything else of the front matter, or of the `modelCard`, as it was said.
     pub extra: Map<String, Value>,
 }
 
@@ -166,7 +168,7 @@ impl Card {
 
     /// Keeps what has no field of its own, as far as there is room for it.
     fn keep(&mut self, rest: Map<String, Value>, notes: &mut Vec<String>) {
-        let mut left = MAX_EXTRA;
+        let (mut left, mut left_out) = (MAX_EXTRA, 0);
         for (key, value) in rest {
             let bytes = key.len() + value.to_string().len();
             match left.checked_sub(bytes) {
@@ -174,8 +176,16 @@ impl Card {
                     left = less;
                     self.extra.insert(key, value);
                 }
-                None => notes.push(format!("'{}' has {bytes} bytes and is not shown", shorten(&key))),
+                None => {
+                    left_out += 1;
+                    if left_out <= MOST_NAMED {
+                        notes.push(format!("'{}' has {bytes} bytes and is not shown", shorten(&key)));
+                    }
+                }
             }
+        }
+        if left_out > MOST_NAMED {
+            notes.push(format!("{} more fields are not shown", left_out - MOST_NAMED));
         }
     }
 }
@@ -192,10 +202,11 @@ fn is_bill(path: &str) -> bool {
 fn beginning(path: &Path) -> Result<String, String> {
     let mut bytes = bytes(path, MAX_README)?;
     if bytes.len() as u64 == MAX_README {
-        // It may end within a letter.
+        // It may end within a line.
         bytes.truncate(bytes.iter().rposition(|byte| *byte == b'\n').unwrap_or_default());
     }
-    String::from_utf8(bytes).map_err(|error| error.to_string())
+    // Only the front matter counts, whatever the rest is written in.
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 /// A bill of materials.

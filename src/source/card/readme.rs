@@ -14,8 +14,8 @@ const FENCE: &str = "---";
 pub fn read(text: &str, notes: &mut Vec<String>) -> Result<Option<Card>, String> {
     let Some(front) = front(text)? else { return Ok(None) };
     let fields = match yaml::read(front)? {
-        Value::Object(fields) => fields,
-        Value::Null => return Ok(None),
+        Value::Object(fields) if !fields.is_empty() => fields,
+        Value::Object(_) | Value::Null => return Ok(None),
         _ => return Err("expected names and values in its front matter".to_owned()),
     };
     Ok(Some(card(fields, notes)))
@@ -86,8 +86,9 @@ fn results(index: &Value) -> Vec<Measured> {
             let Some(name) = named(Some(&metric), ["name", "type"]) else { continue };
             let value = match metric.get("value") {
                 Some(Value::String(text)) => Value::String(clipped(text)),
-                Some(value) => value.clone(),
-                None => Value::Null,
+                Some(value @ (Value::Number(_) | Value::Bool(_))) => value.clone(),
+                // What has parts stays in the index.
+                _ => Value::Null,
             };
             found.push(Measured {
                 metric: name,

@@ -194,14 +194,15 @@ fn what_is_broken_is_noted_and_stands_in_nobodys_way() {
     assert!(noted("README.md", "---\n- mit\n---\n").contains("expected names and values"));
     assert!(noted("bom.json", "{").starts_with("bom.json: "));
     assert!(noted("a.cdx.json", &format!("\"{}\"", "a".repeat(MAX_BILL as usize))).contains("more than 8388608 bytes"));
-    for none in ["", "---", "----\n", "--- \n---\n", "---x\n---\n"] {
+    for none in ["", "---\n{}\n---\n", "---", "----\n", "--- \n---\n", "---x\n---\n"] {
         assert_eq!(noted("README.md", none), "", "{none}");
     }
     let folder = tempfile::tempdir().unwrap();
     let found = Card::find(folder.path(), ["README.md"].into_iter(), None);
     assert!(found.notes[0].contains("No such file"), "{:?}", found.notes);
-    std::fs::write(folder.path().join("README.md"), b"---\nname: \xff\n---\n").unwrap();
-    assert!(Card::find(folder.path(), ["README.md"].into_iter(), None).notes[0].contains("utf-8"));
+    std::fs::write(folder.path().join("README.md"), b"---\nlicense: mit\n---\nR\xe9sum\xe9\n").unwrap();
+    let found = Card::find(folder.path(), ["README.md"].into_iter(), None);
+    assert_eq!((found.card.unwrap().licenses, found.notes), (vec!["mit".to_owned()], vec![]));
 }
 
 #[test]
@@ -218,6 +219,24 @@ fn long_texts_and_much_of_the_rest_are_left_out() {
     assert_eq!(card.licenses[0].chars().count(), MAX_TEXT + 1);
     // What is not understood stays as it is.
     assert_eq!((card.languages.len(), &card.extra["language"]), (1, &json!(["en", ["de"]])));
+}
+
+#[test]
+fn few_of_many_fields_without_room_are_named() {
+    let many: String = (0..3000).map(|at| format!("field{at:04}: {}\n", "x".repeat(100))).collect();
+    let found = find(&[("README.md", &format!("---\n{many}---\n"))], None);
+    let shown = found.card.unwrap().extra.len();
+    assert_eq!((found.notes.len(), shown > 500), (MOST_NAMED + 1, true));
+    assert_eq!(found.notes[MOST_NAMED], format!("{} more fields are not shown", 3000 - shown - MOST_NAMED));
+}
+
+#[test]
+fn how_good_it_is_has_no_parts() {
+    let metrics = "[{type: a, value: [1, 2]}, {type: b, value: {c: 1}}, {type: d, value: 0.5}, {type: e, value: high}]";
+    let text = format!("---\nmodel-index: [{{name: m, results: [{{metrics: {metrics}}}]}}]\n---\n");
+    let results = find(&[("README.md", &text)], None).card.unwrap().results;
+    let values: Vec<Value> = results.into_iter().map(|result| result.value).collect();
+    assert_eq!(values, [Value::Null, Value::Null, json!(0.5), json!("high")]);
 }
 
 proptest! {
