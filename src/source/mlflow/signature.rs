@@ -78,7 +78,9 @@ impl ModelSignature {
             Some(Value::Array(list)) => Ok(Some(list.clone())),
             Some(_) => Err(format!("signature.{key}: expected a list")),
         };
-        Ok(Some(Self { inputs: list("inputs")?, outputs: list("outputs")?, params: list("params")? }))
+        // Nothing is held against params, and a default that JSON has no number for (`NaN`) is no reason to forget the rest.
+        let params = list("params").unwrap_or_default();
+        Ok(Some(Self { inputs: list("inputs")?, outputs: list("outputs")?, params }))
     }
 
     /// # Errors
@@ -169,6 +171,9 @@ utc_time_created: '2026-11-21 02:45:28.941269'
         }
         let empty = ModelSignature::parse("signature: {inputs: 'null', outputs: null}").unwrap().unwrap();
         assert_eq!((empty.inputs(), empty), (Ok(vec![]), ModelSignature::default()));
+        let text = SAVED.replace("0.5", "NaN");
+        let signature = ModelSignature::parse(&text).unwrap().unwrap();
+        assert_eq!((signature.inputs().unwrap().len(), signature.params), (1, None));
         let said = |text: &str| match ModelSignature::parse(text) {
             Ok(signature) => signature.unwrap().inputs().unwrap_err(),
             Err(error) => error,
