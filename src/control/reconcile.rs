@@ -267,6 +267,7 @@ impl Reconciler {
             }
             _ => None,
         };
+        let is_mirrored = is_mirrored(&self.settings, found);
         for Target { found: wanted, selected, needed } in &targets {
             let tracked = model.find_or_insert(name, &wanted.version, &self.loader.metrics);
             (tracked.selected, tracked.needed) = (*selected, *needed);
@@ -290,8 +291,7 @@ impl Reconciler {
             // At start, and of what an operator asks for, nobody has watched the files yet; their age says as much.
             // Whoever asks for a load says that they are complete; should they change all the same, they settle before
             // the next try.
-            let settled = self.settings.is_mirror
-                || found.origin == Origin::Mirrored
+            let settled = is_mirrored
                 || since.elapsed() >= SETTLE_TIME
                 || ((first_pass || *needed) && fingerprint.older_than(SETTLE_TIME))
                 || (fresh && awaited);
@@ -389,7 +389,7 @@ impl Reconciler {
             };
             let after = after.map(|after| config.map_or(after, |config| after.with(&config)));
             drop(upload);
-            let signature = check.and_then(|check| check.found().cloned());
+            let signature = check.and_then(|check| check.found());
             // The receiver is gone only when the server stops; then nobody wants the model any more.
             let _ = events.send(Event::Loaded { name, version, fingerprint, after, signature, result }).await;
         });
@@ -434,6 +434,7 @@ impl Reconciler {
             predictions: spec.predictions.unwrap_or(true),
             notes: spec.notes,
             signature: self.loader.signatures.check(name.as_str()),
+            is_mirrored: is_mirrored(&self.settings, found),
             files,
         }
     }
@@ -576,6 +577,11 @@ impl Reconciler {
         }
         cut
     }
+}
+
+/// Whether a model's versions lie where nobody but the server writes.
+fn is_mirrored(settings: &Settings, found: &FoundModel) -> bool {
+    settings.is_mirror || found.origin == Origin::Mirrored
 }
 
 fn set_background(version: &ModelVersion, background: bool) {

@@ -23,7 +23,7 @@ use crate::{
     source::{
         ModelSignature,
         card::Card,
-        signed::{self, Outcome, Policy, SIGNATURE_FILE, Verified},
+        signed::{self, Outcome, Policy, SIGNATURE_FILE, State, Verified},
     },
     tensor::{DType, Data, Tensor},
 };
@@ -39,6 +39,9 @@ const EXAMPLE: &str = "serving_input_example.json";
 
 /// How long a version waits for another try whose files changed while they were loaded.
 const CHANGED_RETRY: Duration = Duration::from_secs(1);
+
+/// How long a version waits for another try whose signature does not hold for a reason that may pass.
+const PASSING_RETRY: Duration = Duration::from_secs(30);
 
 /// What the layer that knows JSON reads for a load.
 #[derive(Clone, Copy)]
@@ -89,6 +92,8 @@ pub struct Plan {
     pub notes: Vec<String>,
     /// What is asked of its signature, before anything else of its files is opened.
     pub signature: signed::Check,
+    /// Whether its files lie where nobody but the server writes.
+    pub is_mirrored: bool,
     /// Where the outcomes of the checks show.
     pub metrics: Arc<VersionMetrics>,
 }
@@ -145,7 +150,8 @@ pub fn load(mut plan: Plan, backends: &Backends, decode: Decode) -> Result<Loade
     let verified = check_signature(&mut plan)?;
     let (backend, file) = backends.open(&plan.files, plan.backend.as_deref(), plan.file_name.as_deref())?;
     if verified.as_ref().is_some_and(|verified| !verified.covers(&file)) {
-        return Err(refused(&plan, &format!("file '{}' is none that can be signed", file.display())));
+        let note = spoil(&plan, &format!("file '{}' is none that can be signed", file.display()))?;
+        plan.notes.push(note);
     }
     let places = places(&plan, backend.as_ref())?;
     let mut sessions = load_sessions(&plan, backend.as_ref(), &file, &places)?;
@@ -171,9 +177,11 @@ pub fn load(mut plan: Plan, backends: &Backends, decode: Decode) -> Result<Loade
         warmup::rewarm(session.as_mut(), &warmed);
     }
     let golden = check_golden(&plan, &mut sessions, &places, decode.cases)?;
-    if verified.is_some_and(|verified| !verified.still_holds()) {
-        let error = refused(&plan, "the files changed while they were loaded");
-        return Err(Error { retry_after: Some(CHANGED_RETRY), ..error });
+    if verified.is_some_and(|verified| !verified.still_holds(plan.is_mirrored)) {
+        let note = spoil(&plan, "the files changed while they were loaded")
+            .map_err(|error| Error { retry_after: Some(CHANGED_RETRY), ..error })?;
+        tracing::warn!(model = %plan.name, version = %plan.version, "{note}");
+        signature.notes.push(note);
     }
     let facts = Facts {
         name: plan.name,
@@ -193,7 +201,7 @@ pub fn load(mut plan: Plan, backends: &Backends, decode: Decode) -> Result<Loade
         predictions: plan.predictions,
         options: plan.options,
         golden,
-        signature_found: plan.signature.found().cloned().map(Arc::new),
+        signature_found: plan.signature.found().map(Arc::new),
         load_duration: start.elapsed(),
     };
     Ok(Loaded { facts, sessions, service: warmed.service })
@@ -214,12 +222,25 @@ fn check_signature(plan: &mut Plan) -> Result<Option<Verified>, Error> {
             seconds = start.elapsed().as_secs_f64(),
             "signature verified"
         ),
-        (None, Policy::Enforce) => return Err(refused(plan, found.reason.as_deref().unwrap_or_default())),
+        (None, Policy::Enforce) => {
+            let error = refused(plan, found.reason.as_deref().unwrap_or_default());
+            return Err(Error { retry_after: found.passes.then_some(PASSING_RETRY), ..error });
+        }
         (None, Policy::Warn | Policy::Off) => {
             plan.notes.push(format!("{SIGNATURE_FILE}: {}", found.reason.as_deref().unwrap_or_default()));
         }
     }
     Ok(verified)
+}
+
+/// Takes back that a version is verified. Where it is served all the same, returns what operators should know.
+fn spoil(plan: &Plan, reason: &str) -> Result<String, Error> {
+    plan.signature.spoil(reason);
+    plan.metrics.signature_checked(State::Refused.as_str());
+    match plan.signature.policy() {
+        Policy::Enforce => Err(refused(plan, reason)),
+        Policy::Warn | Policy::Off => Ok(format!("{SIGNATURE_FILE}: {reason}")),
+    }
 }
 
 fn refused(plan: &Plan, reason: &str) -> Error {
@@ -381,7 +402,126 @@ fn json_files(folder: &Path) -> Vec<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::TensorSpec;
+    use crate::{
+        backend::TensorSpec,
+        metrics::Metrics,
+        source::signed::tests::{Folder, tick},
+    };
+
+    /// Writes a file each time that it loads a model.
+    struct Writing {
+        file_name: &'static str,
+        path: PathBuf,
+    }
+
+    struct Copying(Signature);
+
+    impl Backend for Writing {
+        fn name(&self) -> &'static str {
+            "writing"
+        }
+
+        fn file_name(&self) -> &'static str {
+            self.file_name
+        }
+
+        fn platform(&self) -> &'static str {
+            "writing"
+        }
+
+        fn gpus(&self) -> usize {
+            0
+        }
+
+        fn load(&self, _: &Path, _: &Options, _: usize) -> Result<Vec<Box<dyn Session>>, Error> {
+            tick();
+            std::fs::write(&self.path, "graph").unwrap();
+            let spec = |name: &str| TensorSpec { name: name.into(), dtype: DType::Fp32, shape: vec![-1] };
+            let signature = Signature { inputs: vec![spec("x")], outputs: vec![spec("y")], ..Signature::default() };
+            Ok(vec![Box::new(Copying(signature))])
+        }
+    }
+
+    impl Session for Copying {
+        fn signature(&self) -> &Signature {
+            &self.0
+        }
+
+        fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, Error> {
+            Ok(vec![Tensor { name: "y".into(), ..inputs[0].clone() }])
+        }
+    }
+
+    fn plan(folder: &Folder, signature: signed::Check) -> Plan {
+        Plan {
+            name: ModelName::parse("m").unwrap(),
+            version: Version::parse("1").unwrap(),
+            files: folder.files.clone(),
+            backend: None,
+            file_name: None,
+            interface: Interface::default(),
+            options: Options::default(),
+            instances: 1,
+            groups: Vec::new(),
+            cores: 1,
+            max_batch_size: None,
+            batching: Some(false),
+            schedule: Schedule::default(),
+            labels: BTreeMap::new(),
+            configured_samples: Vec::new(),
+            described_samples: (Vec::new(), folder.files.clone()),
+            sample_folders: Vec::new(),
+            check_signature: false,
+            golden: golden::Check {
+                settings: golden::Settings::default(),
+                folders: [folder.files.clone(), folder.files.clone()],
+                stable: None,
+            },
+            parameters: BTreeMap::new(),
+            predictions: false,
+            notes: Vec::new(),
+            signature,
+            is_mirrored: false,
+            metrics: Metrics::new("test", "none").version("m", "1"),
+        }
+    }
+
+    #[test]
+    fn what_shows_after_a_version_was_verified_is_treated_as_the_policy_says() {
+        let decode = Decode {
+            sample: |_| Err(Error::invalid("none")),
+            example: |_, _| Err(Error::invalid("none")),
+            cases: |_| Err(Error::invalid("none")),
+        };
+        let cases = [
+            ("model.onnx", "model.onnx", "the files changed while they were loaded", Some(CHANGED_RETRY)),
+            (".git/model.onnx", "../beside", "is none that can be signed", None),
+        ];
+        for (file_name, written, expected, retry_after) in cases {
+            for policy in [Policy::Warn, Policy::Enforce] {
+                let (folder, signature) = Folder::signed(policy);
+                folder.write(".git/model.onnx", "graph");
+                let backend = Writing { file_name, path: folder.files.join(written) };
+                let backends = Backends::new([Arc::new(backend) as Arc<dyn Backend>]);
+                let result = load(plan(&folder, signature.clone()), &backends, decode);
+                match (policy, result) {
+                    (Policy::Enforce, Err(error)) => {
+                        assert!(error.message.contains(expected), "{error}");
+                        assert_eq!((error.code, error.retry_after), (Code::Forbidden, retry_after));
+                    }
+                    (Policy::Warn, Ok(loaded)) => {
+                        let notes = &loaded.facts.signature.notes;
+                        assert!(notes.iter().any(|note| note.contains(expected)), "{notes:?}");
+                        assert_eq!(loaded.facts.signature_found.unwrap().state, State::Refused);
+                    }
+                    (_, result) => panic!("{policy:?}: {:?}", result.err()),
+                }
+                let found = signature.found().unwrap();
+                assert_eq!((found.state, found.signer), (State::Refused, None));
+                assert!(found.reason.unwrap().contains(expected));
+            }
+        }
+    }
 
     #[test]
     fn the_example_of_a_readme_is_for_graphs_of_texts() {

@@ -4,9 +4,11 @@
 //! SHA-256 of every file, by a key or by a certificate; both hold without asking anybody (`statement`, `trust`). Each
 //! file of the folder must be one that was signed, with the content that was signed, and none may be missing that could
 //! be missed (`folder`). What the signer left out by name is refused like any other file that is not signed, since
-//! anybody might have put it there, all but what version control keeps in a folder: that the server never opens.
+//! anybody might have put it there, all but what version control keeps in a folder, which the server never opens, and
+//! the settings of a model that is its own only version.
 //!
-//! Settings, labels and samples beside the versions are the operator's, and no version's signature covers them. Nor does
+//! No version's signature covers settings, labels and samples beside the versions: those of a folder are the operator's,
+//! those of a mirror are whoever's may write at its place, also `model.toml` that was signed with a single model. Nor does
 //! a signature say which model or version the files are: whoever may write there can put an old version, or another model
 //! of the same signer, in a version's place. Models that must not be mistaken for each other have keys of their own.
 
@@ -20,10 +22,11 @@ use std::{
     io::{self, Read},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
-    sync::{Arc, OnceLock},
+    sync::Arc,
     time::SystemTime,
 };
 
+use parking_lot::Mutex;
 use rustix::fs::OFlags;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -104,7 +107,7 @@ pub struct Check {
     policy: Policy,
     /// `None` when nobody is trusted for the model.
     trust: Option<Arc<Trust>>,
-    found: Arc<OnceLock<Outcome>>,
+    found: Arc<Mutex<Option<Outcome>>>,
 }
 
 /// How a version's signature was found.
@@ -116,6 +119,8 @@ pub struct Outcome {
     pub signer: Option<Signer>,
     /// Why it is not verified.
     pub reason: Option<String>,
+    /// Whether the reason may pass while signature, files and trust stay what they are.
+    pub passes: bool,
 }
 
 /// What a signature is worth.
@@ -138,6 +143,13 @@ pub struct Signer {
     pub key: Option<String>,
     /// The names in the signer's certificate.
     pub identity: Option<String>,
+}
+
+/// Why a signature does not hold.
+#[derive(Debug)]
+struct Refusal {
+    reason: String,
+    passes: bool,
 }
 
 /// Files that were verified, as they were then.
@@ -164,6 +176,12 @@ impl State {
             State::Unsigned => "unsigned",
             State::Refused => "refused",
         }
+    }
+}
+
+impl<T: Into<String>> From<T> for Refusal {
+    fn from(reason: T) -> Self {
+        Self { reason: reason.into(), passes: false }
     }
 }
 
@@ -213,8 +231,15 @@ impl Check {
     }
 
     /// How the signature was found, once that was looked at.
-    pub fn found(&self) -> Option<&Outcome> {
-        self.found.get()
+    pub fn found(&self) -> Option<Outcome> {
+        self.found.lock().clone()
+    }
+
+    /// Takes back that the version is verified, for a `reason` that shows after its files were read.
+    pub fn spoil(&self, reason: &str) {
+        if let Some(found) = &mut *self.found.lock() {
+            *found = Outcome { state: State::Refused, signer: None, reason: Some(reason.to_owned()), ..*found };
+        }
     }
 
     /// Looks at the signature of the version in the folder `files`, and reads all of its files when it holds at the time
@@ -224,20 +249,25 @@ impl Check {
             return None;
         }
         let (state, result) = match read(&files.join(SIGNATURE_FILE)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => (State::Unsigned, Err(self.unsigned())),
-            Err(error) => (State::Refused, Err(format!("it cannot be read: {error}"))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => (State::Unsigned, Err(self.unsigned().into())),
+            Err(error) => (State::Refused, Err(folder::unread("it", &error))),
             Ok(signature) => (State::Refused, self.verify(&signature, files, now)),
         };
-        let outcome = |state, signer, reason| Outcome { state, policy: self.policy, signer, reason };
+        let policy = self.policy;
         let (outcome, seen) = match result {
-            Ok((signer, seen)) => (outcome(State::Verified, Some(signer), None), Some(seen)),
-            Err(reason) => (outcome(state, None, Some(reason)), None),
+            Ok((signer, seen)) => {
+                let (state, signer) = (State::Verified, Some(signer));
+                (Outcome { state, policy, signer, reason: None, passes: false }, Some(seen))
+            }
+            Err(Refusal { reason, passes }) => {
+                (Outcome { state, policy, signer: None, reason: Some(reason), passes }, None)
+            }
         };
-        let _ = self.found.set(outcome);
+        *self.found.lock() = Some(outcome);
         seen.map(|seen| Verified { files: files.to_path_buf(), seen })
     }
 
-    fn verify(&self, signature: &[u8], files: &Path, now: SystemTime) -> Result<(Signer, Seen), String> {
+    fn verify(&self, signature: &[u8], files: &Path, now: SystemTime) -> Result<(Signer, Seen), Refusal> {
         let trust = self.trust.as_ref().ok_or_else(nobody)?;
         let bundle = Bundle::parse(signature)?;
         let signer = trust.verify(&bundle, now)?;
@@ -257,12 +287,13 @@ impl Verified {
     /// Whether the signature covers the file at `path`.
     pub fn covers(&self, path: &Path) -> bool {
         let below = path.strip_prefix(&self.files).ok().and_then(Path::to_str);
-        below.is_some_and(|below| !folder::is_beside(below))
+        below.is_some_and(|below| self.seen.was_compared(below))
     }
 
-    /// Whether the files are still those that were verified. It costs a look at each, and no reading.
-    pub fn still_holds(&self) -> bool {
-        self.seen.still_holds(&self.files)
+    /// Whether the files are still those that were verified, of which some may have other names too by now where nobody
+    /// but the server writes (`is_ours`). It costs a look at each, and no reading.
+    pub fn still_holds(&self, is_ours: bool) -> bool {
+        self.seen.still_holds(&self.files, is_ours)
     }
 }
 
@@ -299,4 +330,4 @@ fn fits(pattern: &str, name: &str) -> bool {
 }
 
 #[cfg(test)]
-mod tests;
+pub mod tests;

@@ -27,6 +27,11 @@ fn at(seconds: u64) -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
 }
 
+/// Waits for long enough that another change of a file has another time, on any kernel.
+pub fn tick() {
+    std::thread::sleep(Duration::from_millis(20));
+}
+
 struct Signing(EcdsaKeyPair);
 
 impl Signing {
@@ -63,12 +68,22 @@ fn pem(kind: &str, der: &[u8]) -> String {
 }
 
 /// A version's folder with files to sign.
-struct Folder {
+pub struct Folder {
     home: TempDir,
-    files: PathBuf,
+    pub files: PathBuf,
 }
 
 impl Folder {
+    /// One that is signed, and what is to find that it is.
+    pub fn signed(policy: Policy) -> (Self, Check) {
+        let (folder, key) = (Self::new(), Signing::new());
+        folder.sign(&folder.statement(), &key);
+        let keys = vec![folder.beside("key.pem", &key.pem())];
+        let trusted = vec![Trusted { keys, policy: Some(policy), ..anybody() }];
+        let check = Signatures::open(&SignatureConfig { policy, trusted }).unwrap().check("m");
+        (folder, check)
+    }
+
     fn new() -> Self {
         let home = tempfile::tempdir().unwrap();
         let folder = Self { files: home.path().join("1"), home };
@@ -77,7 +92,7 @@ impl Folder {
         folder
     }
 
-    fn write(&self, path: &str, content: impl AsRef<[u8]>) {
+    pub fn write(&self, path: &str, content: impl AsRef<[u8]>) {
         let path = self.files.join(path);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(path, content).unwrap();
@@ -117,7 +132,7 @@ impl Folder {
 
     fn run(&self, check: &Check) -> Result<Signer, String> {
         let verified = check.run(&self.files, at(NOW));
-        let outcome = check.found().unwrap().clone();
+        let outcome = check.found().unwrap();
         assert_eq!(verified.is_some(), outcome.state == State::Verified);
         outcome.signer.ok_or_else(|| outcome.reason.unwrap())
     }
@@ -223,17 +238,31 @@ fn every_file_must_be_what_was_signed() {
     assert!(reason.starts_with("file 'data/weights' is not what was signed: expected sha256:"), "{reason}");
     assert!(reason.contains(&digests["data/weights"]) && reason.contains(&Digest::of(b"WEIGHTS").hex()), "{reason}");
     folder.write("data/weights", "weights");
-    for path in ["extra.bin", "data/model.toml", "golden.json", "data/model.sig", ".gitmodules", "deep/.git"] {
+    for path in ["extra.bin", "data/config.pbtxt", "golden.json", "data/model.sig", ".gitmodules", "deep/.git"] {
         folder.write(path, "x");
         let reason = folder.refusal(&key);
         assert_eq!(reason, format!("file '{path}' is not among the files that were signed (nobody has)"));
         fs::remove_file(folder.files.join(path)).unwrap();
     }
     folder.write(".git/config", "x");
-    folder.write(".gitignore", "x");
+    symlink("nowhere", folder.files.join(".gitignore")).unwrap();
     assert!(folder.run(&folder.trusting(&[&key])).is_ok());
     fs::remove_file(folder.files.join("data/weights")).unwrap();
     assert_eq!(folder.refusal(&key), "file 'data/weights' was signed and is missing");
+}
+
+#[test]
+fn settings_of_a_model_that_is_its_only_version_need_no_signature() {
+    let (folder, key) = (Folder::new(), Signing::new());
+    folder.sign(&folder.statement(), &key);
+    folder.write("model.toml", "instances = 1");
+    folder.write("config.pbtxt", "x");
+    let verified = folder.trusting(&[&key]).run(&folder.files, at(NOW)).unwrap();
+    let covers = |path: &str| verified.covers(&folder.files.join(path));
+    assert_eq!(["model.onnx", "model.toml", "config.pbtxt"].map(covers), [true, false, false]);
+    folder.sign(&folder.statement(), &key);
+    folder.write("model.toml", "instances = 2");
+    assert!(folder.refusal(&key).starts_with("file 'model.toml' is not what was signed"));
 }
 
 #[test]
@@ -392,19 +421,75 @@ fn files_that_change_after_they_were_verified_are_noticed() {
     folder.sign(&folder.statement(), &key);
     let verify = || folder.trusting(&[&key]).run(&folder.files, at(NOW)).unwrap();
     let verified = verify();
-    assert!(verified.still_holds() && verified.covers(&folder.files.join("model.onnx")));
+    assert!(verified.still_holds(false) && verified.still_holds(true));
+    assert!(verified.covers(&folder.files.join("model.onnx")));
     assert!(!verified.covers(&folder.files.join(".git/model.onnx")) && !verified.covers(Path::new("/model.onnx")));
     // As somebody would who wants to leave no trace.
     let file = folder.files.join("model.onnx");
     let modified = fs::metadata(&file).unwrap().modified().unwrap();
+    tick();
     fs::write(&file, "GRAPH").unwrap();
     fs::write(&file, "graph").unwrap();
     fs::File::options().write(true).open(&file).unwrap().set_modified(modified).unwrap();
-    assert!(!verified.still_holds());
+    assert!(!verified.still_holds(false));
     let verified = verify();
+    tick();
     folder.write("extra", "");
     fs::remove_file(folder.files.join("extra")).unwrap();
-    assert!(!verified.still_holds());
+    assert!(!verified.still_holds(false) && !verified.still_holds(true));
+    let verified = verify();
+    tick();
+    fs::write(&file, "GRAPH").unwrap();
+    assert!(!verified.still_holds(true));
+}
+
+#[test]
+fn a_mirrors_files_may_get_other_names_while_they_are_loaded() {
+    let (folder, key) = (Folder::new(), Signing::new());
+    folder.sign(&folder.statement(), &key);
+    let verified = folder.trusting(&[&key]).run(&folder.files, at(NOW)).unwrap();
+    tick();
+    fs::hard_link(folder.files.join("model.onnx"), folder.home.path().join("shared")).unwrap();
+    assert!(verified.still_holds(true) && !verified.still_holds(false));
+}
+
+#[test]
+fn what_was_verified_can_be_taken_back() {
+    let (folder, key) = (Folder::new(), Signing::new());
+    folder.sign(&folder.statement(), &key);
+    let check = folder.trusting(&[&key]);
+    check.spoil("nobody has looked yet");
+    assert_eq!(check.found(), None);
+    folder.run(&check).unwrap();
+    check.spoil("it turned out otherwise");
+    let found = check.found().unwrap();
+    assert_eq!((found.state, found.signer, found.policy), (State::Refused, None, Policy::Enforce));
+    assert_eq!(found.reason.as_deref(), Some("it turned out otherwise"));
+}
+
+#[test]
+fn reasons_that_may_pass_are_told_from_those_that_stay() {
+    let passes = |errno: rustix::io::Errno| folder::unread("it", &errno.into()).passes;
+    use rustix::io::Errno;
+    assert!([Errno::MFILE, Errno::IO, Errno::STALE].into_iter().all(passes));
+    assert!(![Errno::NOENT, Errno::ACCESS, Errno::PERM, Errno::NOTDIR, Errno::LOOP].into_iter().any(passes));
+    assert!(!folder::unread("it", &io::Error::other("expected a file")).passes);
+    let passes = |chain: Chain| {
+        let (check, reason) = chain.run();
+        let found = check.found().unwrap();
+        assert_eq!(found.signer, None, "{reason:?}");
+        found.passes
+    };
+    let mut early = Chain::default();
+    early.now -= 11 * DAY;
+    assert!(passes(early));
+    let mut before_its_root = Chain::default();
+    before_its_root.root.days = (1, 100);
+    before_its_root.now -= 2 * DAY;
+    assert!(passes(before_its_root));
+    let mut late = Chain::default();
+    late.now += 11 * DAY;
+    assert!(!passes(late));
 }
 
 #[test]
@@ -566,8 +651,8 @@ struct Chain {
     between: Certificate,
     leaf: Certificate,
     identity: Option<&'static str>,
-    /// Seconds after `NOW`.
-    later: u64,
+    /// When it is verified.
+    now: u64,
 }
 
 impl Default for Chain {
@@ -577,13 +662,17 @@ impl Default for Chain {
             between: Certificate::authority("between", "root"),
             leaf: Certificate::default(),
             identity: None,
-            later: 0,
+            now: NOW,
         }
     }
 }
 
 impl Chain {
     fn verify(&self) -> Result<Signer, String> {
+        self.run().1
+    }
+
+    fn run(&self) -> (Check, Result<Signer, String>) {
         let folder = Folder::new();
         let [root, between, leaf] = [(); 3].map(|()| Signing::new());
         let certificates = [self.leaf.issue(&leaf, &between), self.between.issue(&between, &root)];
@@ -598,9 +687,9 @@ impl Chain {
             identity: self.identity.map(str::to_owned),
             ..anybody()
         });
-        check.run(&folder.files, at(NOW + self.later));
-        let outcome = check.found().unwrap().clone();
-        outcome.signer.ok_or_else(|| outcome.reason.unwrap())
+        check.run(&folder.files, at(self.now));
+        let outcome = check.found().unwrap();
+        (check, outcome.signer.ok_or_else(|| outcome.reason.unwrap()))
     }
 }
 
@@ -642,7 +731,7 @@ fn chains_that_do_not_hold_are_refused() {
             "own certificate is valid from 2025-12-22T00:00:00Z to 2026-01-01T00:00:00Z only",
         ),
         (
-            Chain { later: 11 * DAY, ..Chain::default() },
+            Chain { now: NOW + 11 * DAY, ..Chain::default() },
             "a certificate of its chain has expired on 2026-01-11T00:00:00Z",
         ),
         (between(|one| one.days = (10, 0)), "has expired on"),
@@ -659,7 +748,7 @@ fn chains_that_do_not_hold_are_refused() {
     ];
     for (mut chain, expected) in cases {
         // The last moment of what ends now is over a second later.
-        chain.later += 1;
+        chain.now += 1;
         let reason = chain.verify().unwrap_err();
         assert!(reason.contains(expected), "{expected}: {reason}");
     }

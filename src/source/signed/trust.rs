@@ -18,7 +18,7 @@ use webpki::{
 };
 
 use super::{
-    Signer, TrustError,
+    Refusal, Signer, TrustError,
     der::{self, Facts},
     statement::{Bundle, SignedBy},
 };
@@ -73,10 +73,10 @@ impl Trust {
     ///
     /// # Errors
     /// In words: what is wrong with it, or whom it would have to be from.
-    pub fn verify(&self, bundle: &Bundle, now: SystemTime) -> Result<Signer, String> {
+    pub fn verify(&self, bundle: &Bundle, now: SystemTime) -> Result<Signer, Refusal> {
         let message = bundle.message();
         match &bundle.signed_by {
-            SignedBy::Key { hint } => self.verify_with_key(hint.as_deref(), &message, &bundle.signature),
+            SignedBy::Key { hint } => Ok(self.verify_with_key(hint.as_deref(), &message, &bundle.signature)?),
             SignedBy::Certificates(chain) => self.verify_with_certificates(chain, &message, &bundle.signature, now),
         }
     }
@@ -108,13 +108,13 @@ impl Trust {
         message: &[u8],
         signature: &[u8],
         now: SystemTime,
-    ) -> Result<Signer, String> {
+    ) -> Result<Signer, Refusal> {
         if self.roots.is_empty() {
-            return Err("it is signed with a certificate, and no certificates are trusted for this model".to_owned());
+            return Err("it is signed with a certificate, and no certificates are trusted for this model".into());
         }
         let chain: Vec<CertificateDer> = chain.iter().map(|der| CertificateDer::from(der.as_slice())).collect();
         let [first, between @ ..] = chain.as_slice() else {
-            return Err("it has no certificate of its signer".to_owned());
+            return Err("it has no certificate of its signer".into());
         };
         let unread = || "the signer's certificate cannot be read".to_owned();
         let leaf = EndEntityCert::try_from(first)
@@ -128,12 +128,15 @@ impl Trust {
                     break;
                 }
                 // The root that has issued it knows best what is wrong.
-                Err((webpki::Error::UnknownIssuer, reason)) => drop(refused.get_or_insert(reason)),
-                Err((_, reason)) => refused = Some(reason),
+                Err((webpki::Error::UnknownIssuer, reason)) => drop(refused.get_or_insert(reason.into())),
+                // A machine may not know the time yet that has just been started.
+                Err((error, reason)) => {
+                    refused = Some(Refusal { reason, passes: matches!(error, webpki::Error::CertNotValidYet { .. }) });
+                }
             }
         }
-        if let Some(reason) = refused {
-            return Err(reason);
+        if let Some(refusal) = refused {
+            return Err(refusal);
         }
         if !facts.may_sign() {
             return Err("the signer's certificate is not for signatures (its key usage has no digitalSignature)".into());
@@ -142,7 +145,7 @@ impl Trust {
         if let Some(identity) = &self.identity
             && !facts.names.contains(identity)
         {
-            return Err(format!("the signer's certificate is of '{shown}'; expected '{identity}'"));
+            return Err(format!("the signer's certificate is of '{shown}'; expected '{identity}'").into());
         }
         let info = leaf.subject_public_key_info();
         let algorithm = algorithm_of(&info).ok_or(
@@ -167,13 +170,15 @@ impl Root {
             (error, reason)
         };
         let anchor = anchor_from_trusted_cert(&self.certificate).map_err(said)?;
-        let since_epoch = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let in_unix = |time: SystemTime| {
+            UnixTime::since_unix_epoch(time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default())
+        };
         let path = leaf
             .verify_for_usage(
                 ALL_VERIFICATION_ALGS,
                 std::slice::from_ref(&anchor),
                 between,
-                UnixTime::since_unix_epoch(since_epoch),
+                in_unix(now),
                 KeyUsage::required_if_present(CODE_SIGNING),
                 None,
                 None,
@@ -181,8 +186,14 @@ impl Root {
             .map_err(said)?;
         let refused = |reason: String| Err((webpki::Error::InvalidCertValidity, reason));
         if now < self.facts.not_before || now > self.facts.not_after {
-            let [from, until] = [self.facts.not_before, self.facts.not_after].map(format_rfc3339_seconds);
-            return refused(format!("the authority's own certificate is valid from {from} to {until} only"));
+            let Facts { not_before, not_after, .. } = self.facts;
+            let [from, until] = [not_before, not_after].map(format_rfc3339_seconds);
+            let reason = format!("the authority's own certificate is valid from {from} to {until} only");
+            if now > not_after {
+                return refused(reason);
+            }
+            let [time, not_before] = [now, not_before].map(in_unix);
+            return Err((webpki::Error::CertNotValidYet { time, not_before }, reason));
         }
         let mut authorities = 0;
         for authority in path.intermediate_certificates() {
