@@ -3,6 +3,10 @@
 //! MLflow has no call that changes an alias only when it still is where one saw it. So it is read, decided upon, written
 //! and read back; and a tag of the version says which rollout was decided upon, so that it is so once, also when the
 //! server was stopped in the middle.
+//!
+//! The tag holds one decision. Of several replicas, each with rollouts of its own, that is the last writer's, and the
+//! others may decide once more. And a rollout is told to the place that its model comes from now: after `source` was
+//! changed, one that ended before may be told to the new registry, of versions with the same numbers.
 
 use std::collections::BTreeMap;
 
