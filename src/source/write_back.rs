@@ -206,6 +206,12 @@ impl Served {
             latency: self.latency.since(&earlier.latency),
         }
     }
+
+    fn add(&mut self, other: &Self) {
+        self.requests += other.requests;
+        self.errors += other.errors;
+        self.latency.join(&other.latency);
+    }
 }
 
 impl Measured {

@@ -227,6 +227,12 @@ impl SharedStatus {
         self.status.lock().write_back.get_or_insert_default().alias = Some(said);
     }
 
+    /// Something could not be written back, while the rest is still tried.
+    pub(in crate::source) fn not_written_back(&self, since: SystemTime, error: &str) {
+        let mut status = self.status.lock();
+        status.write_back.get_or_insert_default().failed.get_or_insert_with(|| (since, error.to_owned()));
+    }
+
     /// Whether anything is written back, and since when something could not be, and why.
     pub(in crate::source) fn write_back_stands(&self, is_on: bool, failed: Option<(SystemTime, String)>) {
         let mut status = self.status.lock();

@@ -1,18 +1,20 @@
 //! `Reporter`: keeps a registry up to date on the models that come from it, beside the one who follows it.
 //!
 //! It compares what is to be said with what was said, so that a failure costs another try and nothing else. What fails is
-//! tried again after a pause that grows, each version by itself: one that nobody may write to holds up no other.
+//! tried again after a pause that grows, each version by itself: one that nobody may write to holds up no other. Only a
+//! place that does not answer, or wants fewer calls, is left alone with all of them.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
+use parking_lot::Mutex;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::{Measured, Moved, Promotion, Record, Recorder, Served, Teller, Told};
+use super::{Measured, Moved, Promotion, Record, Recorder, Served, Teller, Told, WriteBack};
 use crate::{
     id::{ModelName, Version},
     source::{
@@ -34,6 +36,15 @@ pub struct Reporter {
     teller: Box<dyn Teller>,
     status: SharedStatus,
     config: FollowConfig,
+    away: Mutex<Option<Away>>,
+}
+
+/// A place that does not answer, or wants fewer calls.
+#[derive(Clone, Copy)]
+struct Away {
+    /// How often in a row it did.
+    times: u32,
+    until: Instant,
 }
 
 /// What became of a try.
@@ -63,14 +74,20 @@ impl Outcome {
 /// What was said of a model. Bounded by the versions that it has.
 #[derive(Default)]
 struct Known {
+    /// As they were told last.
+    settings: WriteBack,
     versions: BTreeMap<String, KnownVersion>,
     promotion: Saying<Promotion>,
 }
 
 struct KnownVersion {
     record: Saying<Record>,
-    /// What it had done by the last time that it was told.
-    served: Served,
+    /// What it had done by the last look.
+    latest: Served,
+    /// What it did until then that the place was not told.
+    owed: Served,
+    /// What the place may have been told: the same is told again until it says so, and it counts that once.
+    telling: Option<Measured>,
     /// When it is told next.
     next: Instant,
     measured: Saying<()>,
@@ -92,7 +109,21 @@ struct Failed {
 
 impl Reporter {
     pub fn new(source: Arc<dyn Source>, teller: Box<dyn Teller>, status: SharedStatus, config: FollowConfig) -> Self {
-        Self { source, teller, status, config }
+        Self { source, teller, status, config, away: Mutex::default() }
+    }
+
+    /// Writes back as `run` does, but by itself: when that goes wrong, it ends nothing else, and the status says so.
+    pub async fn run_apart(self, cancel: CancellationToken) {
+        let status = self.status.clone();
+        if let Err(error) = tokio::spawn(self.run(cancel)).await {
+            let reason = format!("writing back panicked: {error}");
+            tracing::error!(
+                place = status.read().uri,
+                reason,
+                "nothing is written back, until the server is started anew"
+            );
+            status.write_back_stands(true, Some((SystemTime::now(), reason)));
+        }
     }
 
     /// Writes back until it is cancelled, and then once more, for a moment: what was served since, and what had failed, if
@@ -117,14 +148,28 @@ impl Reporter {
     /// Says what is not said yet.
     async fn round(&self, models: &mut BTreeMap<ModelName, Known>, is_last: bool) {
         let Some(recorder) = self.source.recorder() else { return };
-        for name in self.status.models() {
-            let Some(told) = self.teller.told(&name) else { continue };
+        let shown: BTreeSet<ModelName> = self.status.models().into_iter().collect();
+        let names: BTreeSet<ModelName> = shown.iter().chain(models.keys()).cloned().collect();
+        for name in names {
+            let told = match (self.teller.told(&name), models.get(&name)) {
+                (Some(told), _) => told,
+                // It is gone, and so are its versions; of a server that stops that would be said too soon.
+                (None, Some(known)) => {
+                    let settings = WriteBack { tags: known.settings.tags && !is_last, ..known.settings.clone() };
+                    Told { settings, ..Told::default() }
+                }
+                (None, None) => continue,
+            };
             if told.settings.is_off() {
                 models.remove(&name);
                 continue;
             }
             let known = models.entry(name.clone()).or_default();
+            known.settings = told.settings.clone();
             self.say_all(recorder, &name, &told, known, is_last).await;
+            if known.versions.is_empty() && !shown.contains(&name) {
+                models.remove(&name);
+            }
         }
         let failed = models.values().flat_map(Known::failed).min_by_key(|failed| failed.since);
         self.status.write_back_stands(!models.is_empty(), failed.map(|failed| (failed.since, failed.error.clone())));
@@ -132,7 +177,7 @@ impl Reporter {
 
     async fn say_all(&self, recorder: &dyn Recorder, name: &ModelName, told: &Told, known: &mut Known, is_last: bool) {
         match &told.promotion {
-            Some(promotion) if known.promotion.is_due(promotion) => {
+            Some(promotion) if known.promotion.is_due(promotion) && !self.is_away() => {
                 let result = recorder.promote(promotion).await;
                 let result = result.map(|moved| self.moved(name, promotion, moved));
                 self.note(&mut known.promotion, promotion.clone(), result, (name, promotion.to.as_str()));
@@ -149,7 +194,9 @@ impl Reporter {
             let interval = told.settings.metrics_interval;
             let one = known.versions.entry(text.clone()).or_insert_with(|| KnownVersion {
                 record: Saying::default(),
-                served: Served::default(),
+                latest: Served::default(),
+                owed: Served::default(),
+                telling: None,
                 next: Instant::now() + interval,
                 measured: Saying::default(),
             });
@@ -162,10 +209,9 @@ impl Reporter {
             if told.settings.metrics {
                 self.measure(recorder, (name, &version), one, interval, is_last).await;
             } else {
-                one.measured = Saying::default();
+                (one.owed, one.telling, one.measured) = (Served::default(), None, Saying::default());
             }
-            // What could be said of it is said.
-            if gone.contains(&text) && one.record.failed.is_none() {
+            if gone.contains(&text) && one.is_all_said(told.settings.tags) {
                 known.versions.remove(&text);
             }
         }
@@ -178,7 +224,7 @@ impl Reporter {
         record: Record,
         one: &mut KnownVersion,
     ) {
-        if record == Record::default() || !one.record.is_due(&record) {
+        if record == Record::default() || !one.record.is_due(&record) || self.is_away() {
             return;
         }
         let result = match recorder.record(version, &record).await {
@@ -202,25 +248,46 @@ impl Reporter {
         interval: Duration,
         is_last: bool,
     ) {
-        let now = Instant::now();
-        // Somebody may have shortened the interval.
-        one.next = one.next.min(now + interval);
-        if (now < one.next && !is_last) || !one.measured.may_try() {
-            return;
+        let served = self.teller.served(name, version.as_str());
+        let is_gone = served.is_none();
+        if let Some(served) = served {
+            one.owed.add(&served.since(&one.latest));
+            one.latest = served;
         }
-        let Some(served) = self.teller.served(name, version.as_str()) else { return };
-        let measured = Measured { served: served.since(&one.served), until: SystemTime::now(), interval };
-        if measured.served.requests == 0 {
-            (one.served, one.next) = (served, now + interval);
-            return;
+        loop {
+            let now = Instant::now();
+            // Somebody may have shortened the interval.
+            one.next = one.next.min(now + interval);
+            if one.telling.is_none() {
+                // Of one that is gone, no more comes.
+                if now < one.next && !is_last && !is_gone {
+                    return;
+                }
+                if one.owed.requests == 0 {
+                    one.next = now + interval;
+                    return;
+                }
+            }
+            if !one.measured.may_try() || self.is_away() {
+                return;
+            }
+            let owed = &mut one.owed;
+            let fresh = || Measured { served: std::mem::take(owed), until: SystemTime::now(), interval };
+            let result = recorder.measured(version, one.telling.get_or_insert_with(fresh)).await;
+            let result = match result {
+                Ok(()) => Ok(Outcome::Written),
+                // Without a run there is nowhere to say it.
+                Err(SourceError::NotFound { what, .. }) => {
+                    tracing::debug!(model = %name, %version, what, "is not there, and gets no metrics");
+                    Ok(Outcome::Unchanged)
+                }
+                Err(error) => Err(error),
+            };
+            if result.is_ok() {
+                (one.telling, one.next) = (None, now + interval);
+            }
+            self.note(&mut one.measured, (), result, (name, version.as_str()));
         }
-        let result = recorder.measured(version, &measured).await;
-        // After a failure, the next try is of all that came until then.
-        if result.is_ok() {
-            (one.served, one.next) = (served, now + interval);
-        }
-        let result = result.map(|()| Outcome::Written);
-        self.note(&mut one.measured, (), result, (name, version.as_str()));
     }
 
     /// What it means that an alias was moved or not.
@@ -246,6 +313,11 @@ impl Reporter {
         outcome
     }
 
+    /// Whether the place is to be left alone.
+    fn is_away(&self) -> bool {
+        self.away.lock().is_some_and(|away| away.until > Instant::now())
+    }
+
     /// Remembers how a try ended.
     fn note<T>(
         &self,
@@ -257,6 +329,7 @@ impl Reporter {
         match result {
             Ok(outcome) => {
                 self.status.wrote_back(outcome);
+                *self.away.lock() = None;
                 if saying.failed.take().is_some() {
                     tracing::info!(model = %name, version, "can be written back again");
                 }
@@ -271,10 +344,16 @@ impl Reporter {
                 if times == 1 {
                     tracing::warn!(model = %name, version, %error, "not written back; it is tried again");
                 }
-                let pause = backed_off(self.config.interval, self.config.max_interval, times);
+                let is_away = matches!(error, SourceError::Unavailable { .. } | SourceError::Limited { .. });
+                let mut away = self.away.lock();
+                let tried = away.filter(|_| is_away).map_or(times, |away| times.max(away.times + 1));
+                let pause = backed_off(self.config.interval, self.config.max_interval, tried);
                 let pause = error.retry_after().map_or(pause, |wanted| wanted.max(pause));
                 let again = Instant::now() + jittered(pause);
-                saying.failed = Some(Failed { times, since, again, error: error.to_string() });
+                *away = is_away.then_some(Away { times: tried, until: again });
+                let error = error.to_string();
+                self.status.not_written_back(since, &error);
+                saying.failed = Some(Failed { times, since, again, error });
             }
         }
     }
@@ -285,6 +364,15 @@ impl Known {
         let versions = self.versions.values();
         let of_versions = versions.flat_map(|one| [one.record.failed.as_ref(), one.measured.failed.as_ref()]);
         self.promotion.failed.iter().chain(of_versions.flatten())
+    }
+}
+
+impl KnownVersion {
+    /// Whether the place knows what there was to say.
+    fn is_all_said(&self, tags: bool) -> bool {
+        let is_recorded =
+            !tags || self.record.said.as_ref().is_some_and(|said| said.state.as_deref() == Some(UNLOADED));
+        is_recorded && self.record.failed.is_none() && self.telling.is_none() && self.owed.requests == 0
     }
 }
 

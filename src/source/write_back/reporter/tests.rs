@@ -15,12 +15,18 @@ use crate::source::{
 struct Book {
     told: Option<Told>,
     served: Served,
+    /// Whether no version serves any more.
+    is_gone: bool,
+    /// Whether nobody can say anything.
+    panics: bool,
     /// Tags as they were written, `version state`.
     records: Vec<String>,
     promotions: Vec<Promotion>,
     moved: Option<Moved>,
     /// Requests of each time that was measured.
     measured: Vec<u64>,
+    /// What was tried to be said of them.
+    rows: Vec<Measured>,
     /// What the next calls answer.
     failures: Vec<SourceError>,
     /// Whether calls are never answered.
@@ -60,15 +66,18 @@ impl Source for Registry {
 
 impl Registry {
     async fn call(&self) -> Result<parking_lot::MutexGuard<'_, Book>, SourceError> {
+        let failure = {
+            let mut book = self.book.lock();
+            book.calls += 1;
+            book.failures.pop()
+        };
+        if let Some(error) = failure {
+            return Err(error);
+        }
         if self.book.lock().hangs {
             std::future::pending::<()>().await;
         }
-        let mut book = self.book.lock();
-        book.calls += 1;
-        match book.failures.pop() {
-            Some(error) => Err(error),
-            None => Ok(book),
-        }
+        Ok(self.book.lock())
     }
 }
 
@@ -87,6 +96,7 @@ impl Recorder for Registry {
     }
 
     async fn measured(&self, _: &Version, measured: &Measured) -> Result<(), SourceError> {
+        self.book.lock().rows.push(measured.clone());
         self.call().await?.measured.push(measured.served.requests);
         Ok(())
     }
@@ -94,11 +104,14 @@ impl Recorder for Registry {
 
 impl Teller for Known {
     fn told(&self, _: &ModelName) -> Option<Told> {
-        self.0.lock().told.clone()
+        let book = self.0.lock();
+        assert!(!book.panics, "as told");
+        book.told.clone()
     }
 
     fn served(&self, _: &ModelName, _: &str) -> Option<Served> {
-        Some(self.0.lock().served.clone())
+        let book = self.0.lock();
+        (!book.is_gone).then(|| book.served.clone())
     }
 }
 
@@ -303,4 +316,121 @@ async fn a_registry_that_says_nothing_does_not_keep_the_server_from_stopping() {
     running.await.unwrap();
     assert_eq!(before.elapsed(), LAST_TRY);
     assert!(fixture.book.lock().records.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_version_did_last_is_told_when_it_is_gone() {
+    let mut fixture = Fixture::new(metrics());
+    fixture.is("1", Some("ready"));
+    fixture.serves(5);
+    assert_eq!(fixture.calls_in(10).await, 0);
+    {
+        let mut book = fixture.book.lock();
+        book.is_gone = true;
+        book.told.as_mut().unwrap().records.clear();
+    }
+    fixture.fails(vec![away()]);
+    assert_eq!(fixture.calls_in(1).await, 1);
+    assert_eq!(fixture.calls_in(60).await, 1);
+    assert_eq!(fixture.book.lock().measured, [5]);
+    assert!(fixture.models.values().all(|known| known.versions.is_empty()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_a_model_that_went_all_versions_are_unloaded() {
+    let mut fixture = Fixture::new(tags());
+    fixture.is("1", Some("ready"));
+    fixture.is("2", Some("ready"));
+    fixture.round().await;
+    fixture.records();
+    let told = fixture.book.lock().told.take();
+    // A server that stops says no such thing.
+    fixture.reporter.round(&mut fixture.models, true).await;
+    assert!(fixture.records().is_empty());
+    fixture.book.lock().told = told;
+    fixture.calls_in(1).await;
+    fixture.records();
+    fixture.book.lock().told = None;
+    assert_eq!(fixture.calls_in(30).await, 2);
+    assert_eq!(fixture.records(), ["1 unloaded", "2 unloaded"]);
+    assert!(fixture.models.values().all(|known| known.versions.is_empty()));
+    // Nor is it known any longer when its place does not have it either.
+    fixture.status.answered(&Look::default());
+    assert_eq!(fixture.round().await, WrittenBack::default());
+    assert!(fixture.models.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_a_run_metrics_are_not_missed() {
+    let mut fixture = Fixture::new(metrics());
+    fixture.is("1", Some("ready"));
+    fixture.round().await;
+    fixture.serves(5);
+    let (place, what) = ("mlflow://host".to_owned(), "the run that made version 1".to_owned());
+    fixture.fails(vec![SourceError::NotFound { place, what }]);
+    assert_eq!(fixture.calls_in(90).await, 1);
+    let written = fixture.round().await;
+    assert_eq!((written.failed, written.tries), (None, [(Outcome::Unchanged, 1)].into()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_place_that_is_away_is_asked_once_and_not_for_each_version() {
+    let mut fixture = Fixture::new(tags());
+    for version in ["1", "2", "3"] {
+        fixture.is(version, Some("ready"));
+    }
+    fixture.fails(vec![away(), away()]);
+    fixture.round().await;
+    assert_eq!(fixture.book.lock().calls, 1);
+    assert_eq!(fixture.calls_in(8).await, 0);
+    assert_eq!(fixture.calls_in(4).await, 1);
+    assert_eq!(fixture.calls_in(14).await, 0);
+    assert_eq!(fixture.calls_in(12).await, 3);
+    assert_eq!(fixture.records(), ["1 ready", "2 ready", "3 ready"]);
+    assert_eq!(fixture.round().await.failed, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failure_shows_while_the_rest_is_still_tried() {
+    let mut fixture = Fixture::new(tags());
+    fixture.is("1", Some("ready"));
+    fixture.is("2", Some("ready"));
+    fixture.fails(vec![SourceError::Denied { place: "mlflow://host".to_owned(), reason: "403".to_owned() }]);
+    fixture.book.lock().hangs = true;
+    assert!(timeout(Duration::from_secs(1), fixture.round()).await.is_err());
+    let written = fixture.status.read().write_back.unwrap();
+    assert!(written.failed.is_some_and(|(_, error)| error.contains("refuses: 403")));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_that_may_have_been_carried_out_is_made_again_as_it_was() {
+    let mut fixture = Fixture::new(metrics());
+    fixture.is("1", Some("ready"));
+    fixture.serves(5);
+    fixture.book.lock().hangs = true;
+    fixture.round().await;
+    tokio::time::advance(Duration::from_secs(60)).await;
+    assert!(timeout(Duration::from_secs(1), fixture.round()).await.is_err());
+    fixture.serves(1);
+    fixture.book.lock().hangs = false;
+    fixture.fails(vec![away()]);
+    fixture.calls_in(20).await;
+    {
+        let book = fixture.book.lock();
+        assert_eq!((&book.measured[..], book.rows.len()), (&[5][..], 3));
+        assert!(book.rows.iter().all(|row| *row == book.rows[0]));
+    }
+    // What came meanwhile is told with the next interval, or when the server stops.
+    fixture.reporter.round(&mut fixture.models, true).await;
+    assert_eq!(fixture.book.lock().measured, [5, 1]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_panics_is_seen_to_write_back_no_longer() {
+    let fixture = Fixture::new(tags());
+    fixture.book.lock().panics = true;
+    fixture.reporter.run_apart(CancellationToken::new()).await;
+    let written = fixture.status.read().write_back.unwrap();
+    let (_, error) = written.failed.unwrap();
+    assert!(error.starts_with("writing back panicked: ") && error.contains("as told"), "{error}");
 }
