@@ -93,14 +93,9 @@ impl Mirroring {
         let status = self.follower.status();
         let shown = status.clone();
         let follower = self.follower.run(cancel.clone(), filled);
-        let reporter = self.reporter.run(cancel.clone());
+        let reporter = self.reporter.run_apart(cancel.clone());
         let both = async {
-            // By itself: nothing that goes wrong with it is to end the following.
-            let reporting = tokio::spawn(reporter);
-            follower.await;
-            if let Err(error) = reporting.await {
-                tracing::error!(%error, "nothing was written back any longer");
-            }
+            tokio::join!(follower, reporter);
         };
         let thread = on_thread(both, move |reason| shown.give_up(reason))?;
         Ok(Mirrors { thread, cancel, mirrored, status })

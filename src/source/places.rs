@@ -124,10 +124,9 @@ impl Places {
             let places = wanted.borrow_and_update().clone();
             let is_over = |(name, one): &(&ModelName, &Following)| places.get(*name) != Some(&one.uri) || one.may_retry;
             let over: Vec<ModelName> = running.iter().filter(is_over).map(|(name, _)| name.clone()).collect();
-            for one in over.iter().filter_map(|name| running.remove(name)) {
-                followed.remove(&one.status);
-                one.end().await;
-            }
+            let over: Vec<Following> = over.iter().filter_map(|name| running.remove(name)).collect();
+            over.iter().for_each(|one| followed.remove(&one.status));
+            end(over).await;
             self.standing.lock().retain(|name, _| running.contains_key(name));
             for (name, uri) in places {
                 if running.contains_key(&name) {
@@ -147,9 +146,7 @@ impl Places {
                 () = tokio::time::sleep(config.max_interval) => {}
             }
         }
-        for one in running.into_values() {
-            one.end().await;
-        }
+        end(running.into_values().collect()).await;
     }
 
     fn start(
@@ -179,7 +176,7 @@ impl Places {
                 let follower =
                     Follower::new(source, mirror, config.clone(), interest).with_status(status.clone()).telling(kick);
                 let following = tokio::spawn(follower.run(token.clone(), watch::Sender::new(false)));
-                let reporting = tokio::spawn(reporter.run(token.clone()));
+                let reporting = reporter.run_apart(token.clone());
                 (tokio::spawn(watched(following, reporting, name.clone(), status.clone())), false)
             }
             Err(error) => {
@@ -202,23 +199,29 @@ struct Following {
     may_retry: bool,
 }
 
-impl Following {
-    async fn end(self) {
-        self.token.cancel();
-        let _ = self.task.await;
+/// Ends the following of some, of all of them at once: each may take a moment.
+async fn end(following: Vec<Following>) {
+    following.iter().for_each(|one| one.token.cancel());
+    for one in following {
+        let _ = one.task.await;
     }
 }
 
-/// Says when following ended that nobody has ended.
-async fn watched(following: JoinHandle<()>, reporting: JoinHandle<()>, name: ModelName, status: SharedStatus) {
-    if let Err(error) = following.await {
-        let reason = format!("following it panicked: {error}");
-        tracing::error!(model = %name, reason, "its place is followed no longer, until the server is started anew");
-        status.give_up(reason);
-    }
-    if let Err(error) = reporting.await {
-        tracing::error!(model = %name, %error, "nothing is written back to its place any longer");
-    }
+/// Says when following ended that nobody has ended, beside what is written back.
+async fn watched(
+    following: JoinHandle<()>,
+    reporting: impl Future<Output = ()>,
+    name: ModelName,
+    status: SharedStatus,
+) {
+    let following = async {
+        if let Err(error) = following.await {
+            let reason = format!("following it panicked: {error}");
+            tracing::error!(model = %name, reason, "its place is followed no longer, until the server is started anew");
+            status.give_up(reason);
+        }
+    };
+    tokio::join!(following, reporting);
 }
 
 /// The one model of a place, under the name that it has here.
@@ -309,5 +312,40 @@ impl Source for Named {
 
     async fn read(&self, file: &RemoteFile, range: std::ops::Range<u64>) -> Result<ByteStream, SourceError> {
         self.source.read(file, range).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::time::{Instant, sleep, timeout};
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_written_back_goes_on_and_ends_beside_the_following() {
+        let status = SharedStatus::default();
+        let following = tokio::spawn(std::future::pending());
+        let reporting = async { status.not_written_back(std::time::SystemTime::now(), "as told") };
+        let watched = watched(following, reporting, ModelName::parse("iris").unwrap(), status.clone());
+        assert!(timeout(Duration::from_secs(1), watched).await.is_err());
+        assert!(status.read().write_back.is_some_and(|written| written.failed.is_some()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn many_end_in_the_time_that_one_takes() {
+        let one = |_| {
+            let (uri, token) = (SourceUri::parse("mlflow://host/iris@live").unwrap(), CancellationToken::new());
+            let cancel = token.clone();
+            let task = tokio::spawn(async move {
+                cancel.cancelled().await;
+                sleep(Duration::from_secs(2)).await;
+            });
+            Following { uri, status: SharedStatus::default(), token, task, may_retry: false }
+        };
+        let before = Instant::now();
+        end((0..50).map(one).collect()).await;
+        assert_eq!(before.elapsed().as_secs(), 2);
     }
 }
