@@ -1,6 +1,12 @@
 //! What there is to say, at the place that they are from, of the models in the catalog.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
+
+use parking_lot::Mutex;
 
 use crate::{
     error::abridge,
@@ -23,30 +29,45 @@ pub struct Catalogued {
     catalog: CatalogReader,
     /// What is to be told of all of them; of each what its own settings say, without.
     settings: Option<WriteBack>,
+    digests: Mutex<BTreeMap<ModelName, Digests>>,
 }
+
+/// What stands for the files of a model's versions, by where that is written down, and when that was.
+type Digests = BTreeMap<PathBuf, (SystemTime, String)>;
 
 impl Catalogued {
     pub fn new(catalog: CatalogReader, settings: Option<WriteBack>) -> Self {
-        Self { catalog, settings }
+        Self { catalog, settings, digests: Mutex::default() }
     }
 }
 
 impl Teller for Catalogued {
     fn told(&self, name: &ModelName) -> Option<Told> {
         let catalog = self.catalog.load();
+        let mut before = self.digests.lock().remove(name).unwrap_or_default();
         let deployment = catalog.deployments.get(name)?;
         let settings = self.settings.as_ref().unwrap_or(&deployment.write_back).clone();
         if settings.is_off() {
             return Some(Told { settings, ..Told::default() });
         }
-        let rollout = deployment.rollout.as_deref();
+        let mut digests = Digests::new();
         let mut records: BTreeMap<String, Record> = BTreeMap::new();
-        for entry in &deployment.entries {
-            let digest = || mirror::manifest_of(entry.files.as_ref()?).map(|manifest| manifest.digest);
-            let digest = if settings.tags { digest() } else { None };
-            let record = Record { digest, state: state(entry), rollout: None };
+        for (entry, files) in deployment.entries.iter().filter_map(|entry| Some((entry, mirrored(entry)?))) {
+            let mut record = Record { state: state(entry), ..Record::default() };
+            // What is known of new files says nothing of those that serve, or are being loaded.
+            let manifest = mirror::manifest_path(files).filter(|_| settings.tags && !entry.is_outdated);
+            if let Some(manifest) = manifest.filter(|_| record.state.is_some())
+                && let Some((written, digest)) = digest(files, before.remove(&manifest), &manifest)
+            {
+                record.digest = Some(digest.clone());
+                digests.insert(manifest, (written, digest));
+            }
             records.insert(entry.version.to_string(), record);
         }
+        self.digests.lock().insert(name.clone(), digests);
+        // A rollout among versions that somebody has uploaded is none of the place's.
+        let is_of_place = deployment.entries.iter().all(|entry| entry.files.is_none() || mirrored(entry).is_some());
+        let rollout = deployment.rollout.as_deref().filter(|_| is_of_place);
         if let Some((rollout, result)) = rollout.and_then(|rollout| Some((rollout, result(rollout)?))) {
             // Before all that was there at start was looked at, nobody can tell what is not there.
             let state = catalog.complete.then(|| "unloaded".to_owned());
@@ -60,7 +81,8 @@ impl Teller for Catalogued {
 
     fn served(&self, name: &ModelName, version: &str) -> Option<Served> {
         let catalog = self.catalog.load();
-        let version = catalog.deployments.get(name)?.entry(version)?.serving.clone()?;
+        let entry = catalog.deployments.get(name)?.entry(version).filter(|entry| mirrored(entry).is_some())?;
+        let version = entry.serving.as_ref()?;
         let mut served = Served::default();
         // Copies are nobody's requests.
         for way in Way::ALL.into_iter().filter(|way| *way != Way::Shadow) {
@@ -71,6 +93,19 @@ impl Teller for Catalogued {
         }
         Some(served)
     }
+}
+
+/// Where a version's files lie when they are from a place, and nobody has uploaded them.
+fn mirrored(entry: &Entry) -> Option<&Path> {
+    entry.files.as_deref().filter(|files| mirror::manifest_path(files).is_some())
+}
+
+/// What stands for a version's files, and when that was written down; read only when it was since `before`.
+fn digest(files: &Path, before: Option<(SystemTime, String)>, manifest: &Path) -> Option<(SystemTime, String)> {
+    let written = manifest.metadata().and_then(|found| found.modified()).ok()?;
+    before
+        .filter(|(before, _)| *before == written)
+        .or_else(|| mirror::manifest_of(files).map(|manifest| (written, manifest.digest)))
 }
 
 /// The state of a version when it is one that lasts.
@@ -115,9 +150,13 @@ fn promotion(alias: &str, rollout: &Rollout, deployment: &Deployment) -> Option<
 
 #[cfg(test)]
 mod tests {
+    use std::{fs, sync::Arc, time::Duration};
+
     use super::*;
     use crate::{
         id::Version,
+        metrics::Metrics,
+        model::catalog::{Catalog, CatalogWriter, catalog},
         rollout::{Command, Event, plan::Settings},
     };
 
@@ -158,5 +197,87 @@ mod tests {
         );
         // Another version has taken over since.
         assert_eq!(told(vec![Event::Ready, promote, Event::Promoted], "3").last(), Some(&(promoted, None)));
+    }
+
+    /// A model of one version, whose files are from a place or somewhere else.
+    struct Fixture {
+        folder: tempfile::TempDir,
+        teller: Catalogued,
+        writer: CatalogWriter,
+        entry: Entry,
+    }
+
+    impl Fixture {
+        fn new() -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let (reader, writer) = catalog();
+            let teller = Catalogued::new(reader, Some(WriteBack { tags: true, ..WriteBack::default() }));
+            let entry = Entry {
+                version: version("1"),
+                state: State::Ready,
+                reason: String::new(),
+                serving: None,
+                files: Some(folder.path().join("models/iris/1").into()),
+                is_outdated: false,
+                signature: None,
+                metrics: Metrics::new("0", "0").version("iris", "1"),
+            };
+            Self { folder, teller, writer, entry }
+        }
+
+        fn manifest(&self, digest: &str, minute: u64) {
+            let path = mirror::manifest_path(self.entry.files.as_ref().unwrap()).unwrap();
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            let text = format!(r#"{{"uri": "mlflow://host", "revision": "1", "digest": "{digest}", "files": {{}}}}"#);
+            fs::write(&path, text).unwrap();
+            let file = fs::File::options().write(true).open(&path).unwrap();
+            file.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(60 * minute)).unwrap();
+        }
+
+        /// What is told of the version: its digest and state.
+        fn told(&self) -> Option<(Option<String>, Option<String>)> {
+            let mut rollout = Rollout::new("iris/r1".into(), [version("0"), version("1")], plan(), None, 0).unwrap();
+            rollout.apply(Event::Failed("no opset".to_owned()), 7).unwrap();
+            let deployment = Deployment {
+                entries: vec![self.entry.clone()],
+                rollout: Some(Arc::new(rollout)),
+                ..Deployment::default()
+            };
+            let name = ModelName::parse("iris").unwrap();
+            self.writer.publish(Catalog { deployments: [(name.clone(), deployment)].into(), complete: true });
+            let record = self.teller.told(&name).unwrap().records.remove("1")?;
+            assert!(record.rollout.is_some());
+            Some((record.digest, record.state))
+        }
+    }
+
+    fn plan() -> crate::rollout::plan::Plan {
+        Settings { steps: vec![100.0], ..Settings::default() }.plan().unwrap()
+    }
+
+    #[test]
+    fn the_digest_is_that_of_what_serves_and_read_only_when_it_changed() {
+        let mut fixture = Fixture::new();
+        let ready = |digest: Option<&str>| Some((digest.map(ToOwned::to_owned), Some("ready".to_owned())));
+        assert_eq!(fixture.told(), ready(None));
+        fixture.manifest("sha256:a", 1);
+        assert_eq!(fixture.told(), ready(Some("sha256:a")));
+        fixture.manifest("sha256:b", 1);
+        assert_eq!(fixture.told(), ready(Some("sha256:a")));
+        fixture.manifest("sha256:b", 2);
+        assert_eq!(fixture.told(), ready(Some("sha256:b")));
+        fixture.entry.is_outdated = true;
+        assert_eq!(fixture.told(), ready(None));
+        (fixture.entry.is_outdated, fixture.entry.state) = (false, State::Loading);
+        assert_eq!(fixture.told(), Some((None, None)));
+        assert!(fixture.teller.digests.lock().values().all(BTreeMap::is_empty));
+    }
+
+    #[test]
+    fn versions_that_somebody_has_uploaded_are_none_of_the_registrys() {
+        let mut fixture = Fixture::new();
+        assert!(fixture.told().is_some());
+        fixture.entry.files = Some(fixture.folder.path().join("0-iris/1").into());
+        assert_eq!(fixture.told(), None);
     }
 }

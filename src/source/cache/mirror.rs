@@ -420,10 +420,15 @@ pub fn folder(root: &Path, key: &str) -> PathBuf {
 
 /// What is known of the version whose files lie in `files`, when that is in a mirror.
 pub fn manifest_of(files: &Path) -> Option<Manifest> {
+    read(&manifest_path(files)?)
+}
+
+/// Where that is written down.
+pub fn manifest_path(files: &Path) -> Option<PathBuf> {
     let (version, model) = (files.file_name()?.to_str()?, files.parent()?);
     let (name, models) = (model.file_name()?, model.parent()?);
-    let manifests = models.parent().filter(|_| models.file_name().is_some_and(|name| name == "models"))?;
-    read(&manifests.join("manifests").join(name).join("versions").join(format!("{version}.json")))
+    let root = models.parent().filter(|_| models.file_name().is_some_and(|name| name == "models"))?;
+    Some(root.join("manifests").join(name).join("versions").join(format!("{version}.json")))
 }
 
 /// A version that has a content.
