@@ -114,6 +114,8 @@ struct Failed {
     again: Option<Instant>,
 }
 
+/// How often the log tells how far something has come that takes long.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
 /// Bytes of a model's settings, which are read whole.
 const MOST_SETTINGS: u64 = 1 << 20;
 /// Looks after which a server is ready although something at the place never settles.
@@ -542,12 +544,21 @@ impl Follower {
         let total = files.iter().map(|file| file.size).fold(0, u64::saturating_add);
         self.status.fetching(name, version, Arc::new(Progress { total: total.into(), fetched: fetched.clone() }));
         let mut staged = self.mirror.stage()?;
-        for file in files {
-            let blob = self.cache.fetch(&self.source, file, &fetched).await?;
-            staged.add(&file.path, &blob)?;
-        }
+        let version = version.map(Version::as_str);
+        let fetching = async {
+            for file in files {
+                let blob = self.cache.fetch(&self.source, file, &fetched).await?;
+                staged.add(&file.path, &blob)?;
+            }
+            Ok(staged)
+        };
+        let tell = || {
+            let fetched = fetched.load(Ordering::Relaxed);
+            tracing::info!(model = %name, version, fetched_bytes = fetched, total_bytes = total, "is being fetched");
+        };
+        let staged = telling(fetching, tell).await?;
         let bytes = fetched.load(Ordering::Relaxed);
-        tracing::debug!(model = %name, version = version.map(Version::as_str), files = files.len(), bytes, "fetched");
+        tracing::debug!(model = %name, version, files = files.len(), bytes, "fetched");
         Ok(staged)
     }
 
@@ -641,6 +652,17 @@ pub(super) fn backed_off(interval: Duration, most: Duration, failures: u32) -> D
 /// Give or take a tenth, so that servers that were started together do not look together.
 pub(super) fn jittered(pause: Duration) -> Duration {
     pause.mul_f64(rand::rng().random_range(0.9..1.1))
+}
+
+/// Does `work`, and has its progress told from time to time until it is done.
+async fn telling<T>(work: impl Future<Output = T>, tell: impl Fn()) -> T {
+    tokio::pin!(work);
+    loop {
+        tokio::select! {
+            done = &mut work => return done,
+            () = sleep(PROGRESS_INTERVAL) => tell(),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -658,3 +658,16 @@ async fn what_is_pointed_at_waits_for_no_names() {
     fixture.round().await;
     assert!(kicked.try_recv().is_err());
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_takes_long_is_told_of_meanwhile() {
+    let told = std::cell::Cell::new(0);
+    let work = async |seconds| {
+        sleep(Duration::from_secs(seconds)).await;
+        seconds
+    };
+    assert_eq!(telling(work(9), || told.set(told.get() + 1)).await, 9);
+    assert_eq!(told.get(), 0);
+    assert_eq!(telling(work(35), || told.set(told.get() + 1)).await, 35);
+    assert_eq!(told.get(), 3);
+}
