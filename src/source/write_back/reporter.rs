@@ -78,6 +78,8 @@ struct Known {
     settings: WriteBack,
     versions: BTreeMap<String, KnownVersion>,
     promotion: Saying<Promotion>,
+    /// A promotion that was tried to be said.
+    owed: Option<Promotion>,
 }
 
 struct KnownVersion {
@@ -176,14 +178,19 @@ impl Reporter {
     }
 
     async fn say_all(&self, recorder: &dyn Recorder, name: &ModelName, told: &Told, known: &mut Known, is_last: bool) {
-        match &told.promotion {
-            Some(promotion) if known.promotion.is_due(promotion) && !self.is_away() => {
-                let result = recorder.promote(promotion).await;
-                let result = result.map(|moved| self.moved(name, promotion, moved));
-                self.note(&mut known.promotion, promotion.clone(), result, (name, promotion.to.as_str()));
+        match known.next_promotion(told) {
+            Some(promotion) if known.promotion.is_due(&promotion) && !self.is_away() => {
+                known.owed = Some(promotion.clone());
+                let result = recorder.promote(&promotion).await;
+                if result.is_ok() {
+                    known.owed = None;
+                }
+                let result = result.map(|moved| self.moved(name, &promotion, moved));
+                let to = promotion.to.clone();
+                self.note(&mut known.promotion, promotion, result, (name, to.as_str()));
             }
             Some(_) => {}
-            None => known.promotion.failed = None,
+            None => (known.owed, known.promotion.failed) = (None, None),
         }
         let gone: Vec<String> =
             known.versions.keys().filter(|version| !told.records.contains_key(*version)).cloned().collect();
@@ -360,6 +367,17 @@ impl Reporter {
 }
 
 impl Known {
+    /// What is to be said of an alias now: what is owed comes before what begins where that ends. Nobody would else find
+    /// the alias where the next rollout began.
+    fn next_promotion(&self, told: &Told) -> Option<Promotion> {
+        told.settings.promoted_alias.as_ref()?;
+        let owed = self.owed.as_ref().filter(|owed| match &told.promotion {
+            None => !owed.is_undone,
+            Some(next) => !owed.is_undone && next.rollout != owed.rollout && next.from == owed.to,
+        });
+        owed.or(told.promotion.as_ref()).cloned()
+    }
+
     fn failed(&self) -> impl Iterator<Item = &Failed> {
         let versions = self.versions.values();
         let of_versions = versions.flat_map(|one| [one.record.failed.as_ref(), one.measured.failed.as_ref()]);

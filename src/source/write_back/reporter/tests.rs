@@ -263,6 +263,35 @@ async fn metrics_are_of_each_interval_in_which_something_was_served() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_promotion_that_could_not_be_said_comes_before_the_next() {
+    let mut fixture = Fixture::new(WriteBack { promoted_alias: Some("champion".into()), ..WriteBack::default() });
+    let version = |number: u64| Version::parse(&number.to_string()).unwrap();
+    let promotion = |number| Promotion {
+        alias: "champion".into(),
+        rollout: format!("m/r{number} at {number}"),
+        from: version(number),
+        to: version(number + 1),
+        is_undone: false,
+    };
+    {
+        let mut book = fixture.book.lock();
+        book.told.as_mut().unwrap().promotion = Some(promotion(1));
+        book.failures = vec![SourceError::Full("no".into())];
+    }
+    fixture.round().await;
+    // The next rollout begins, and is over, before there is another try.
+    fixture.book.lock().told.as_mut().unwrap().promotion = None;
+    assert!(fixture.round().await.failed.is_some(), "it is still owed");
+    fixture.book.lock().told.as_mut().unwrap().promotion = Some(promotion(2));
+    fixture.round().await;
+    assert!(fixture.book.lock().promotions.is_empty());
+    tokio::time::advance(Duration::from_secs(60)).await;
+    fixture.round().await;
+    fixture.round().await;
+    assert_eq!(fixture.book.lock().promotions, [promotion(1), promotion(2)]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_promotion_is_said_once_and_so_is_its_end() {
     let mut fixture = Fixture::new(WriteBack { promoted_alias: Some("champion".to_owned()), ..WriteBack::default() });
     let version = |text| Version::parse(text).unwrap();
