@@ -274,7 +274,8 @@ impl Reconciler {
             tracked.seen(wanted);
             let fingerprint = wanted.fingerprint;
             let held = matches!(tracked.progress, Progress::Held { .. });
-            let fresh = held || tracked.progress.fingerprint() != Some(fingerprint);
+            let again = tracked.progress.is_due_again();
+            let fresh = held || again || tracked.progress.fingerprint() != Some(fingerprint);
             if fresh {
                 let serves = tracked.serving.as_ref().is_some_and(|(_, served)| *served == fingerprint);
                 tracked.progress = if serves {
@@ -475,7 +476,8 @@ impl Reconciler {
                 self.publish();
                 self.retire(replaced.map(|(old, _)| old));
             }
-            Err(error) if let Some(pause) = error.retry_after => {
+            // For longer, the version before it is to serve meanwhile.
+            Err(error) if let Some(pause) = error.retry_after.filter(|pause| *pause <= SETTLE_TIME) => {
                 tracing::warn!(model = %name, %version, %error, "loading failed for now");
                 let failed = Some(error.message);
                 tracked.progress = Progress::Settling { fingerprint, since: Instant::now() + pause, failed };
@@ -483,8 +485,11 @@ impl Reconciler {
             Err(error) => {
                 tracing::error!(model = %name, %version, %error, "loading failed");
                 let entry = routes::kept_out(&name, &version, &error);
-                tracked.progress = Progress::Failed { fingerprint, error };
-                self.rollouts.log(entry).await;
+                let again = error.retry_after.map(|pause| Instant::now() + pause);
+                tracked.progress = Progress::Failed { fingerprint, error, again };
+                if again.is_none() {
+                    self.rollouts.log(entry).await;
+                }
             }
         }
     }

@@ -119,6 +119,8 @@ pub(super) enum Progress {
     Failed {
         fingerprint: Fingerprint,
         error: Error,
+        /// When the same files are tried again.
+        again: Option<Instant>,
     },
     /// Passed over, and why.
     Held {
@@ -139,6 +141,11 @@ impl Progress {
             | Progress::Held { fingerprint, .. } => Some(*fingerprint),
             Progress::Gone => None,
         }
+    }
+
+    /// Whether it failed for a while, and that is over.
+    pub(super) fn is_due_again(&self) -> bool {
+        matches!(self, Progress::Failed { again: Some(again), .. } if *again <= Instant::now())
     }
 
     pub(super) fn is_under_way(&self) -> bool {
@@ -375,6 +382,7 @@ pub(super) fn targets(
         tracked.iter().any(|tracked| {
             tracked.version == found.version
                 && tracked.serving.is_none()
+                && !tracked.progress.is_due_again()
                 && matches!(&tracked.progress, Progress::Failed { fingerprint, .. } if *fingerprint == found.fingerprint)
         })
     };
@@ -438,6 +446,10 @@ mod tests {
 
     /// The versions that shall serve of a folder with versions 1, 2 and 3, of which `failed` failed.
     fn selected(policy: VersionPolicy, failed: &[&str]) -> Vec<String> {
+        selected_again(policy, failed, None)
+    }
+
+    fn selected_again(policy: VersionPolicy, failed: &[&str], again: Option<Instant>) -> Vec<String> {
         let root = tempfile::tempdir().unwrap();
         for version in ["1", "2", "3"] {
             fs::create_dir_all(root.path().join("m").join(version)).unwrap();
@@ -449,7 +461,7 @@ mod tests {
             let tracked = model.find_or_insert(&ModelName::parse("m").unwrap(), &found.version, &metrics);
             let fingerprint = found.fingerprint;
             tracked.progress = if failed.contains(&found.version.as_str()) {
-                Progress::Failed { fingerprint, error: Error::internal("as told") }
+                Progress::Failed { fingerprint, error: Error::internal("as told"), again }
             } else {
                 Progress::Done { fingerprint }
             };
@@ -468,5 +480,10 @@ mod tests {
         assert_eq!(selected(VersionPolicy::All, &["1"]), ["2", "3"]);
         assert_eq!(selected(VersionPolicy::Specific(vec!["1".into(), "9".into()]), &[]), ["1"]);
         assert!(selected(VersionPolicy::Latest(1), &["1", "2", "3"]).is_empty());
+        // What failed for a while is passed over for that long.
+        let now = Instant::now();
+        let later = Some(now + Duration::from_secs(60));
+        assert_eq!(selected_again(VersionPolicy::Latest(1), &["3"], later), ["2"]);
+        assert_eq!(selected_again(VersionPolicy::Latest(1), &["3"], Some(now)), ["3"]);
     }
 }

@@ -75,7 +75,8 @@ impl Mirroring {
         let mirror = Mirror::open(cache, &endpoint::key(uri, None)).with_context(hint)?;
         let is_filled = mirror.published().with_context(hint)?.values().any(|versions| !versions.is_empty());
         let models = mirror.models();
-        let teller = Box::new(reporting::Catalogued::new(catalog.clone(), Some(config.write_back.clone())));
+        let settings = Some(config.write_back.clone());
+        let teller = Box::new(reporting::Catalogued::new(catalog.clone(), settings, models.clone()));
         let interest = Box::new(Catalogued { catalog, settings: None });
         let follower = Follower::new(source.clone(), mirror, config.follow.clone(), interest);
         let reporter = Reporter::new(source, teller, follower.status(), config.follow.clone());
@@ -122,9 +123,9 @@ impl Sourced {
         let Some(cache) = cancel.run_until_cancelled(self.cache()).await else { return Ok(()) };
         let Self { places, follow, followed, models, catalog, .. } = self;
         // The settings are not in the mirrors.
-        let asked = move || -> (Box<dyn Interest>, Box<dyn Teller>) {
+        let asked = move |folder| -> (Box<dyn Interest>, Box<dyn Teller>) {
             let interest = Catalogued { catalog: catalog.clone(), settings: Some(models.clone()) };
-            (Box::new(interest), Box::new(reporting::Catalogued::new(catalog.clone(), None)))
+            (Box::new(interest), Box::new(reporting::Catalogued::new(catalog.clone(), None, folder)))
         };
         let standing = followed.clone();
         let follower = places.follow(cache, follow, asked, followed, kick, cancel.child_token());

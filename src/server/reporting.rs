@@ -29,6 +29,8 @@ pub struct Catalogued {
     catalog: CatalogReader,
     /// What is to be told of all of them; of each what its own settings say, without.
     settings: Option<WriteBack>,
+    /// The folder that its versions are mirrored into. Those that lie elsewhere are another place's, or somebody's uploads.
+    models: PathBuf,
     digests: Mutex<BTreeMap<ModelName, Digests>>,
 }
 
@@ -36,8 +38,13 @@ pub struct Catalogued {
 type Digests = BTreeMap<PathBuf, (SystemTime, String)>;
 
 impl Catalogued {
-    pub fn new(catalog: CatalogReader, settings: Option<WriteBack>) -> Self {
-        Self { catalog, settings, digests: Mutex::default() }
+    pub fn new(catalog: CatalogReader, settings: Option<WriteBack>, models: PathBuf) -> Self {
+        Self { catalog, settings, models, digests: Mutex::default() }
+    }
+
+    /// Where a version's files lie when they are from this place.
+    fn mirrored<'a>(&self, entry: &'a Entry) -> Option<&'a Path> {
+        entry.files.as_deref().filter(|files| files.starts_with(&self.models) && mirror::manifest_path(files).is_some())
     }
 }
 
@@ -52,7 +59,7 @@ impl Teller for Catalogued {
         }
         let mut digests = Digests::new();
         let mut records: BTreeMap<String, Record> = BTreeMap::new();
-        for (entry, files) in deployment.entries.iter().filter_map(|entry| Some((entry, mirrored(entry)?))) {
+        for (entry, files) in deployment.entries.iter().filter_map(|entry| Some((entry, self.mirrored(entry)?))) {
             let mut record = Record { state: state(entry), ..Record::default() };
             // What is known of new files says nothing of those that serve, or are being loaded.
             let manifest = mirror::manifest_path(files).filter(|_| settings.tags && !entry.is_outdated);
@@ -66,7 +73,8 @@ impl Teller for Catalogued {
         }
         self.digests.lock().insert(name.clone(), digests);
         // A rollout among versions that somebody has uploaded is none of the place's.
-        let is_of_place = deployment.entries.iter().all(|entry| entry.files.is_none() || mirrored(entry).is_some());
+        let is_of_place =
+            deployment.entries.iter().all(|entry| entry.files.is_none() || self.mirrored(entry).is_some());
         let rollout = deployment.rollout.as_deref().filter(|_| is_of_place);
         if let Some((rollout, result)) = rollout.and_then(|rollout| Some((rollout, result(rollout)?))) {
             // Before all that was there at start was looked at, nobody can tell what is not there.
@@ -81,7 +89,7 @@ impl Teller for Catalogued {
 
     fn served(&self, name: &ModelName, version: &str) -> Option<Served> {
         let catalog = self.catalog.load();
-        let entry = catalog.deployments.get(name)?.entry(version).filter(|entry| mirrored(entry).is_some())?;
+        let entry = catalog.deployments.get(name)?.entry(version).filter(|entry| self.mirrored(entry).is_some())?;
         let version = entry.serving.as_ref()?;
         let mut served = Served::default();
         // Copies are nobody's requests.
@@ -93,11 +101,6 @@ impl Teller for Catalogued {
         }
         Some(served)
     }
-}
-
-/// Where a version's files lie when they are from a place, and nobody has uploaded them.
-fn mirrored(entry: &Entry) -> Option<&Path> {
-    entry.files.as_deref().filter(|files| mirror::manifest_path(files).is_some())
 }
 
 /// What stands for a version's files, and when that was written down; read only when it was since `before`.
@@ -211,7 +214,8 @@ mod tests {
         fn new() -> Self {
             let folder = tempfile::tempdir().unwrap();
             let (reader, writer) = catalog();
-            let teller = Catalogued::new(reader, Some(WriteBack { tags: true, ..WriteBack::default() }));
+            let settings = WriteBack { tags: true, ..WriteBack::default() };
+            let teller = Catalogued::new(reader, Some(settings), folder.path().join("models"));
             let entry = Entry {
                 version: version("1"),
                 state: State::Ready,
@@ -278,6 +282,9 @@ mod tests {
         let mut fixture = Fixture::new();
         assert!(fixture.told().is_some());
         fixture.entry.files = Some(fixture.folder.path().join("0-iris/1").into());
+        assert_eq!(fixture.told(), None);
+        // It is another place's, and serves until this one has a version.
+        fixture.entry.files = Some(fixture.folder.path().join("other/models/iris/1").into());
         assert_eq!(fixture.told(), None);
     }
 }

@@ -335,7 +335,12 @@ impl Follower {
                     let digest = manifest.digest;
                     tracing::info!(model = %name, version = %remote.version, digest, "mirrored");
                 });
+                let is_replaced = stale && result.is_ok();
                 self.note(&key, Some(&remote.version), &remote.revision, result);
+                if is_replaced {
+                    // What serves is of older files now, and nobody knows yet.
+                    self.tell();
+                }
             }
         }
         let selected = self.interest.wanted(&folder, name, &hopeful);

@@ -107,13 +107,14 @@ impl Places {
         let _ = self.wanted.subscribe().wait_for(|wanted| !wanted.is_empty()).await;
     }
 
-    /// Follows what is wanted until it is cancelled, for whoever `asked` makes for each model, and writes back what it says.
+    /// Follows what is wanted until it is cancelled, for whoever `asked` makes for each model and its folder, and writes back
+    /// what it says.
     /// `kick` hears whenever there may be something new in a folder.
     pub async fn follow(
         self,
         cache: Arc<Cache>,
         config: FollowConfig,
-        asked: impl Fn() -> Asked,
+        asked: impl Fn(PathBuf) -> Asked,
         followed: Followed,
         kick: mpsc::Sender<()>,
         cancel: CancellationToken,
@@ -134,7 +135,8 @@ impl Places {
                 }
                 let status = SharedStatus::new(uri.to_string());
                 followed.add(&status);
-                let one = self.start(&cache, &config, asked(), kick.clone(), (&name, uri, status), &cancel);
+                let asked = asked(self.folder(&name, &uri));
+                let one = self.start(&cache, &config, asked, kick.clone(), (&name, uri, status), &cancel);
                 self.standing.lock().insert(name.clone(), (one.uri.clone(), one.status.clone()));
                 let _ = kick.try_send(());
                 running.insert(name, one);

@@ -30,6 +30,7 @@ pub struct Wanted<T> {
 
 struct Look<T> {
     folder: PathBuf,
+    began: Instant,
     found: oneshot::Receiver<io::Result<T>>,
 }
 
@@ -39,10 +40,11 @@ impl<T: Send + 'static> Elsewhere<T> {
         self.looks.retain(|name, _| is_meant(name));
     }
 
-    /// Forgets a look that has ended: what it has found is of then.
-    pub fn forget_ended(&mut self, name: &ModelName) {
+    /// Forgets a look that has ended and began longer ago than `age`: what it has found is of then.
+    pub fn forget_ended(&mut self, name: &ModelName, age: Duration) {
+        // Asking takes out what it has found.
         let is_under_way = |look: &mut Look<T>| matches!(look.found.try_recv(), Err(TryRecvError::Empty));
-        self.looks.retain(|other, look| other != name || is_under_way(look));
+        self.looks.retain(|other, look| other != name || look.began.elapsed() < age || is_under_way(look));
     }
 
     /// What the folders hold. A look that takes longer than `patience` is an error, and goes on: what it finds is told the
@@ -63,13 +65,14 @@ impl<T: Send + 'static> Elsewhere<T> {
                 },
             }
         }
-        let deadline = Instant::now() + patience;
+        let began = Instant::now();
+        let deadline = began + patience;
         for (name, folder, mut look) in new {
             let result = match timeout_at(deadline, &mut look).await {
                 Ok(result) => result.unwrap_or_else(|_| Err(io::Error::other("looking at it panicked"))),
                 Err(_) => {
                     let error = silent(&folder);
-                    self.looks.insert(name.clone(), Look { folder, found: look });
+                    self.looks.insert(name.clone(), Look { folder, began, found: look });
                     Err(error)
                 }
             };
@@ -138,11 +141,11 @@ mod tests {
         let found = elsewhere.look(vec![wanted("left", "/left", Some(gate))], Duration::from_millis(10)).await;
         assert!(found["left"].is_err());
         let name = ModelName::parse("left").unwrap();
-        elsewhere.forget_ended(&name);
+        elsewhere.forget_ended(&name, Duration::ZERO);
         assert!(elsewhere.looks.contains_key(&name), "it is under way");
         open.send(()).unwrap();
         while elsewhere.looks.contains_key(&name) {
-            elsewhere.forget_ended(&name);
+            elsewhere.forget_ended(&name, Duration::ZERO);
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         elsewhere.retain(|_| false);

@@ -17,6 +17,9 @@ use crate::{
 /// How long folders elsewhere may take to be looked at, before the server is ready and after.
 const PATIENCE: [Duration; 2] = [Duration::from_secs(10), Duration::from_secs(1)];
 
+/// How old what a look has found may be for one who asks for a load, so that a slow folder can be loaded on a second try.
+const MOMENT: Duration = Duration::from_secs(30);
+
 /// What a look at a folder elsewhere has found.
 #[derive(Clone)]
 pub(super) struct Looked {
@@ -148,7 +151,7 @@ impl Reconciler {
             return Ok(found);
         }
         let wanted = self.wanted_from(name, &uri, &found, None);
-        self.elsewhere.forget_ended(name);
+        self.elsewhere.forget_ended(name, MOMENT);
         let patience = PATIENCE[usize::from(self.complete)];
         let looked = self.elsewhere.look(vec![wanted], patience).await.remove(name);
         let looked = looked.unwrap_or_else(|| Err(io::Error::other("it was not looked at")));

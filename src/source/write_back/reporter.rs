@@ -27,6 +27,8 @@ use crate::{
 const PAUSE: Duration = Duration::from_secs(1);
 /// What a registry gets to take what is left to say when the server stops.
 const LAST_TRY: Duration = Duration::from_secs(2);
+/// Tries after which nothing more is said of a version that is gone: a quarter of an hour with the usual pauses.
+const MOST_TRIES: u32 = 10;
 /// The state of a version that was served and is no longer known.
 const UNLOADED: &str = "unloaded";
 
@@ -45,6 +47,9 @@ struct Away {
     /// How often in a row it did.
     times: u32,
     until: Instant,
+    /// Whether all that had not failed was tried since: then what had may be, so that one call that always fails holds up
+    /// no other.
+    is_over: bool,
 }
 
 /// What became of a try.
@@ -150,6 +155,7 @@ impl Reporter {
     /// Says what is not said yet.
     async fn round(&self, models: &mut BTreeMap<ModelName, Known>, is_last: bool) {
         let Some(recorder) = self.source.recorder() else { return };
+        let was_over = self.away.lock().is_some_and(|away| away.until <= Instant::now());
         let shown: BTreeSet<ModelName> = self.status.models().into_iter().collect();
         let names: BTreeSet<ModelName> = shown.iter().chain(models.keys()).cloned().collect();
         for name in names {
@@ -173,15 +179,25 @@ impl Reporter {
                 models.remove(&name);
             }
         }
+        if let Some(away) = self.away.lock().as_mut().filter(|away| was_over && away.until <= Instant::now()) {
+            away.is_over = true;
+        }
         let failed = models.values().flat_map(Known::failed).min_by_key(|failed| failed.since);
         self.status.write_back_stands(!models.is_empty(), failed.map(|failed| (failed.since, failed.error.clone())));
     }
 
     async fn say_all(&self, recorder: &dyn Recorder, name: &ModelName, told: &Told, known: &mut Known, is_last: bool) {
         match known.next_promotion(told) {
-            Some(promotion) if known.promotion.is_due(&promotion) && !self.is_away() => {
+            Some(promotion) if known.promotion.is_due(&promotion) && !self.is_away(known.promotion.failed.as_ref()) => {
                 known.owed = Some(promotion.clone());
-                let result = recorder.promote(&promotion).await;
+                let result = match recorder.promote(&promotion).await {
+                    // Of a version that was deleted there, nothing is to be said.
+                    Err(SourceError::NotFound { what, .. }) => {
+                        tracing::debug!(model = %name, what, "is gone, and no alias is moved");
+                        Ok(Moved::Unchanged)
+                    }
+                    result => result,
+                };
                 if result.is_ok() {
                     known.owed = None;
                 }
@@ -218,7 +234,7 @@ impl Reporter {
             } else {
                 (one.owed, one.telling, one.measured) = (Served::default(), None, Saying::default());
             }
-            if gone.contains(&text) && one.is_all_said(told.settings.tags) {
+            if gone.contains(&text) && (one.is_all_said(told.settings.tags) || one.is_hopeless()) {
                 known.versions.remove(&text);
             }
         }
@@ -231,7 +247,7 @@ impl Reporter {
         record: Record,
         one: &mut KnownVersion,
     ) {
-        if record == Record::default() || !one.record.is_due(&record) || self.is_away() {
+        if record == Record::default() || !one.record.is_due(&record) || self.is_away(one.record.failed.as_ref()) {
             return;
         }
         let result = match recorder.record(version, &record).await {
@@ -275,7 +291,7 @@ impl Reporter {
                     return;
                 }
             }
-            if !one.measured.may_try() || self.is_away() {
+            if !one.measured.may_try() || self.is_away(one.measured.failed.as_ref()) {
                 return;
             }
             let owed = &mut one.owed;
@@ -320,9 +336,9 @@ impl Reporter {
         outcome
     }
 
-    /// Whether the place is to be left alone.
-    fn is_away(&self) -> bool {
-        self.away.lock().is_some_and(|away| away.until > Instant::now())
+    /// Whether the place is to be left alone, with what has failed before or with what has not.
+    fn is_away(&self, failed: Option<&Failed>) -> bool {
+        self.away.lock().is_some_and(|away| away.until > Instant::now() || (failed.is_some() && !away.is_over))
     }
 
     /// Remembers how a try ended.
@@ -357,7 +373,7 @@ impl Reporter {
                 let pause = backed_off(self.config.interval, self.config.max_interval, tried);
                 let pause = error.retry_after().map_or(pause, |wanted| wanted.max(pause));
                 let again = Instant::now() + jittered(pause);
-                *away = is_away.then_some(Away { times: tried, until: again });
+                *away = is_away.then_some(Away { times: tried, until: again, is_over: false });
                 let error = error.to_string();
                 self.status.not_written_back(since, &error);
                 saying.failed = Some(Failed { times, since, again, error });
@@ -386,6 +402,12 @@ impl Known {
 }
 
 impl KnownVersion {
+    /// Whether the place has refused for long enough to be told of one that is gone.
+    fn is_hopeless(&self) -> bool {
+        let has = |failed: &Option<Failed>| failed.as_ref().is_some_and(|failed| failed.times >= MOST_TRIES);
+        has(&self.record.failed) || has(&self.measured.failed)
+    }
+
     /// Whether the place knows what there was to say.
     fn is_all_said(&self, tags: bool) -> bool {
         let is_recorded =

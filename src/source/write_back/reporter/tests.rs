@@ -29,6 +29,8 @@ struct Book {
     rows: Vec<Measured>,
     /// What the next calls answer.
     failures: Vec<SourceError>,
+    /// The version for which tags are never taken.
+    broken: Option<String>,
     /// Whether calls are never answered.
     hangs: bool,
     calls: usize,
@@ -85,7 +87,11 @@ impl Registry {
 impl Recorder for Registry {
     async fn record(&self, version: &Version, record: &Record) -> Result<bool, SourceError> {
         let said = format!("{version} {}", record.state.as_deref().unwrap_or("-"));
-        self.call().await?.records.push(said);
+        let mut book = self.call().await?;
+        if book.broken.as_deref() == Some(version.as_str()) {
+            return Err(away());
+        }
+        book.records.push(said);
         Ok(true)
     }
 
@@ -223,6 +229,23 @@ async fn what_fails_is_tried_again_later_and_only_the_latest_counts() {
     assert_eq!(fixture.records(), ["1 failed: later"]);
     let written = fixture.round().await;
     assert_eq!((written.failed, written.tries), (None, [(Outcome::Written, 1), (Outcome::Failed, 3)].into()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_that_always_fails_holds_up_no_other_for_ever() {
+    let mut fixture = Fixture::new(tags());
+    fixture.book.lock().broken = Some("1".to_owned());
+    fixture.is("1", Some("ready"));
+    fixture.is("2", Some("ready"));
+    fixture.calls_in(20).await;
+    assert_eq!(fixture.records(), ["2 ready"]);
+    fixture.is("2", Some("held: later"));
+    fixture.calls_in(200).await;
+    assert_eq!(fixture.records(), ["2 held: later"]);
+    // One that is gone is given up some time.
+    fixture.book.lock().told.as_mut().unwrap().records.remove("1");
+    fixture.calls_in(3600).await;
+    assert_eq!(fixture.calls_in(3600).await, 0);
 }
 
 #[tokio::test(start_paused = true)]
@@ -415,7 +438,8 @@ async fn a_place_that_is_away_is_asked_once_and_not_for_each_version() {
     assert_eq!(fixture.calls_in(4).await, 1);
     assert_eq!(fixture.calls_in(14).await, 0);
     assert_eq!(fixture.calls_in(12).await, 3);
-    assert_eq!(fixture.records(), ["1 ready", "2 ready", "3 ready"]);
+    // What has not failed goes first.
+    assert_eq!(fixture.records(), ["3 ready", "1 ready", "2 ready"]);
     assert_eq!(fixture.round().await.failed, None);
 }
 
