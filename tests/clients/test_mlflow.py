@@ -490,4 +490,4 @@ def test_a_signed_version_is_verified(mlflow, serve, tmp_path):
     config = CONFIG + policy("enforce", keys=keys(ada))
     server = serve(mlflow.uri("signed/latest"), config=config)
     assert answers(server, "signed") == 2, server.tail()
-    assert only(server, "signed")["signature"]["state"] == "verified"
+    assert only(server, "signed")["signed"]["state"] == "verified"
