@@ -30,7 +30,7 @@ use super::{
 };
 use crate::{
     backend::Backends,
-    error::Error,
+    error::{Code, Error},
     heap,
     id::{ModelName, Version},
     metrics::Metrics,
@@ -476,8 +476,11 @@ impl Reconciler {
                 self.publish();
                 self.retire(replaced.map(|(old, _)| old));
             }
-            // For longer, the version before it is to serve meanwhile.
-            Err(error) if let Some(pause) = error.retry_after.filter(|pause| *pause <= SETTLE_TIME) => {
+            // While one is refused for longer, the version before it is to serve.
+            Err(error)
+                if let Some(pause) = error.retry_after
+                    && (error.code != Code::Forbidden || pause <= SETTLE_TIME) =>
+            {
                 tracing::warn!(model = %name, %version, %error, "loading failed for now");
                 let failed = Some(error.message);
                 tracked.progress = Progress::Settling { fingerprint, since: Instant::now() + pause, failed };
