@@ -25,6 +25,8 @@ use crate::{
 
 /// How often what is to be said is compared with what was.
 const PAUSE: Duration = Duration::from_secs(1);
+/// The same while nothing is to be said: of a hundred models that would be a hundred times a second.
+const IDLE_PAUSE: Duration = Duration::from_secs(10);
 /// What a registry gets to take what is left to say when the server stops.
 const LAST_TRY: Duration = Duration::from_secs(2);
 /// Tries after which nothing more is said of a version that is gone: a quarter of an hour with the usual pauses.
@@ -143,7 +145,9 @@ impl Reporter {
         let working = async {
             loop {
                 self.round(&mut models, false).await;
-                sleep(PAUSE).await;
+                // Once it is known what is there, and nothing of it is to be told, there is no hurry.
+                let is_idle = models.is_empty() && !self.status.models().is_empty();
+                sleep(if is_idle { IDLE_PAUSE } else { PAUSE }).await;
             }
         };
         let _: Option<()> = cancel.run_until_cancelled(working).await;
