@@ -100,8 +100,10 @@ def processor_seconds(server):
     return sum(map(int, stat.rsplit(") ", 1)[1].split()[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
-def models(server):
-    return {model["name"] for model in json.loads(call(server.rest, "POST", "/v2/repository/index", b"{}").body)}
+def ready(server):
+    """The models that have been loaded; those that are on their way are named, too."""
+    index = json.loads(call(server.rest, "POST", "/v2/repository/index", b"{}").body)
+    return {model["name"] for model in index if model.get("state") == "READY"}
 
 
 def main():
@@ -127,7 +129,7 @@ def main():
             followed.mkdir(parents=True)
             folder.mkdir(parents=True)
             (followed / "model.toml").write_text(f'source = "mlflow://{address}/{name}@live"\n')
-            (folder.parent / "model.toml").write_text('versions = "latest"\n')
+            (folder.parent / "model.toml").write_text('versions = { latest = 1 }\n')
             (folder / "model.onnx").write_bytes(FILES["model.onnx"])
         servers = {}
         for kind in ("folders", "followed"):
@@ -135,7 +137,7 @@ def main():
             servers[kind] = running.enter_context(server)
         for server in servers.values():
             eventually(server.is_ready, READY_TIMEOUT)
-            eventually(lambda server=server: models(server) == set(names), READY_TIMEOUT)
+            eventually(lambda server=server: ready(server) == set(names), READY_TIMEOUT)
         # Until what starting leaves behind is done.
         time.sleep(5)
         before, looked = {kind: processor_seconds(server) for kind, server in servers.items()}, looks.value
