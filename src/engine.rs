@@ -25,6 +25,7 @@ use crate::{
     observe::copies::Shed,
     rollout::route::{Choice, Sticky, Variant},
     tensor::Tensor,
+    text,
 };
 
 /// Answers inference requests from the versions in the catalog.
@@ -77,6 +78,10 @@ pub struct Request<'a> {
     /// Names of the outputs to return, in that order; empty for all.
     pub outputs: &'a [Arc<str>],
     pub urgency: Urgency,
+    /// Whether texts that are too long are cut; `None` for what the model's settings say.
+    pub truncate: Option<bool>,
+    /// Counts the tokens that its texts are.
+    pub tokens: Option<&'a AtomicU64>,
     /// When it arrived, and by which way.
     pub started: Instant,
     pub protocol: Protocol,
@@ -208,7 +213,8 @@ impl Engine {
             // A version has nothing to compare with itself.
             let candidate = target.shadow.as_ref().filter(|candidate| !Arc::ptr_eq(candidate, version));
             let original = candidate.map(|candidate| self.shadows.keep(candidate, &arranged, request.protocol));
-            match version.infer(arranged, &request.urgency).await {
+            let wish = text::Wish { truncate: request.truncate, tokens: request.tokens };
+            match version.infer(arranged, &request.urgency, &wish).await {
                 Ok(outputs) => {
                     if let Some(original) = original {
                         self.shadows.offer(original, &outputs);

@@ -13,7 +13,7 @@
 //! | 7 | [`api`] | the only code that knows HTTP, gRPC or JSON |
 //! | 6 | [`engine`] · [`control`] | the request path · the slow path; they meet only in the catalog |
 //! | 5 | [`model`] | a model in memory: load, warm-up, catalog, batcher, executors |
-//! | 4 | [`observe`] | what versions did, counted, and copies compared |
+//! | 4 | [`observe`] · [`text`] | what versions did, counted, and copies compared · texts to tokens, and outputs to answers |
 //! | 3 | [`backend`] · [`source`] · [`rollout`] | running a graph · finding its files · who gets which version, and is it going well |
 //! | 2 | [`metrics`] · [`logging`] | every metric there is · what is logged |
 //! | 1 | [`tensor`] · [`id`] · [`stats`] · [`priority`] · [`heap`] | bricks |
@@ -91,3 +91,4 @@ pub mod server;
 pub mod source;
 pub mod stats;
 pub mod tensor;
+pub mod text;

@@ -11,7 +11,7 @@ const LAYERS: [(u8, &[&str]); 12] = [
     (1, &["tensor", "id", "stats", "priority", "heap"]),
     (2, &["metrics", "logging"]),
     (3, &["backend", "source", "rollout"]),
-    (4, &["observe"]),
+    (4, &["observe", "text"]),
     (5, &["model"]),
     (6, &["engine", "control"]),
     (7, &["api"]),
@@ -22,9 +22,10 @@ const LAYERS: [(u8, &[&str]); 12] = [
 ];
 
 /// The only places (files, or folders and the file of the same name) that may name a foreign crate.
-const HOMES: [(&str, &[&str]); 34] = [
+const HOMES: [(&str, &[&str]); 35] = [
     ("ort", &["backend/onnx"]),
     ("libc", &["priority", "heap"]),
+    ("tokenizers", &["text"]),
     ("half", &["backend/onnx", "model/warmup", "api/codec", "observe/compare"]),
     ("prost", &["backend/onnx", "api"]),
     ("tonic", &["api"]),

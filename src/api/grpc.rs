@@ -102,6 +102,8 @@ impl Service {
                 inputs: std::mem::take(&mut call.inputs),
                 outputs: &names,
                 urgency,
+                truncate: None,
+                tokens: None,
                 started,
                 protocol,
             };

@@ -18,7 +18,7 @@ mod signature;
 
 pub use declared::{Declaration, Interface};
 pub use device::{Device, DeviceKind, InstanceGroup};
-pub use signature::{Signature, TensorSpec};
+pub use signature::{Pairs, Signature, TensorSpec};
 
 /// Turns a directory of model files into sessions that can run.
 pub trait Backend: Send + Sync {
@@ -27,6 +27,16 @@ pub trait Backend: Send + Sync {
 
     /// The name of the file in a version's directory that makes this backend responsible for it.
     fn file_name(&self) -> &'static str;
+
+    /// Further names of that file.
+    fn other_file_names(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    /// Whether its models take tokens, and nothing else, so that they need a tokenizer.
+    fn takes_tokens(&self) -> bool {
+        false
+    }
 
     /// The platform that metadata reports, `onnxruntime_onnx` for instance.
     fn platform(&self) -> &'static str;
@@ -64,7 +74,7 @@ impl Backends {
     }
 
     /// The backend for the model in `directory`, and the model's file there. Its author may have named either; a
-    /// folder of the file's name that holds the file will do as well.
+    /// folder of the file's name that holds the file will do as well, and the folder `onnx` that Hugging Face has for it.
     ///
     /// # Errors
     /// `InvalidArgument` for a backend that is not built in, and when the directory holds no file that any knows.
@@ -82,7 +92,11 @@ impl Backends {
         }
         let file_of = |backend: &dyn Backend| {
             let path = directory.join(file_name.unwrap_or(backend.file_name()));
-            [path.join(backend.file_name()), path].into_iter().find(|path| path.is_file())
+            let mut paths = vec![path.join(backend.file_name()), path];
+            if file_name.is_none() {
+                paths.extend(backend.other_file_names().iter().map(|name| directory.join(name)));
+            }
+            paths.into_iter().find(|path| path.is_file())
         };
         let found = named.iter().find_map(|backend| Some((Arc::clone(backend), file_of(backend.as_ref())?)));
         found.ok_or_else(|| {
@@ -93,7 +107,7 @@ impl Backends {
 
     /// Whether `name` is a model file that some backend opens.
     pub fn knows(&self, name: &str) -> bool {
-        self.0.iter().any(|backend| backend.file_name() == name)
+        self.0.iter().any(|backend| backend.file_name() == name || backend.other_file_names().contains(&name))
     }
 
     /// The files that mark a directory as a model, most preferred first.

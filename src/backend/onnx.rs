@@ -47,6 +47,8 @@ use library::Library;
 use shared::Scratch;
 
 const FILE_NAME: &str = "model.onnx";
+/// Where Hugging Face keeps it.
+const OTHER_FILE_NAMES: [&str; 1] = ["onnx/model.onnx"];
 
 /// More operator threads than any machine has cores are a typing error.
 const MAX_THREADS: usize = 1024;
@@ -184,6 +186,10 @@ impl Backend for OnnxRuntime {
 
     fn file_name(&self) -> &'static str {
         FILE_NAME
+    }
+
+    fn other_file_names(&self) -> &'static [&'static str] {
+        &OTHER_FILE_NAMES
     }
 
     fn platform(&self) -> &'static str {

@@ -23,6 +23,9 @@ pub struct Signature {
     pub outputs: Vec<TensorSpec>,
     /// Names of the inputs that a request may leave out.
     pub optional: Vec<Arc<str>>,
+    /// Of a model that takes raw text as its first input in place of all others, a request giving either: what texts come
+    /// as.
+    pub text: Option<Pairs>,
     /// Inputs that the graph has a value for; they become optional ones when the model's author declares them.
     pub defaults: Vec<TensorSpec>,
     /// Whether the time of a run follows from its rows alone, so that a few runs tell how long all others take: no
@@ -32,6 +35,42 @@ pub struct Signature {
     pub on_thread: bool,
     /// Things about the graph that an operator should know, such as outputs left out.
     pub notes: Vec<String>,
+}
+
+/// Whether texts come one for each row, or two that belong together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pairs {
+    Never,
+    Maybe,
+    Always,
+}
+
+impl Pairs {
+    /// The shape of texts as a signature shows it; a column of single texts is taken, too.
+    pub fn shape(self) -> Vec<i64> {
+        if self == Self::Always { vec![-1, 2] } else { vec![-1] }
+    }
+
+    fn check(self, text: &Tensor, model: &str) -> Result<(), Error> {
+        let name = &text.name;
+        if text.dtype != DType::Bytes {
+            let message = format!("model '{model}': input '{name}' must be BYTES, got {}", text.dtype);
+            return Err(Error::invalid(message));
+        }
+        match (self, &text.shape[..]) {
+            (Self::Never | Self::Maybe, [_] | [_, 1]) | (Self::Maybe | Self::Always, [_, 2]) => Ok(()),
+            (_, shape) => {
+                let expected = match self {
+                    Self::Never => "[-1]",
+                    Self::Maybe => "[-1], or [-1, 2] for pairs",
+                    Self::Always => "[-1, 2]: pairs",
+                };
+                Err(Error::invalid(format!(
+                    "model '{model}': input '{name}' must have shape {expected} (-1 is any size), got {shape:?}"
+                )))
+            }
+        }
+    }
 }
 
 impl TensorSpec {
@@ -77,6 +116,24 @@ impl Signature {
     /// # Errors
     /// `InvalidArgument` naming the model, the input and what was expected.
     pub fn arrange(&self, model: &str, inputs: Vec<Tensor>) -> Result<Vec<Tensor>, Error> {
+        if let (Some(pairs), [text, tokens, ..]) = (self.text, &self.inputs[..]) {
+            match &inputs[..] {
+                [given] if given.name == text.name => return pairs.check(given, model).map(|()| inputs),
+                given if given.iter().any(|tensor| tensor.name == text.name) => {
+                    return Err(Error::invalid(format!(
+                        "model '{model}': input '{}' stands in place of the others; give it alone, or leave it out",
+                        text.name
+                    )));
+                }
+                given if !given.iter().any(|tensor| tensor.name == tokens.name) => {
+                    return Err(Error::invalid(format!(
+                        "model '{model}': input '{}' is missing, and so is '{}'; one of them is needed",
+                        text.name, tokens.name
+                    )));
+                }
+                _ => {}
+            }
+        }
         let in_order = inputs.len() == self.inputs.len()
             && self.inputs.iter().zip(&inputs).all(|(spec, tensor)| spec.name == tensor.name);
         let inputs = if in_order { inputs } else { self.reorder(model, inputs)? };
@@ -166,6 +223,50 @@ mod tests {
             message(vec![tensor("a", &[1, 3]), tensor("b", &[1])]),
             "model 'm': input 'a' must have shape [-1, 2] (-1 is any size), got [1, 3]"
         );
+    }
+
+    #[test]
+    fn text_is_given_alone_or_not_at_all() {
+        let texts = |shape: &[usize]| {
+            let count = shape.iter().product();
+            let data = Data::Strings(vec![Bytes::from_static(b"a"); count]);
+            Tensor::new("text".into(), DType::Bytes, shape.into(), data).unwrap()
+        };
+        let signature = |pairs: Pairs| Signature {
+            inputs: vec![
+                TensorSpec { name: "text".into(), dtype: DType::Bytes, shape: pairs.shape() },
+                spec("ids", &[-1, -1]),
+                spec("mask", &[-1, -1]),
+            ],
+            optional: ["text", "ids", "mask"].map(Into::into).into(),
+            text: Some(pairs),
+            ..Signature::default()
+        };
+        let of = |pairs: Pairs, inputs| signature(pairs).arrange("m", inputs).map_err(|error| error.message);
+        for (pairs, taken, refused) in [
+            (Pairs::Never, vec![vec![3], vec![3, 1]], vec![vec![3, 2], vec![], vec![1, 1, 1]]),
+            (Pairs::Maybe, vec![vec![3], vec![3, 1], vec![3, 2]], vec![vec![3, 3]]),
+            (Pairs::Always, vec![vec![3, 2]], vec![vec![3], vec![3, 1]]),
+        ] {
+            for shape in taken {
+                assert_eq!(of(pairs, vec![texts(&shape)]).unwrap()[0].shape[..], shape[..]);
+            }
+            for shape in refused {
+                let message = of(pairs, vec![texts(&shape)]).unwrap_err();
+                assert!(message.starts_with("model 'm': input 'text' must have shape [-1"), "{message}");
+            }
+        }
+        let ids = || tensor("ids", &[1, 2]);
+        assert_eq!(of(Pairs::Never, vec![tensor("mask", &[1, 2]), ids()]).unwrap()[0].name, ids().name);
+        assert_eq!(of(Pairs::Never, vec![ids()]).unwrap().len(), 1);
+        let message = of(Pairs::Never, vec![texts(&[1]), ids()]).unwrap_err();
+        assert!(message.contains("stands in place of the others"), "{message}");
+        for none in [vec![], vec![tensor("mask", &[1, 2])]] {
+            let message = of(Pairs::Never, none).unwrap_err();
+            assert_eq!(message, "model 'm': input 'text' is missing, and so is 'ids'; one of them is needed");
+        }
+        let message = of(Pairs::Never, vec![tensor("text", &[1])]).unwrap_err();
+        assert_eq!(message, "model 'm': input 'text' must be BYTES, got UINT8");
     }
 
     #[test]

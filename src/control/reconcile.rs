@@ -425,6 +425,7 @@ impl Reconciler {
             described_samples: (spec.warmup_requests, found.directory.join(local::SAMPLES)),
             sample_folders: vec![files.join(local::SAMPLES), found.directory.join(local::SAMPLES)],
             check_signature: spec.check_signature.unwrap_or(true),
+            text: spec.text,
             golden: golden::Check {
                 settings: spec.golden,
                 folders: [files.clone(), found.directory.clone()],

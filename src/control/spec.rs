@@ -16,6 +16,7 @@ use crate::{
     model::{catalog::VersionPolicy, golden, schedule::Schedule, warmup::described::DescribedRequest},
     rollout,
     source::{SourceUri, WriteBack, local},
+    text,
 };
 
 /// The alias that is followed where no other one is named.
@@ -88,6 +89,8 @@ pub struct ModelSpec {
     pub parameters: BTreeMap<String, String>,
     /// How the graph runs.
     pub options: Options,
+    /// How raw text is taken, of a model that has a tokenizer: { truncate, max_length, prompt, pooling, normalize }.
+    pub text: text::Settings,
     /// Whether metrics show what the model answers: how often each label came (at most 20 for an output, and the rest
     /// together), what winning classes scored, the values of outputs of one number, and how many elements of any output
     /// of floats are NaN or infinite. Labels are shown by their text. What judges a rollout looks at answers in any

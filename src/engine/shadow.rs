@@ -37,6 +37,7 @@ use crate::{
         usage::{self, Used},
     },
     tensor::{Data, Tensor},
+    text,
 };
 
 /// How long copies are left to gather before they are looked at: waking a thread costs the I/O thread microseconds, as
@@ -248,7 +249,7 @@ async fn ask(candidate: &ModelVersion, inputs: Vec<Tensor>, deadline: Instant) -
     let arranged = candidate.signature.arrange(candidate.name.as_str(), inputs).map_err(Refused::Error)?;
     let lowest = candidate.schedule.priority_levels.into();
     let urgency = Urgency { priority: lowest, deadline: Some(deadline), timeout: None, client: COPIES };
-    candidate.infer(arranged, &urgency).await
+    candidate.infer(arranged, &urgency, &text::Wish::default()).await
 }
 
 /// What the thread does.

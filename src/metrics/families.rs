@@ -8,6 +8,8 @@ pub(super) const REQUESTS: &str = "tidegate_requests_total";
 pub(super) const REQUEST_DURATION: &str = "tidegate_request_duration_seconds";
 pub(super) const QUEUE_DURATION: &str = "tidegate_queue_duration_seconds";
 pub(super) const COMPUTE_DURATION: &str = "tidegate_compute_duration_seconds";
+pub(super) const TOKENIZE_DURATION: &str = "tidegate_tokenize_duration_seconds";
+pub(super) const TOKENS: &str = "tidegate_tokens_total";
 pub(super) const BATCH_SIZE: &str = "tidegate_batch_size";
 pub(super) const INFERENCES: &str = "tidegate_inferences_total";
 pub(super) const EXECUTIONS: &str = "tidegate_executions_total";
@@ -128,7 +130,7 @@ impl Kind {
 }
 
 /// Every family of our own, in the order README lists them.
-pub const FAMILIES: [Family; 41] = [
+pub const FAMILIES: [Family; 43] = [
     Family {
         name: REQUESTS,
         of: Of::Version,
@@ -157,6 +159,14 @@ pub const FAMILIES: [Family; 41] = [
         labels: "phase",
         help: "Seconds an execution spent gathering inputs, running the graph, and scattering outputs",
     },
+    Family {
+        name: TOKENIZE_DURATION,
+        of: Of::Version,
+        kind: Kind::Histogram,
+        labels: "",
+        help: "Seconds it took to make tokens of a request's texts",
+    },
+    Family { name: TOKENS, of: Of::Version, kind: Kind::Counter, labels: "", help: "Tokens of texts, without padding" },
     Family { name: BATCH_SIZE, of: Of::Version, kind: Kind::Histogram, labels: "", help: "Rows per execution" },
     Family { name: INFERENCES, of: Of::Version, kind: Kind::Counter, labels: "", help: "Rows inferred" },
     Family { name: EXECUTIONS, of: Of::Version, kind: Kind::Counter, labels: "", help: "Runs of the graph" },

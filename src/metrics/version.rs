@@ -25,6 +25,8 @@ pub struct VersionMetrics {
     /// Of the ways that requests came in.
     request_duration: [OnceLock<Durations>; Way::ALL.len()],
     execution: OnceLock<ExecutionHandles>,
+    /// Of a version that takes raw text, and how many tokens it was.
+    tokenize: OnceLock<(Durations, Counter)>,
     dropped: [OnceLock<Counter>; REASONS.len()],
     pub statistics: Statistics,
 }
@@ -47,6 +49,7 @@ impl VersionMetrics {
             requests: Default::default(),
             request_duration: Default::default(),
             execution: OnceLock::new(),
+            tokenize: OnceLock::new(),
             dropped: Default::default(),
             statistics: Statistics::default(),
         }
@@ -78,6 +81,10 @@ impl VersionMetrics {
             }
             let labels = format!("{labels},variant=\"{}\"", way.as_str());
             histogram.render(families::REQUEST_DURATION, &labels, &mut text);
+        }
+        if let Some((histogram, _)) = self.tokenize.get() {
+            head(families::TOKENIZE_DURATION, &mut text);
+            histogram.render(families::TOKENIZE_DURATION, &labels, &mut text);
         }
         if let Some(handles) = self.execution.get() {
             head(families::QUEUE_DURATION, &mut text);
@@ -145,6 +152,14 @@ impl VersionMetrics {
     pub fn queued(&self, waited: Duration) {
         self.execution().queue_duration.record(nanoseconds(waited));
         self.statistics.queue.add(1, waited);
+    }
+
+    /// Records that a request's texts were made into so many tokens.
+    pub fn tokenized(&self, tokens: usize, took: Duration) {
+        let (durations, total) =
+            self.tokenize.get_or_init(|| (Histogram::new(&SECONDS), self.counter(families::TOKENS, &[])));
+        durations.record(nanoseconds(took));
+        total.increment(tokens as u64);
     }
 
     /// Records one successful run of `rows` rows that answered `requests` requests.

@@ -26,6 +26,7 @@ use crate::{
         signed::{self, Outcome, Policy, SIGNATURE_FILE, State, Verified},
     },
     tensor::{DType, Data, Tensor},
+    text::{self, Front},
 };
 
 /// Turns a sample request in the protocol's JSON into tensors; given by the layer that knows JSON.
@@ -82,6 +83,8 @@ pub struct Plan {
     pub sample_folders: Vec<PathBuf>,
     /// Whether the signature that MLflow keeps with a model must be that of the graph.
     pub check_signature: bool,
+    /// How raw text is taken, where the model has a tokenizer.
+    pub text: text::Settings,
     /// What it must pass before it takes any traffic.
     pub golden: golden::Check,
     /// What the author wants clients to read in the configuration.
@@ -137,6 +140,8 @@ pub struct Facts {
     pub golden: Option<golden::Outcome>,
     /// How its signature was found, when anybody looked.
     pub signature_found: Option<Arc<Outcome>>,
+    /// How it takes raw text, if it does.
+    pub text: Option<Arc<Front>>,
     pub load_duration: Duration,
 }
 
@@ -154,7 +159,7 @@ pub fn load(mut plan: Plan, backends: &Backends, decode: Decode) -> Result<Loade
         plan.notes.push(note);
     }
     let places = places(&plan, backend.as_ref())?;
-    let mut sessions = load_sessions(&plan, backend.as_ref(), &file, &places)?;
+    let (mut sessions, front) = load_sessions(&plan, backend.as_ref(), &file, &places)?;
     let Some(first) = sessions.first_mut() else {
         return Err(Error::internal(format!("model '{}': the backend gave no session", plan.name)));
     };
@@ -169,7 +174,12 @@ pub fn load(mut plan: Plan, backends: &Backends, decode: Decode) -> Result<Loade
         tracing::warn!(model = %plan.name, version = %plan.version, "{note}");
     }
     let labels = labels::read(&plan.labels, &signature).map_err(|error| error.of_model(plan.name.as_str()))?;
-    let samples = collect_samples(&plan, &signature, decode)?;
+    let mut samples = collect_samples(&plan, &signature, decode)?;
+    if let Some(front) = &front {
+        // Tokens that were made up without the vocabulary are no text to measure.
+        let (name, inputs) = ("of made-up tokens".into(), front.sample());
+        samples.insert(0, Sample { name, inputs, required: false, runs: 1 });
+    }
     let rows_limit = plan.max_batch_size.unwrap_or(warmup::MAX_SWEEP_ROWS).min(warmup::MAX_SWEEP_ROWS);
     let wanted = Wanted { batching: plan.batching, limit: rows_limit, sizes: &plan.schedule.preferred_batch_sizes };
     let warmed = warmup::warm(first.as_mut(), &samples, &wanted, plan.name.as_str())?;
@@ -191,7 +201,7 @@ pub fn load(mut plan: Plan, backends: &Backends, decode: Decode) -> Result<Loade
         places,
         backend: backend.name(),
         platform: backend.platform(),
-        model_file: plan.file_name.unwrap_or_else(|| backend.file_name().to_owned()),
+        model_file: plan.file_name.unwrap_or_else(|| name_of(&file, &plan.files, backend.as_ref())),
         batching: warmed.batching,
         max_batch_size: plan.max_batch_size,
         schedule: plan.schedule,
@@ -202,6 +212,7 @@ pub fn load(mut plan: Plan, backends: &Backends, decode: Decode) -> Result<Loade
         options: plan.options,
         golden,
         signature_found: plan.signature.found().map(Arc::new),
+        text: front,
         load_duration: start.elapsed(),
     };
     Ok(Loaded { facts, sessions, service: warmed.service })
@@ -266,13 +277,19 @@ fn places(plan: &Plan, backend: &dyn Backend) -> Result<Vec<(Device, usize)>, Er
     Ok(places)
 }
 
-/// Loads every instance behind the declared interface.
+/// What the file is called in the folder of its version.
+fn name_of(file: &Path, files: &Path, backend: &dyn Backend) -> String {
+    let other = backend.other_file_names().iter().find(|name| file == files.join(name));
+    (*other.unwrap_or(&backend.file_name())).to_owned()
+}
+
+/// Loads every instance behind the declared interface, and behind what takes its text.
 fn load_sessions(
     plan: &Plan,
     backend: &dyn Backend,
     file: &Path,
     places: &[(Device, usize)],
-) -> Result<Vec<Box<dyn Session>>, Error> {
+) -> Result<(Vec<Box<dyn Session>>, Option<Arc<Front>>), Error> {
     let instances: usize = places.iter().map(|(_, count)| count).sum();
     let threads = plan.options.intra_op_threads.unwrap_or((plan.cores / instances.max(1)).max(1));
     let mut sessions = Vec::with_capacity(instances);
@@ -282,7 +299,12 @@ fn load_sessions(
             sessions.push(plan.interface.before(session)?);
         }
     }
-    Ok(sessions)
+    let Some(graph) = sessions.first().map(|session| session.signature()) else { return Ok((sessions, None)) };
+    let front = Front::open(&plan.files, &plan.text, graph, backend.takes_tokens())?;
+    if let Some(front) = &front {
+        sessions = sessions.into_iter().map(|session| front.before(session)).collect();
+    }
+    Ok((sessions, front))
 }
 
 /// What operators should know of the signature that MLflow keeps with the model.
@@ -471,6 +493,7 @@ mod tests {
             configured_samples: Vec::new(),
             described_samples: (Vec::new(), folder.files.clone()),
             sample_folders: Vec::new(),
+            text: text::Settings::default(),
             check_signature: false,
             golden: golden::Check {
                 settings: golden::Settings::default(),

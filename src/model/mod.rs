@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures_util::future::try_join_all;
 use parking_lot::Mutex;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -40,6 +41,7 @@ use crate::{
     metrics::VersionMetrics,
     observe::Tally,
     tensor::Tensor,
+    text::{Encoded, Front, Wish},
 };
 
 /// Bounds of each version's queue, and who shares it. A request for which it has no room is answered at once with
@@ -179,7 +181,42 @@ impl ModelVersion {
     ///
     /// # Errors
     /// `Refused::Draining` when the version takes no more requests (look for its successor), else what went wrong.
-    pub async fn infer(&self, inputs: Vec<Tensor>, urgency: &Urgency) -> Result<Vec<Tensor>, Refused> {
+    pub async fn infer(&self, inputs: Vec<Tensor>, urgency: &Urgency, wish: &Wish<'_>) -> Result<Vec<Tensor>, Refused> {
+        match &self.text {
+            None => self.run(inputs, urgency).await,
+            Some(front) if Front::is_text(&inputs) => Box::pin(self.run_text(front, inputs, urgency, wish)).await,
+            Some(front) => self.run(front.complete(&inputs), urgency).await,
+        }
+    }
+
+    /// Has text encoded, and the parts of it run, each with whatever else is of its length.
+    async fn run_text(
+        &self,
+        front: &Arc<Front>,
+        text: Vec<Tensor>,
+        urgency: &Urgency,
+        wish: &Wish<'_>,
+    ) -> Result<Vec<Tensor>, Refused> {
+        self.check_rows(&text).map_err(Refused::Error)?;
+        let start = Instant::now();
+        let encoded = encode(front, &text, wish.truncate).await.map_err(|error| error.of_model(self.name.as_str()));
+        let encoded = encoded.map_err(Refused::Error)?;
+        self.metrics.tokenized(encoded.tokens, start.elapsed());
+        let runs = encoded.parts.iter().map(|part| self.run(part.inputs.clone(), urgency));
+        match try_join_all(runs).await {
+            Ok(outputs) => {
+                if let Some(tokens) = wish.tokens {
+                    tokens.fetch_add(encoded.tokens as u64, Ordering::Relaxed);
+                }
+                Ok(encoded.assemble(outputs))
+            }
+            // Its successor may have another tokenizer.
+            Err(Refused::Draining(_)) => Err(Refused::Draining(text)),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn run(&self, inputs: Vec<Tensor>, urgency: &Urgency) -> Result<Vec<Tensor>, Refused> {
         let cost = self.cost(&inputs, urgency).map_err(Refused::Error)?;
         let place = cost.place;
         let ticket = self.queue.submit(inputs, cost).map_err(|refused| match refused {
@@ -327,4 +364,14 @@ impl Drop for Pending {
         self.metrics.answered();
         self.in_flight.fetch_sub(1, Ordering::Relaxed);
     }
+}
+/// The tokens of texts; many of them are no work for a thread that others wait for.
+async fn encode(front: &Arc<Front>, text: &[Tensor], truncate: Option<bool>) -> Result<Encoded, Error> {
+    let Some(texts) = text.first() else { return Err(Error::internal("no text to encode")) };
+    if !Front::is_long(text) {
+        return front.encode(texts, truncate);
+    }
+    let (front, texts) = (Arc::clone(front), texts.clone());
+    let encoded = tokio::task::spawn_blocking(move || front.encode(&texts, truncate)).await;
+    encoded.unwrap_or_else(|error| Err(Error::internal(format!("the text could not be encoded: {error}"))))
 }

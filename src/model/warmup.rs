@@ -178,7 +178,7 @@ fn warm_rows(session: &mut dyn Session, signature: &Signature, sample: Option<&V
     }
     let mut outcome = Err("nothing was run".to_owned());
     for free in FREE_DIMENSIONS {
-        let runs = run_alone(session, made_up_rows(signature, |spec| fill(&spec.shape, free)));
+        let runs = run_alone(session, made_up_rows(signature, |spec| Some(fill(&spec.shape, free))));
         match &runs {
             Ok(Runs { told_apart: Ok(()), .. }) => return runs,
             // A size that runs is better than one that does not, though it proves nothing.
@@ -244,11 +244,11 @@ fn rows_of_sample(signature: &Signature, sample: &[Tensor]) -> Vec<Vec<Tensor>> 
             rows.push(candidate);
         }
     }
-    let mut shapes = sample.iter().map(|input| &input.shape).cycle();
-    rows.extend(made_up_rows(signature, |_| {
-        let mut shape = shapes.next().cloned().unwrap_or_default();
+    rows.extend(made_up_rows(signature, |spec| {
+        // What the sample leaves out may be what it must not be given with.
+        let mut shape = sample.iter().find(|input| input.name == spec.name)?.shape.clone();
         shape[0] = 1;
-        shape
+        Some(shape)
     }));
     rows
 }
@@ -266,12 +266,13 @@ fn fill(declared: &[i64], free: usize) -> Shape {
         .collect()
 }
 
-fn made_up_rows(signature: &Signature, mut shape: impl FnMut(&TensorSpec) -> Shape) -> Vec<Vec<Tensor>> {
+/// Inputs of the shapes given, without those that have none.
+fn made_up_rows(signature: &Signature, mut shape: impl FnMut(&TensorSpec) -> Option<Shape>) -> Vec<Vec<Tensor>> {
     let mut random = StdRng::seed_from_u64(42);
     (0..CANDIDATES)
         .map(|row| {
-            let tensor = |spec: &TensorSpec| made_up(spec, shape(spec), row, &mut random);
-            signature.inputs.iter().map(tensor).collect()
+            let tensor = |spec: &TensorSpec| Some(made_up(spec, shape(spec)?, row, &mut random));
+            signature.inputs.iter().filter_map(tensor).collect()
         })
         .collect()
 }
@@ -556,7 +557,7 @@ mod tests {
     fn made_up_bits_are_not_the_same_backwards() {
         let spec = TensorSpec { name: "x".into(), dtype: DType::Int64, shape: vec![-1] };
         let signature = Signature { inputs: vec![spec], ..Signature::default() };
-        let rows = made_up_rows(&signature, |_| [1].as_slice().into());
+        let rows = made_up_rows(&signature, |_| Some([1].as_slice().into()));
         assert_ne!(rows[0], rows[2]);
     }
 
@@ -569,7 +570,8 @@ mod tests {
 
     #[test]
     fn only_a_required_sample_fails_the_load() {
-        let inputs = made_up_rows(&Scripted::new(|rows| rows.to_vec()).signature, |_| [1].as_slice().into()).remove(0);
+        let inputs =
+            made_up_rows(&Scripted::new(|rows| rows.to_vec()).signature, |_| Some([1].as_slice().into())).remove(0);
         let warm_with = |required| {
             let sample = Sample { name: "s.json".into(), inputs: inputs.clone(), required, runs: 1 };
             let wanted = Wanted { batching: None, limit: 8, sizes: &[] };

@@ -29,6 +29,10 @@ pub const SAMPLES: &str = "warmup";
 /// Folders deeper than this are not looked at: no model has them, and a loop of symlinks has no end.
 const MAX_DEPTH: usize = 8;
 
+/// A graph beside which there may be weights in other formats, and its folder.
+const GRAPH: &str = "onnx/model.onnx";
+const GRAPHS: &str = "onnx";
+
 /// What the folder held at one moment.
 pub type Scan = BTreeMap<ModelName, FoundModel>;
 
@@ -159,7 +163,11 @@ pub fn scan_model(directory: &Path, is_model: &impl Fn(&str) -> bool) -> io::Res
             match version.filter(is_version) {
                 Some(version) => versions.push((version, path)),
                 None if digits => tracing::debug!(folder = %path.display(), "not a version: numbers start with 1 to 9"),
-                None => continue,
+                None => {
+                    // Where Hugging Face keeps a graph, of a model without folders for its versions.
+                    bare |= name == GRAPHS && is_model(GRAPH) && directory.join(GRAPH).is_file();
+                    continue;
+                }
             }
             folders += 1;
         }

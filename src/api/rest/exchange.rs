@@ -144,7 +144,7 @@ async fn try_exchange<A: Send + 'static, B: Arriving>(
     let urgency = urgency(record, &call, latest);
     let inputs = std::mem::take(&mut call.inputs);
     let (started, protocol) = (record.started(), record.protocol());
-    let request = engine::Request { inputs, outputs: &names, urgency, started, protocol };
+    let request = engine::Request { inputs, outputs: &names, urgency, truncate: None, tokens: None, started, protocol };
     let outputs = app.engine.infer(&mut target, request).await;
     // It may have run on the successor of the version that was found first.
     record.aim(&target);

@@ -1,0 +1,322 @@
+//! Raw text in: tokens made of what clients send, and what they ask for made of what the graph gives.
+//!
+//! A version in Hugging Face's layout says in its files how its texts become tokens and what its outputs mean. [`Front`] is
+//! that, read once. Tokens are made before a request is queued ([`Front::encode`]), so that requests of one length
+//! share runs whoever sent them; the session behind it takes either, so that samples and golden cases may hold text.
+
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::{Arc, atomic::AtomicU64},
+};
+
+use bytes::Bytes;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    backend::{Session, Signature, TensorSpec},
+    error::{Code, Error},
+    tensor::{DType, Data, Tensor, gather},
+};
+
+mod folder;
+mod heads;
+mod tokens;
+
+use folder::Folder;
+use heads::Head;
+use tokens::{Row, Tokens};
+
+/// The input that takes raw text.
+const TEXT: &str = "text";
+/// What graphs of encoder models call their inputs.
+const IDS: &str = "input_ids";
+const MASK: &str = "attention_mask";
+const TYPES: &str = "token_type_ids";
+
+/// Tokens of one run, padding included, to which a request of many texts is cut: more make no run faster.
+const MOST_TOKENS: usize = 16_384;
+/// Rows and tokens of each that warm-up is given.
+const SAMPLE: (u32, usize) = (4, 64);
+
+/// How raw text is taken, of models that have a tokenizer.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Settings {
+    /// Whether texts that are too long are cut; else they are refused. Default: true. Requests that may say it themselves
+    /// have the last word.
+    pub truncate: Option<bool>,
+    /// Tokens that a text may have, special ones included. Default: what the model's files say.
+    pub max_length: Option<usize>,
+    /// What is put before each text, "query: " for instance. Default: the default prompt that the model's files name.
+    pub prompt: Option<String>,
+    /// How an embedding is made of those of a text's tokens: "mean", "cls" or "last". Default: what the model's files
+    /// say, else "mean".
+    pub pooling: Option<Pooling>,
+    /// Whether embeddings have length 1. Default: what the model's files say, else false.
+    pub normalize: Option<bool>,
+}
+
+/// How an embedding is made of those of a text's tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Pooling {
+    Mean,
+    Cls,
+    Last,
+}
+
+/// What a request wants of its texts.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Wish<'a> {
+    /// Whether texts that are too long are cut; `None` for what the model's settings say.
+    pub truncate: Option<bool>,
+    /// Counts the tokens that its texts are.
+    pub tokens: Option<&'a AtomicU64>,
+}
+
+/// Texts as tokens, in parts that may run by themselves.
+pub struct Encoded {
+    pub parts: Vec<Part>,
+    /// Tokens of all texts, without padding.
+    pub tokens: usize,
+    rows: usize,
+}
+
+/// Texts of about the same length.
+pub struct Part {
+    /// Their places in the request.
+    rows: Vec<usize>,
+    /// Every input of the graph, in its order.
+    pub inputs: Vec<Tensor>,
+}
+
+/// How a model takes text, and what its answers mean.
+pub struct Front {
+    tokens: Tokens,
+    head: Head,
+    inputs: Vec<Input>,
+    /// What the session behind it looks like from outside.
+    signature: Signature,
+}
+
+/// An input of the graph.
+struct Input {
+    name: Arc<str>,
+    dtype: DType,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Ids,
+    Mask,
+    Types,
+}
+
+/// A session that takes text as well as tokens, and answers what the model is asked for.
+struct Fronted {
+    inner: Box<dyn Session>,
+    front: Arc<Front>,
+}
+
+impl Front {
+    /// Reads the files of a version in `files` whose graph has the signature `graph`; `None` for a graph that takes no tokens,
+    /// or one that has no tokenizer unless one is `needed`.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming the file and what was expected of it.
+    pub fn open(
+        files: &Path,
+        settings: &Settings,
+        graph: &Signature,
+        needed: bool,
+    ) -> Result<Option<Arc<Self>>, Error> {
+        let Some(inputs) = inputs_of(graph) else { return Ok(None) };
+        let Some(tokenizer) = folder::tokenizer(files)? else {
+            let message = format!("{} has no {}, and its model takes tokens", files.display(), folder::TOKENIZER);
+            return if needed { Err(Error::invalid(message)) } else { Ok(None) };
+        };
+        let folder = Folder::read(files)?;
+        let Some(head) = Head::of(graph, (files, &folder), settings)? else { return Ok(None) };
+        let tokens = Tokens::new(&tokenizer, &folder, settings)?;
+        let signature = signature(graph, &head);
+        Ok(Some(Arc::new(Self { tokens, head, inputs, signature })))
+    }
+
+    /// The session that takes text as well.
+    pub fn before(self: &Arc<Self>, session: Box<dyn Session>) -> Box<dyn Session> {
+        Box::new(Fronted { inner: session, front: Arc::clone(self) })
+    }
+
+    /// Whether the inputs are text that is to be encoded.
+    pub fn is_text(inputs: &[Tensor]) -> bool {
+        matches!(inputs, [text] if &*text.name == TEXT)
+    }
+
+    /// Whether texts are so many or so long that no thread should encode them that others wait for.
+    pub fn is_long(inputs: &[Tensor]) -> bool {
+        inputs.iter().map(Tensor::byte_len).sum::<usize>() > tokens::QUICK_BYTES
+    }
+
+    /// The tokens of `text`, which the signature has taken.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming the row that is no text, or too long a one.
+    pub fn encode(&self, text: &Tensor, truncate: Option<bool>) -> Result<Encoded, Error> {
+        let rows = self.tokens.rows(text, truncate)?;
+        let tokens = rows.iter().map(|row| row.ids.len()).sum();
+        let is_padded = self.inputs.iter().any(|input| input.kind == Kind::Mask);
+        let mut by_length: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for (place, row) in rows.iter().enumerate() {
+            let length = row.ids.len();
+            // Without a mask the graph would read padding as text.
+            let padded = if is_padded { self.tokens.padded(length) } else { length };
+            by_length.entry(padded).or_default().push(place);
+        }
+        let mut parts = Vec::new();
+        for (length, places) in by_length {
+            for places in places.chunks((MOST_TOKENS / length.max(1)).max(1)) {
+                let texts: Vec<&Row> = places.iter().map(|&place| &rows[place]).collect();
+                parts.push(Part { rows: places.to_vec(), inputs: self.tensors(&texts, length) });
+            }
+        }
+        Ok(Encoded { parts, tokens, rows: rows.len() })
+    }
+
+    /// Tokens that a client sent, in the order of the graph and with what it has left out.
+    pub fn complete(&self, inputs: &[Tensor]) -> Vec<Tensor> {
+        let given = |name: &str| inputs.iter().find(|tensor| &*tensor.name == name);
+        let shape = given(IDS).map(|ids| ids.shape.clone()).unwrap_or_default();
+        let complete = |input: &Input| {
+            given(&input.name).cloned().unwrap_or_else(|| {
+                let value = i64::from(input.kind == Kind::Mask);
+                let data = integers(input.dtype, std::iter::repeat_n(value, shape.iter().product()));
+                Tensor { name: input.name.clone(), dtype: input.dtype, shape: shape.clone(), data }
+            })
+        };
+        self.inputs.iter().map(complete).collect()
+    }
+
+    /// Inputs for warm-up: rows of tokens that differ from each other.
+    pub fn sample(&self) -> Vec<Tensor> {
+        let (count, length) = SAMPLE;
+        let rows: Vec<Row> = (0..count).map(|row| self.tokens.made_up(row, length)).collect();
+        let length = rows.iter().map(|row| row.ids.len()).max().unwrap_or(0);
+        self.tensors(&rows.iter().collect::<Vec<_>>(), length)
+    }
+
+    /// Every input of the graph for texts that are padded to `length` tokens.
+    fn tensors(&self, rows: &[&Row], length: usize) -> Vec<Tensor> {
+        let of = |input: &Input| {
+            let shape = [rows.len(), length].as_slice().into();
+            let padding = |row: &Row| length - row.ids.len();
+            let pad = |value: i64, row: &Row| std::iter::repeat_n(value, padding(row));
+            let data = match input.kind {
+                Kind::Ids => integers(
+                    input.dtype,
+                    rows.iter().flat_map(|row| {
+                        row.ids.iter().map(|&id| i64::from(id)).chain(pad(i64::from(self.tokens.padding), row))
+                    }),
+                ),
+                Kind::Mask => integers(
+                    input.dtype,
+                    rows.iter().flat_map(|row| std::iter::repeat_n(1, row.ids.len()).chain(pad(0, row))),
+                ),
+                Kind::Types => integers(
+                    input.dtype,
+                    rows.iter().flat_map(|row| row.types.iter().map(|&id| i64::from(id)).chain(pad(0, row))),
+                ),
+            };
+            Tensor { name: input.name.clone(), dtype: input.dtype, shape, data }
+        };
+        self.inputs.iter().map(of).collect()
+    }
+}
+
+impl Encoded {
+    /// The outputs of the whole request from those of its parts, in the parts' order.
+    pub fn assemble(&self, mut outputs: Vec<Vec<Tensor>>) -> Vec<Tensor> {
+        if let ([_], [_]) = (&self.parts[..], &outputs[..]) {
+            return outputs.swap_remove(0);
+        }
+        let mut places = vec![(0, 0); self.rows];
+        for (part, rows) in self.parts.iter().enumerate() {
+            rows.rows.iter().enumerate().for_each(|(row, &place)| places[place] = (part, row));
+        }
+        let count = outputs.first().map_or(0, Vec::len);
+        let whole = |output: usize| {
+            let rows: Vec<Tensor> = places.iter().map(|&(part, row)| outputs[part][output].slice(row, 1)).collect();
+            gather(&rows.iter().collect::<Vec<_>>())
+        };
+        (0..count).map(whole).collect()
+    }
+}
+
+impl Session for Fronted {
+    fn signature(&self) -> &Signature {
+        &self.front.signature
+    }
+
+    fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, Error> {
+        if let [text] = inputs
+            && &*text.name == TEXT
+        {
+            let encoded = self.front.encode(text, None)?;
+            let outputs = encoded.parts.iter().map(|part| self.run(&part.inputs)).collect::<Result<Vec<_>, Error>>()?;
+            return Ok(encoded.assemble(outputs));
+        }
+        let inputs = self.front.complete(inputs);
+        let outputs = self.inner.run(&inputs)?;
+        let mask = inputs.iter().find(|input| &*input.name == MASK);
+        self.front.head.apply(&outputs, mask)
+    }
+}
+
+/// The inputs of a graph that takes tokens; `None` for any other.
+fn inputs_of(graph: &Signature) -> Option<Vec<Input>> {
+    let input = |spec: &TensorSpec| {
+        let kind = match &*spec.name {
+            IDS => Kind::Ids,
+            MASK => Kind::Mask,
+            TYPES => Kind::Types,
+            _ => return None,
+        };
+        let fits = matches!(spec.dtype, DType::Int64 | DType::Int32) && matches!(spec.shape[..], [-1, -1]);
+        fits.then(|| Input { name: spec.name.clone(), dtype: spec.dtype, kind })
+    };
+    let inputs: Vec<Input> = graph.inputs.iter().map(input).collect::<Option<_>>()?;
+    inputs.iter().any(|input| input.kind == Kind::Ids).then_some(inputs)
+}
+
+/// What the session looks like from outside: text or tokens in, and out what the model is asked for.
+fn signature(graph: &Signature, head: &Head) -> Signature {
+    let pairs = head.pairs();
+    let text = TensorSpec { name: TEXT.into(), dtype: DType::Bytes, shape: pairs.shape() };
+    let mut tokens = graph.inputs.clone();
+    // The first two are what a request must have one of.
+    tokens.sort_by_key(|spec| &*spec.name != IDS);
+    let inputs: Vec<TensorSpec> = std::iter::once(text).chain(tokens).collect();
+    let optional = inputs.iter().map(|spec| spec.name.clone()).collect();
+    let outputs = head.outputs();
+    Signature { inputs, outputs, optional, text: Some(pairs), defaults: Vec::new(), steady: false, ..graph.clone() }
+}
+
+/// The elements of a tensor of integers.
+fn integers(dtype: DType, values: impl Iterator<Item = i64>) -> Data {
+    let bytes: Bytes = match dtype {
+        #[expect(clippy::cast_possible_truncation, reason = "ids of tokens, far below 2^31")]
+        DType::Int32 => values.flat_map(|value| (value as i32).to_le_bytes()).collect(),
+        _ => values.flat_map(i64::to_le_bytes).collect(),
+    };
+    Data::Plain(bytes)
+}
+
+/// A file that is not as it must be.
+fn wrong(path: &Path, reason: impl std::fmt::Display) -> Error {
+    Error::new(Code::InvalidArgument, format!("{}: {reason}", path.display()))
+}
+
+#[cfg(test)]
+mod tests;

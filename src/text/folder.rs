@@ -1,0 +1,264 @@
+//! What the files of a model in Hugging Face's layout say of its texts and its answers.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, de::DeserializeOwned};
+
+use super::{Pooling, wrong};
+use crate::error::Error;
+
+pub(super) const TOKENIZER: &str = "tokenizer.json";
+const CONFIG: &str = "config.json";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+const MODULES: &str = "modules.json";
+const PROMPTS: &str = "config_sentence_transformers.json";
+/// The settings of the transformer of a sentence-transformers model, under the names that they have had.
+const TRANSFORMER_CONFIGS: [&str; 7] = [
+    "sentence_bert_config.json",
+    "sentence_roberta_config.json",
+    "sentence_distilbert_config.json",
+    "sentence_camembert_config.json",
+    "sentence_albert_config.json",
+    "sentence_xlm-roberta_config.json",
+    "sentence_xlnet_config.json",
+];
+
+/// Bytes of settings, which are read whole; and of a tokenizer, whose vocabulary may be large.
+const MOST_SETTINGS: u64 = 4 << 20;
+const MOST_TOKENIZER: u64 = 256 << 20;
+/// Tokenizers that know of no limit say some huge number.
+const LARGEST_LIMIT: f64 = 1e9;
+
+/// The files, read.
+#[derive(Debug, Default)]
+pub(super) struct Folder {
+    pub config: Config,
+    /// Tokens that a text is cut to, special ones included.
+    pub max_length: Option<usize>,
+    /// Tokens that the model can be given at all.
+    pub most: Option<usize>,
+    pub lower_case: bool,
+    pub prompt: Option<String>,
+    /// `None` where no file says how embeddings are made.
+    pub modules: Option<Modules>,
+}
+
+/// The modules of a sentence-transformers model, behind the transformer.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Modules {
+    pub pooling: Option<Pooling>,
+    pub normalize: bool,
+}
+
+/// What there is of interest in config.json.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Config {
+    pub model_type: Option<String>,
+    pub hidden_size: Option<usize>,
+    /// DistilBERT's name for it.
+    pub dim: Option<usize>,
+    pub vocab_size: Option<u32>,
+    pub pad_token_id: Option<u32>,
+    pub max_position_embeddings: Option<usize>,
+    pub problem_type: Option<String>,
+    pub id2label: Option<BTreeMap<String, String>>,
+    pub num_labels: Option<usize>,
+    /// What a cross-encoder makes of its logit.
+    pub sentence_transformers: Option<CrossEncoder>,
+    pub sbert_ce_default_activation_function: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct CrossEncoder {
+    pub activation_fn: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Module {
+    #[serde(default)]
+    path: String,
+    r#type: String,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct TransformerConfig {
+    max_seq_length: Option<usize>,
+    do_lower_case: bool,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct TokenizerConfig {
+    model_max_length: Option<f64>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Prompts {
+    prompts: BTreeMap<String, String>,
+    default_prompt_name: Option<String>,
+}
+
+/// Both ways in which a pooling says what it does.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct PoolingConfig {
+    pooling_mode: Option<Modes>,
+    pooling_mode_cls_token: bool,
+    pooling_mode_mean_tokens: bool,
+    pooling_mode_lasttoken: bool,
+    pooling_mode_max_tokens: bool,
+    pooling_mode_mean_sqrt_len_tokens: bool,
+    pooling_mode_weightedmean_tokens: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Modes {
+    One(String),
+    Several(Vec<String>),
+}
+
+/// The bytes of the tokenizer; `None` when there is none.
+///
+/// # Errors
+/// When it is there and cannot be read.
+pub(super) fn tokenizer(files: &Path) -> Result<Option<(PathBuf, Vec<u8>)>, Error> {
+    let path = files.join(TOKENIZER);
+    Ok(read(&path, MOST_TOKENIZER)?.map(|bytes| (path, bytes)))
+}
+
+impl Folder {
+    /// # Errors
+    /// `InvalidArgument` naming the file and what is wrong with it.
+    pub fn read(files: &Path) -> Result<Self, Error> {
+        let config: Config = parse(&files.join(CONFIG))?.unwrap_or_default();
+        let transformer = TRANSFORMER_CONFIGS.iter().find_map(|name| parse(&files.join(name)).transpose());
+        let transformer: TransformerConfig = transformer.transpose()?.unwrap_or_default();
+        let tokenizer: TokenizerConfig = parse(&files.join(TOKENIZER_CONFIG))?.unwrap_or_default();
+        let prompts: Prompts = parse(&files.join(PROMPTS))?.unwrap_or_default();
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between 1 and 1e9")]
+        let of_tokenizer =
+            tokenizer.model_max_length.filter(|limit| (1.0..LARGEST_LIMIT).contains(limit)).map(|limit| limit as usize);
+        // The smallest counts; sentence-transformers' own stands above the tokenizer's.
+        let limits = [transformer.max_seq_length.or(of_tokenizer), config.positions()];
+        let prompt = prompts.default_prompt_name.as_ref().and_then(|name| prompts.prompts.get(name)).cloned();
+        Ok(Self {
+            max_length: limits.into_iter().flatten().min(),
+            most: config.positions(),
+            lower_case: transformer.do_lower_case,
+            prompt: prompt.filter(|prompt| !prompt.is_empty()),
+            modules: modules(files)?,
+            config,
+        })
+    }
+}
+
+impl Config {
+    /// The tokens that there are positions for.
+    fn positions(&self) -> Option<usize> {
+        let positions = self.max_position_embeddings?;
+        // RoBERTa counts positions from behind that of padding.
+        let is_offset = matches!(self.model_type.as_deref(), Some("roberta" | "xlm-roberta" | "camembert"));
+        let offset = if is_offset { self.pad_token_id.unwrap_or(1) as usize + 1 } else { 0 };
+        Some(positions.saturating_sub(offset))
+    }
+
+    /// The names of classes, in the order of the outputs; `None` where nothing says how many there are.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when they are not numbered from 0.
+    pub fn labels(&self, files: &Path) -> Result<Option<Vec<String>>, Error> {
+        let Some(names) = &self.id2label else {
+            return Ok(self.num_labels.map(|count| (0..count).map(|class| format!("LABEL_{class}")).collect()));
+        };
+        let at = |class: usize| {
+            let name = names.get(&class.to_string());
+            name.cloned().ok_or_else(|| {
+                let count = names.len();
+                wrong(&files.join(CONFIG), format!("id2label names {count} classes, and none is number {class}"))
+            })
+        };
+        (0..names.len()).map(at).collect::<Result<_, Error>>().map(Some)
+    }
+}
+
+/// What comes behind the transformer, by modules.json.
+fn modules(files: &Path) -> Result<Option<Modules>, Error> {
+    let path = files.join(MODULES);
+    let Some(listed) = parse::<Vec<Module>>(&path)? else { return Ok(None) };
+    let mut modules = Modules::default();
+    for module in &listed {
+        // The package that a class is in has changed over time.
+        match module.r#type.rsplit('.').next().unwrap_or_default() {
+            "Transformer" => {}
+            "Pooling" => modules.pooling = Some(pooling(files, &path, &module.path)?),
+            "Normalize" => modules.normalize = true,
+            other => {
+                let reason = format!("module '{other}' is not supported; there is Transformer, Pooling and Normalize");
+                return Err(wrong(&path, reason));
+            }
+        }
+    }
+    Ok(Some(modules))
+}
+
+fn pooling(files: &Path, modules: &Path, folder: &str) -> Result<Pooling, Error> {
+    let is_inside = Path::new(folder).components().all(|part| matches!(part, std::path::Component::Normal(_)));
+    if !is_inside {
+        return Err(wrong(modules, format!("path '{folder}' leads out of the model's folder")));
+    }
+    let path = files.join(folder).join(CONFIG);
+    let config: PoolingConfig =
+        parse(&path)?.ok_or_else(|| wrong(&path, "it is missing, and modules.json names it"))?;
+    let mut modes: Vec<String> = match config.pooling_mode {
+        Some(Modes::One(mode)) => vec![mode],
+        Some(Modes::Several(modes)) => modes,
+        None => Vec::new(),
+    };
+    let flags = [
+        ("cls", config.pooling_mode_cls_token),
+        ("mean", config.pooling_mode_mean_tokens),
+        ("lasttoken", config.pooling_mode_lasttoken),
+        ("max", config.pooling_mode_max_tokens),
+        ("mean_sqrt_len_tokens", config.pooling_mode_mean_sqrt_len_tokens),
+        ("weightedmean", config.pooling_mode_weightedmean_tokens),
+    ];
+    if modes.is_empty() {
+        modes.extend(flags.into_iter().filter(|(_, is_set)| *is_set).map(|(mode, _)| mode.to_owned()));
+    }
+    match modes.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [] | ["mean"] => Ok(Pooling::Mean),
+        ["cls"] => Ok(Pooling::Cls),
+        ["lasttoken"] => Ok(Pooling::Last),
+        ref other => {
+            let other = other.join(" with ");
+            Err(wrong(&path, format!("pooling '{other}' is not supported; there is mean, cls and lasttoken")))
+        }
+    }
+}
+
+/// The file as what it must be; `None` when there is none.
+fn parse<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, Error> {
+    let Some(bytes) = read(path, MOST_SETTINGS)? else { return Ok(None) };
+    serde_json::from_slice(&bytes).map(Some).map_err(|error| wrong(path, error))
+}
+
+fn read(path: &Path, most: u64) -> Result<Option<Vec<u8>>, Error> {
+    let size = match fs::metadata(path) {
+        Ok(metadata) => metadata.len(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(wrong(path, error)),
+    };
+    if size > most {
+        return Err(wrong(path, format!("it has {size} bytes; at most {most} are read")));
+    }
+    fs::read(path).map(Some).map_err(|error| wrong(path, error))
+}
