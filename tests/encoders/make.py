@@ -23,9 +23,16 @@ files of sentence-transformers where the model is of that kind. Beside them lies
 The numbers are float32 written as short as they can be read back. Every case was computed alone and in one padded batch
 with all others, which agreed to 1e-5; what is written is the one alone.
 
-`minilm.json` has the embeddings that sentence-transformers makes of 200 texts with all-MiniLM-L6-v2; see minilm.py.
+`minilm.json.gz` has the embeddings that sentence-transformers makes of 200 texts with all-MiniLM-L6-v2 (minilm.py):
+
+    limit       the longest sequence that the model takes of a text
+    texts       the texts, from empty to 5000 tokens, and their `tokens`: how many there would be without a limit
+    input_ids   the ids of each, truncated; there is no padding, and the types are all 0
+    embeddings  one row of 384 for each text: little-endian float32 in base64
+    longer      `input_ids` of 257 to 512 tokens, which the model takes as tensors, and their `embeddings` likewise
 """
 
+import gzip
 import json
 import os
 import shutil
@@ -242,7 +249,7 @@ def main(names):
         if name != "minilm":
             make(name, *MODELS[name])
     if not names or "minilm" in names:
-        write_json(HERE / "minilm.json", minilm.reference(), indent=None)
+        write_packed(HERE / "minilm.json.gz", minilm.reference())
 
 
 def make(name, architecture, config, tokenizer, sentences):
@@ -521,6 +528,11 @@ def write_json(file, content, indent=2):
     if "cases" in content:
         text = text.replace('{"text":', '\n{"text":').replace('{"pair":', '\n{"pair":')
     file.write_text(text + "\n")
+
+
+def write_packed(file, content):
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+    file.write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
 if __name__ == "__main__":
