@@ -173,6 +173,15 @@ impl Signature {
         Ok(slots.into_iter().flatten().collect())
     }
 
+    /// The input that values without a name are of.
+    pub fn sole_input(&self) -> Option<&TensorSpec> {
+        match &self.inputs[..] {
+            [spec] => Some(spec),
+            [text, ..] => self.text.is_some().then_some(text),
+            [] => None,
+        }
+    }
+
     pub fn is_optional(&self, input: &str) -> bool {
         self.optional.iter().any(|name| &**name == input)
     }

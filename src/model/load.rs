@@ -52,6 +52,9 @@ pub struct Decode {
     pub cases: golden::DecodeCases,
 }
 
+/// Copies of one model.
+type Sessions = Vec<Box<dyn Session>>;
+
 /// What a version is to be made of.
 pub struct Plan {
     pub name: ModelName,
@@ -159,7 +162,8 @@ pub fn load(mut plan: Plan, backends: &Backends, decode: Decode) -> Result<Loade
         plan.notes.push(note);
     }
     let places = places(&plan, backend.as_ref())?;
-    let (mut sessions, front) = load_sessions(&plan, backend.as_ref(), &file, &places)?;
+    let sessions = load_sessions(&plan, backend.as_ref(), &file, &places)?;
+    let (mut sessions, front) = behind_front(&plan, backend.as_ref(), sessions)?;
     let Some(first) = sessions.first_mut() else {
         return Err(Error::internal(format!("model '{}': the backend gave no session", plan.name)));
     };
@@ -283,13 +287,13 @@ fn name_of(file: &Path, files: &Path, backend: &dyn Backend) -> String {
     (*other.unwrap_or(&backend.file_name())).to_owned()
 }
 
-/// Loads every instance behind the declared interface, and behind what takes its text.
+/// Loads every instance behind the declared interface.
 fn load_sessions(
     plan: &Plan,
     backend: &dyn Backend,
     file: &Path,
     places: &[(Device, usize)],
-) -> Result<(Vec<Box<dyn Session>>, Option<Arc<Front>>), Error> {
+) -> Result<Sessions, Error> {
     let instances: usize = places.iter().map(|(_, count)| count).sum();
     let threads = plan.options.intra_op_threads.unwrap_or((plan.cores / instances.max(1)).max(1));
     let mut sessions = Vec::with_capacity(instances);
@@ -299,12 +303,20 @@ fn load_sessions(
             sessions.push(plan.interface.before(session)?);
         }
     }
-    let Some(graph) = sessions.first().map(|session| session.signature()) else { return Ok((sessions, None)) };
-    let front = Front::open(&plan.files, &plan.text, graph, backend.takes_tokens())?;
-    if let Some(front) = &front {
-        sessions = sessions.into_iter().map(|session| front.before(session)).collect();
+    Ok(sessions)
+}
+
+/// Puts the sessions of a model that has a tokenizer behind what takes its texts.
+fn behind_front(
+    plan: &Plan,
+    backend: &dyn Backend,
+    sessions: Sessions,
+) -> Result<(Sessions, Option<Arc<Front>>), Error> {
+    let Some(first) = sessions.first() else { return Ok((sessions, None)) };
+    match Front::open(&plan.files, &plan.text, first.signature(), backend.takes_tokens())? {
+        None => Ok((sessions, None)),
+        Some(front) => Ok((sessions.into_iter().map(|session| front.before(session)).collect(), Some(front))),
     }
-    Ok((sessions, front))
 }
 
 /// What operators should know of the signature that MLflow keeps with the model.

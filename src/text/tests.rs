@@ -1,1 +1,292 @@
-// empty
+use std::{fs, path::PathBuf};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::*;
+
+/// A small model with the numbers that transformers gives for it.
+fn encoder(name: &str) -> (PathBuf, Value) {
+    let folder = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/encoders")).join(name);
+    let expected = serde_json::from_slice(&fs::read(folder.join("expected.json")).unwrap()).unwrap();
+    (folder, expected)
+}
+
+fn spec(name: &str, dtype: DType, shape: &[i64]) -> TensorSpec {
+    TensorSpec { name: name.into(), dtype, shape: shape.to_vec() }
+}
+
+/// A graph with the inputs named, and one output.
+fn graph(inputs: &[&str], output: &str, shape: &[i64]) -> Signature {
+    Signature {
+        inputs: inputs.iter().map(|name| spec(name, DType::Int64, &[-1, -1])).collect(),
+        outputs: vec![spec(output, DType::Fp32, shape)],
+        ..Signature::default()
+    }
+}
+
+fn body() -> Signature {
+    graph(&[IDS, MASK, TYPES], "last_hidden_state", &[-1, -1, 2])
+}
+
+fn texts(texts: &[&str]) -> Tensor {
+    let data = Data::Strings(texts.iter().map(|text| Bytes::copy_from_slice(text.as_bytes())).collect());
+    Tensor::new(TEXT.into(), DType::Bytes, [texts.len()].as_slice().into(), data).unwrap()
+}
+
+fn pairs(pairs: &[[&str; 2]]) -> Tensor {
+    let tensor = texts(&pairs.concat());
+    Tensor { shape: [pairs.len(), 2].as_slice().into(), ..tensor }
+}
+
+fn whole(tensor: &Tensor) -> Vec<i64> {
+    let Data::Plain(bytes) = &tensor.data else { panic!("no integers") };
+    bytes.as_chunks().0.iter().map(|bytes| i64::from_le_bytes(*bytes)).collect()
+}
+
+fn reals(tensor: &Tensor) -> Vec<f32> {
+    let Data::Plain(bytes) = &tensor.data else { panic!("no floats") };
+    bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
+}
+
+fn open(folder: &Path, settings: &Settings, graph: &Signature) -> Arc<Front> {
+    Front::open(folder, settings, graph, true).unwrap().unwrap()
+}
+
+fn refused(folder: &Path, settings: &Settings, graph: &Signature) -> String {
+    Front::open(folder, settings, graph, true).err().unwrap().message
+}
+
+/// A copy of a small model whose files a test may change.
+fn copied(name: &str) -> TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    for entry in fs::read_dir(encoder(name).0).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_file() {
+            fs::copy(&path, copy.path().join(path.file_name().unwrap())).unwrap();
+        }
+    }
+    copy
+}
+
+/// A session that says of each token what its id is, twice, and of padding something that must not count.
+struct Echo(Signature);
+
+impl Session for Echo {
+    fn signature(&self) -> &Signature {
+        &self.0
+    }
+
+    fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, Error> {
+        let names: Vec<&str> = inputs.iter().map(|input| &*input.name).collect();
+        assert_eq!(names, [IDS, MASK, TYPES]);
+        let (ids, mask) = (whole(&inputs[0]), whole(&inputs[1]));
+        let value = |(&id, &mask): (&i64, &i64)| if mask == 1 { id as f32 } else { 1e6 };
+        let values = ids.iter().zip(&mask).map(value).flat_map(|value| [value, -value]);
+        let data = Data::Plain(values.flat_map(f32::to_le_bytes).collect());
+        let shape = inputs[0].shape.iter().copied().chain([2]).collect();
+        Ok(vec![Tensor { name: "last_hidden_state".into(), dtype: DType::Fp32, shape, data }])
+    }
+}
+
+#[test]
+fn tokens_are_those_of_transformers() {
+    let folders = fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/encoders")).unwrap();
+    let names = folders.map(|entry| entry.unwrap()).filter(|entry| entry.path().is_dir());
+    let mut compared = 0;
+    for name in names.map(|entry| entry.file_name().into_string().unwrap()) {
+        let (folder, expected) = encoder(&name);
+        let is_pair = expected["cases"][0]["pair"].is_array();
+        let graph = if is_pair { graph(&[IDS, MASK, TYPES], "logits", &[-1, 1]) } else { body() };
+        let front = open(&folder, &Settings::default(), &graph);
+        for case in expected["cases"].as_array().unwrap() {
+            let text = match case["pair"].as_array() {
+                Some(pair) => pairs(&[[pair[0].as_str().unwrap(), pair[1].as_str().unwrap()]]),
+                None => texts(&[case["text"].as_str().unwrap()]),
+            };
+            let rows = front.tokens.rows(&text, None).unwrap();
+            let ids: Vec<u32> = serde_json::from_value(case["input_ids"].clone()).unwrap();
+            assert_eq!(rows[0].ids, ids, "{name}: {case}");
+            if let Ok(types) = serde_json::from_value::<Vec<u32>>(case["token_type_ids"].clone()) {
+                assert_eq!(rows[0].types, types, "{name}: {case}");
+            }
+            compared += 1;
+        }
+    }
+    assert!(compared > 100, "{compared}");
+}
+
+#[test]
+fn many_texts_are_grouped_by_length_and_come_back_in_order() {
+    let front = open(&encoder("bert-mean").0, &Settings { normalize: Some(false), ..Settings::default() }, &body());
+    let long = "the boat waits near the gate ".repeat(3);
+    let given = ["a", &long, "", "the boat", "b", &long];
+    let encoded = front.encode(&texts(&given), None).unwrap();
+    assert!(encoded.parts.len() > 2);
+    let alone: usize = given.iter().map(|text| front.encode(&texts(&[text]), None).unwrap().tokens).sum();
+    assert_eq!(encoded.tokens, alone);
+    for part in &encoded.parts {
+        let padding = whole(&part.inputs[1]).iter().filter(|mask| **mask == 0).count();
+        assert!(padding * 8 <= whole(&part.inputs[1]).len(), "at most an eighth is padding");
+    }
+    let mut session = front.before(Box::new(Echo(body())));
+    let together = session.run(&[texts(&given)]).unwrap();
+    assert_eq!(together[0].shape[..], [6, 2]);
+    for (row, text) in given.iter().enumerate() {
+        let alone = session.run(&[texts(&[text])]).unwrap();
+        assert_eq!(together[0].slice(row, 1), alone[0], "{text}");
+        let ids = &front.tokens.rows(&texts(&[text]), None).unwrap()[0].ids;
+        let mean = ids.iter().sum::<u32>() as f32 / ids.len() as f32;
+        let found = reals(&alone[0]);
+        assert!((found[0] - mean).abs() < 1e-3 && (found[1] + mean).abs() < 1e-3, "{found:?} {mean}");
+    }
+}
+
+#[test]
+fn a_request_of_very_many_tokens_is_cut_into_runs() {
+    let front = open(&encoder("bert-mean").0, &Settings::default(), &body());
+    let text = "the boat waits near the gate";
+    let encoded = front.encode(&texts(&vec![text; 3000]), None).unwrap();
+    assert!(encoded.parts.len() > 1);
+    assert!(encoded.parts.iter().all(|part| part.inputs[0].shape.iter().product::<usize>() <= MOST_TOKENS));
+    assert_eq!(encoded.parts.iter().map(|part| part.rows.len()).sum::<usize>(), 3000);
+}
+
+#[test]
+fn what_tokens_leave_out_is_put_in() {
+    let front = open(&encoder("bert-mean").0, &Settings::default(), &body());
+    let ids =
+        Tensor { name: IDS.into(), ..front.encode(&texts(&["the boat"]), None).unwrap().parts[0].inputs[0].clone() };
+    let complete = front.complete(std::slice::from_ref(&ids));
+    assert_eq!(complete.iter().map(|tensor| &*tensor.name).collect::<Vec<_>>(), [IDS, MASK, TYPES]);
+    assert!(whole(&complete[1]).iter().all(|mask| *mask == 1) && whole(&complete[2]).iter().all(|kind| *kind == 0));
+    assert_eq!(front.complete(&[complete[2].clone(), complete[1].clone(), ids]), complete, "in any order");
+    let signature = front.before(Box::new(Echo(body()))).signature().clone();
+    let names: Vec<&str> = signature.inputs.iter().map(|spec| &*spec.name).collect();
+    assert_eq!(names, [TEXT, IDS, MASK, TYPES]);
+    assert_eq!(signature.optional.len(), 4);
+    assert_eq!(signature.outputs, [spec("embedding", DType::Fp32, &[-1, 2])]);
+}
+
+#[test]
+fn a_graph_without_a_mask_gets_no_padding() {
+    let front = open(&encoder("bert-mean").0, &Settings::default(), &graph(&[IDS], "last_hidden_state", &[-1, -1, 2]));
+    let long = "the boat waits near the gate ".repeat(2);
+    let encoded = front.encode(&texts(&[&long, &format!("{long} a")]), None).unwrap();
+    let tokens: usize = encoded.parts.iter().map(|part| part.inputs[0].shape.iter().product::<usize>()).sum();
+    assert_eq!((encoded.parts.len(), tokens), (2, encoded.tokens));
+}
+
+#[test]
+fn texts_that_are_too_long_are_cut_or_refused() {
+    let (folder, _) = encoder("bert-mean");
+    let long = texts(&[&"the boat waits near the gate ".repeat(20)]);
+    let of = |settings: Settings| open(&folder, &settings, &body());
+    let length = |front: &Front, truncate| front.encode(&long, truncate).map(|encoded| encoded.tokens);
+    assert_eq!(length(&of(Settings::default()), None).unwrap(), 32, "sentence_bert_config.json says 32");
+    let fewer = of(Settings { max_length: Some(9), ..Settings::default() });
+    assert_eq!(length(&fewer, None).unwrap(), 9);
+    let strict = of(Settings { truncate: Some(false), ..Settings::default() });
+    let message = length(&strict, None).unwrap_err().message;
+    assert!(
+        message.starts_with("input 'text', row 0: it has ") && message.ends_with("and the model takes 32"),
+        "{message}"
+    );
+    assert_eq!(length(&strict, Some(true)).unwrap(), 32, "the request has the last word");
+    assert!(length(&fewer, Some(false)).is_err());
+
+    let more = Settings { max_length: Some(65), ..Settings::default() };
+    assert_eq!(refused(&folder, &more, &body()), "text.max_length is 65, and the model takes 64 tokens");
+    let less = Settings { max_length: Some(2), ..Settings::default() };
+    assert!(refused(&folder, &less, &body()).contains("special ones"));
+}
+
+#[test]
+fn pairs_are_cut_at_the_longer_text() {
+    let scores = graph(&[IDS, MASK, TYPES], "logits", &[-1, 1]);
+    let front = open(&encoder("bert-reranker").0, &Settings { max_length: Some(16), ..Settings::default() }, &scores);
+    let long = "the boat waits near the gate ".repeat(20);
+    let [row] = &front.tokens.rows(&pairs(&[["the boat", &long]]), None).unwrap()[..] else { panic!() };
+    let short = front.tokens.rows(&pairs(&[["the boat", ""]]), None).unwrap()[0].ids.len() - 1;
+    assert_eq!(row.ids.len(), 16);
+    assert_eq!(row.types.iter().filter(|kind| **kind == 0).count(), short, "the query is whole");
+}
+
+#[test]
+fn bad_texts_are_named() {
+    let front = open(&encoder("bert-mean").0, &Settings::default(), &body());
+    let of = |tensor: &Tensor| front.encode(tensor, None).err().unwrap().message;
+    assert_eq!(of(&texts(&[])), "input 'text' holds no text");
+    let mut broken = texts(&["a", "b"]);
+    broken.data = Data::Strings(vec!["a".into(), Bytes::from_static(b"\xff")]);
+    assert!(of(&broken).starts_with("input 'text', row 1: it is no UTF-8: invalid utf-8"));
+}
+
+#[test]
+fn folders_that_say_what_cannot_be_are_refused() {
+    let write = |name: &str, content: &str| {
+        let folder = copied("bert-mean");
+        fs::create_dir_all(folder.path().join("1_Pooling")).unwrap();
+        fs::write(folder.path().join("1_Pooling/config.json"), r#"{"pooling_mode_mean_tokens": true}"#).unwrap();
+        fs::write(folder.path().join(name), content).unwrap();
+        let message = refused(folder.path(), &Settings::default(), &body());
+        assert!(message.contains(name), "{message}");
+        message
+    };
+    assert!(write("config.json", "{").contains("EOF"));
+    assert!(write("tokenizer.json", "{}").len() > 20);
+    assert!(
+        write("modules.json", r#"[{"type": "x.Dense", "path": "2_Dense"}]"#)
+            .contains("module 'Dense' is not supported")
+    );
+    let outside = r#"[{"type": "x.Pooling", "path": "../1_Pooling"}]"#;
+    assert!(write("modules.json", outside).contains("leads out of"));
+    let max = r#"{"pooling_mode_max_tokens": true, "pooling_mode_mean_tokens": true}"#;
+    assert!(write("1_Pooling/config.json", max).contains("pooling 'mean with max' is not supported"));
+    assert!(write("1_Pooling/config.json", r#"{"pooling_mode": "weightedmean"}"#).contains("'weightedmean'"));
+
+    let folder = copied("bert-mean");
+    fs::remove_file(folder.path().join("tokenizer.json")).unwrap();
+    assert!(refused(folder.path(), &Settings::default(), &body()).contains("has no tokenizer.json"));
+    assert!(Front::open(folder.path(), &Settings::default(), &body(), false).unwrap().is_none());
+
+    let (folder, _) = encoder("bert-classification");
+    let seven = graph(&[IDS, MASK, TYPES], "logits", &[-1, 7]);
+    assert!(refused(&folder, &Settings::default(), &seven).contains("names 3 classes, and the model has 7"));
+}
+
+#[test]
+fn graphs_that_are_no_encoders_are_left_alone() {
+    let (folder, _) = encoder("bert-mean");
+    for graph in [
+        graph(&["x"], "y", &[-1, 2]),
+        graph(&[IDS, "pixels"], "last_hidden_state", &[-1, -1, 2]),
+        graph(&[IDS, MASK], "logits", &[-1, -1, 9]),
+        graph(&[IDS, MASK], "start_logits", &[-1, -1]),
+        Signature { inputs: vec![spec(IDS, DType::Int64, &[1, 128])], ..body() },
+    ] {
+        assert!(Front::open(&folder, &Settings::default(), &graph, false).unwrap().is_none(), "{graph:?}");
+    }
+}
+
+#[test]
+fn warm_up_gets_rows_that_differ_and_that_the_model_knows() {
+    for name in ["bert-mean", "roberta", "xlm-roberta-reranker"] {
+        let (folder, expected) = encoder(name);
+        let is_reranker = expected["kind"] == "rerank";
+        let graph = if is_reranker {
+            graph(&[IDS, MASK], "logits", &[-1, 1])
+        } else {
+            graph(&[IDS, MASK], "last_hidden_state", &[-1, -1, 2])
+        };
+        let front = open(&folder, &Settings::default(), &graph);
+        let sample = front.sample();
+        let ids = whole(&sample[0]);
+        let length = sample[0].shape[1];
+        let mut rows: Vec<&[i64]> = ids.chunks(length).collect();
+        rows.dedup();
+        assert_eq!(rows.len(), 4);
+        let padding = i64::from(front.tokens.padding);
+        assert!(ids.iter().all(|id| (0..expected["vocabulary"].as_i64().unwrap()).contains(id) && *id != padding));
+    }
+}

@@ -82,8 +82,8 @@ pub(super) fn rows(instances: Json<'_>, signature: &Signature, limit: usize) -> 
     let no_list = || Error::invalid(format!("'instances' must be an array, got {}", instances.shown()));
     let first = instances.items().ok_or_else(no_list)?.next();
     let first = first.ok_or_else(|| Error::invalid("'instances' has no rows"))?;
-    match &signature.inputs[..] {
-        [spec] if !is_named(first, spec.dtype) => {
+    match signature.sole_input() {
+        Some(spec) if !is_named(first, spec.dtype) => {
             let mut column = Column::new(spec, limit);
             let shape = column.push("'instances'", instances)?;
             Ok(vec![column.finish(shape)?])
@@ -148,7 +148,7 @@ fn missing(row: usize, name: &str) -> Error {
 
 /// Reads whole tensors: the one input's value, or an object with a value for each.
 pub(super) fn columns(inputs: Json<'_>, signature: &Signature, limit: usize) -> Result<Vec<Tensor>, Error> {
-    if let [spec] = &signature.inputs[..]
+    if let Some(spec) = signature.sole_input()
         && !is_named(inputs, spec.dtype)
     {
         let mut column = Column::new(spec, limit);
