@@ -8,11 +8,13 @@ use std::{
     collections::BTreeMap,
     path::Path,
     sync::{Arc, atomic::AtomicU64},
+    time::Instant,
 };
 
 use bytes::Bytes;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use tokio::sync::Semaphore;
 
 use crate::{
     backend::{Session, Signature, TensorSpec},
@@ -39,11 +41,16 @@ const TYPES: &str = "token_type_ids";
 const MOST_TOKENS: usize = 16_384;
 /// Rows and tokens of each that warm-up is given.
 const SAMPLE: (u32, usize) = (4, 64);
+/// Tokens of a row, without and with padding, that is to show whether padding changes answers.
+const PADDED: (usize, usize) = (21, 48);
 
 /// How raw text is taken, of models that have a tokenizer.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
+    /// Whether raw text is taken. Default: where the files say how. A graph of ONNX is served as it is where they say what is
+    /// not supported, with a note; with true it fails.
+    pub enabled: Option<bool>,
     /// Whether texts that are too long are cut; else they are refused. Default: true. Requests that may say it themselves
     /// have the last word.
     pub truncate: Option<bool>,
@@ -76,6 +83,22 @@ pub struct Wish<'a> {
     pub tokens: Option<&'a AtomicU64>,
 }
 
+/// What tokens of a request there is room and time for.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Rows that may run together.
+    pub rows: usize,
+    /// Bytes of tensors.
+    pub bytes: usize,
+    pub deadline: Option<Instant>,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { rows: usize::MAX, bytes: usize::MAX, deadline: None }
+    }
+}
+
 /// Texts as tokens, in parts that may run by themselves.
 pub struct Encoded {
     pub parts: Vec<Part>,
@@ -97,6 +120,13 @@ pub struct Front {
     tokens: Tokens,
     head: Head,
     inputs: Vec<Input>,
+    /// Whether the graph tells padding from text.
+    pads: bool,
+    /// Tokens that a row may have, and ids that there are, as far as the files say.
+    most: Option<usize>,
+    vocabulary: Option<u32>,
+    /// Long texts are encoded by one thread at a time.
+    pub turns: Arc<Semaphore>,
     /// What the session behind it looks like from outside.
     signature: Signature,
 }
@@ -122,17 +152,23 @@ struct Fronted {
 }
 
 impl Front {
-    /// Reads the files of a version in `files` whose graph has the signature `graph`; `None` for a graph that takes no tokens,
+    /// Reads the files of a version in `files` whose graph is that of `session`; `None` for a graph that takes no tokens,
     /// or one that has no tokenizer unless one is `needed`.
     ///
     /// # Errors
-    /// `InvalidArgument` naming the file and what was expected of it.
+    /// `InvalidArgument` naming the file and what was expected of it; what a run fails with.
     pub fn open(
         files: &Path,
         settings: &Settings,
-        graph: &Signature,
+        session: &mut dyn Session,
         needed: bool,
     ) -> Result<Option<Arc<Self>>, Error> {
+        let Some(mut front) = Self::read(files, settings, session.signature(), needed)? else { return Ok(None) };
+        front.pads = front.pads && front.tells_padding(session)?;
+        Ok(Some(Arc::new(front)))
+    }
+
+    fn read(files: &Path, settings: &Settings, graph: &Signature, needed: bool) -> Result<Option<Self>, Error> {
         let Some(inputs) = inputs_of(graph) else { return Ok(None) };
         let Some(tokenizer) = folder::tokenizer(files)? else {
             let message = format!("{} has no {}, and its model takes tokens", files.display(), folder::TOKENIZER);
@@ -142,7 +178,27 @@ impl Front {
         let Some(head) = Head::of(graph, (files, &folder), settings)? else { return Ok(None) };
         let tokens = Tokens::new(&tokenizer, &folder, settings)?;
         let signature = signature(graph, &head);
-        Ok(Some(Arc::new(Self { tokens, head, inputs, signature })))
+        let pads = inputs.iter().any(|input| input.kind == Kind::Mask);
+        let (most, vocabulary) = (folder.most, folder.config.vocabulary());
+        let turns = Arc::new(Semaphore::new(1));
+        Ok(Some(Self { tokens, head, inputs, signature, pads, most, vocabulary, turns }))
+    }
+
+    /// Whether a row gets the same answer with padding behind it as without.
+    fn tells_padding(&self, session: &mut dyn Session) -> Result<bool, Error> {
+        let row = self.tokens.made_up(0, PADDED.0);
+        let length = row.ids.len();
+        let mut answer = |length: usize| {
+            let inputs = self.tensors(&[&row], length);
+            let outputs = session.run(&inputs)?;
+            self.head.apply(&outputs, 1, self.mask(&inputs))
+        };
+        let (alone, padded) = (answer(length)?, answer(self.tokens.longest().min(PADDED.1).max(length))?);
+        Ok(alone.iter().zip(&padded).all(|(alone, padded)| heads::agree(alone, padded)))
+    }
+
+    fn mask<'a>(&self, inputs: &'a [Tensor]) -> Option<&'a Tensor> {
+        inputs.iter().zip(&self.inputs).find(|(_, input)| input.kind == Kind::Mask).map(|(tensor, _)| tensor)
     }
 
     /// The session that takes text as well.
@@ -155,34 +211,75 @@ impl Front {
         matches!(inputs, [text] if &*text.name == TEXT)
     }
 
-    /// Whether texts are so many or so long that no thread should encode them that others wait for.
-    pub fn is_long(inputs: &[Tensor]) -> bool {
-        inputs.iter().map(Tensor::byte_len).sum::<usize>() > tokens::QUICK_BYTES
+    /// Whether texts are so few and so short that a thread may encode them that others wait for.
+    pub fn is_quick(&self, text: &Tensor) -> bool {
+        self.tokens.is_quick(text)
     }
 
     /// The tokens of `text`, which the signature has taken.
     ///
     /// # Errors
-    /// `InvalidArgument` naming the row that is no text, or too long a one.
-    pub fn encode(&self, text: &Tensor, truncate: Option<bool>) -> Result<Encoded, Error> {
-        let rows = self.tokens.rows(text, truncate)?;
-        let tokens = rows.iter().map(|row| row.ids.len()).sum();
-        let is_padded = self.inputs.iter().any(|input| input.kind == Kind::Mask);
+    /// `InvalidArgument` naming the row that is no text, or too long a one; `TooLarge` for more tokens than `limits`
+    /// allow, `DeadlineExceeded` when it took too long.
+    pub fn encode(&self, text: &Tensor, truncate: Option<bool>, limits: &Limits) -> Result<Encoded, Error> {
+        let rows = self.tokens.rows(text, truncate, limits.deadline)?;
+        let tokens: usize = rows.iter().map(|row| row.ids.len()).sum();
+        let bytes = tokens.saturating_mul(self.inputs.len() * size_of::<i64>());
+        if bytes > limits.bytes {
+            let most = limits.bytes;
+            let message =
+                format!("input '{TEXT}' has {tokens} tokens, which take {bytes} bytes; there is room for {most}");
+            return Err(Error::new(Code::TooLarge, message));
+        }
         let mut by_length: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
         for (place, row) in rows.iter().enumerate() {
             let length = row.ids.len();
-            // Without a mask the graph would read padding as text.
-            let padded = if is_padded { self.tokens.padded(length) } else { length };
+            let padded = if self.pads { self.tokens.padded(length) } else { length };
             by_length.entry(padded).or_default().push(place);
         }
         let mut parts = Vec::new();
         for (length, places) in by_length {
-            for places in places.chunks((MOST_TOKENS / length.max(1)).max(1)) {
+            for places in places.chunks((MOST_TOKENS / length.max(1)).min(limits.rows).max(1)) {
                 let texts: Vec<&Row> = places.iter().map(|&place| &rows[place]).collect();
                 parts.push(Part { rows: places.to_vec(), inputs: self.tensors(&texts, length) });
             }
         }
         Ok(Encoded { parts, tokens, rows: rows.len() })
+    }
+
+    /// Whether tokens that a client sent are some that the model knows.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming the input and what was expected.
+    pub fn check(&self, inputs: &[Tensor]) -> Result<(), Error> {
+        let Some(ids) = inputs.iter().find(|tensor| &*tensor.name == IDS) else { return Ok(()) };
+        for other in inputs.iter().filter(|other| other.shape != ids.shape) {
+            let (name, shape, expected) = (&other.name, &other.shape[..], &ids.shape[..]);
+            let message = format!("input '{name}' must have the shape of '{IDS}', {expected:?}, got {shape:?}");
+            return Err(Error::invalid(message));
+        }
+        if let (Some(most), Some(&length)) = (self.most, ids.shape.get(1))
+            && length > most
+        {
+            let message = format!("input '{IDS}' has rows of {length} tokens, and the model takes {most}");
+            return Err(Error::invalid(message));
+        }
+        if ids.shape.contains(&0) {
+            return Err(Error::invalid(format!("input '{IDS}' has shape {:?}, which holds no token", &ids.shape[..])));
+        }
+        for tensor in inputs {
+            let (what, most) = match &*tensor.name {
+                MASK => ("value", 2),
+                IDS => ("token", self.vocabulary.map_or(i64::from(i32::MAX), i64::from)),
+                _ => continue,
+            };
+            if let Some((place, found)) = first_outside(tensor, most) {
+                let row = place / ids.shape.get(1).copied().unwrap_or(1);
+                let message = format!("input '{}', row {row}: there is no {what} {found}", tensor.name);
+                return Err(Error::invalid(format!("{message}; there are 0 to {}", most - 1)));
+            }
+        }
+        Ok(())
     }
 
     /// Tokens that a client sent, in the order of the graph and with what it has left out.
@@ -263,14 +360,14 @@ impl Session for Fronted {
         if let [text] = inputs
             && &*text.name == TEXT
         {
-            let encoded = self.front.encode(text, None)?;
+            let encoded = self.front.encode(text, None, &Limits::default())?;
             let outputs = encoded.parts.iter().map(|part| self.run(&part.inputs)).collect::<Result<Vec<_>, Error>>()?;
             return Ok(encoded.assemble(outputs));
         }
         let inputs = self.front.complete(inputs);
         let outputs = self.inner.run(&inputs)?;
-        let mask = inputs.iter().find(|input| &*input.name == MASK);
-        self.front.head.apply(&outputs, mask)
+        let rows = inputs.first().map_or(0, Tensor::rows);
+        self.front.head.apply(&outputs, rows, self.front.mask(&inputs))
     }
 }
 
@@ -301,6 +398,19 @@ fn signature(graph: &Signature, head: &Head) -> Signature {
     let optional = inputs.iter().map(|spec| spec.name.clone()).collect();
     let outputs = head.outputs();
     Signature { inputs, outputs, optional, text: Some(pairs), defaults: Vec::new(), steady: false, ..graph.clone() }
+}
+
+/// The first number, and its place, that is not from 0 to below `most`.
+fn first_outside(tensor: &Tensor, most: i64) -> Option<(usize, i64)> {
+    let Data::Plain(bytes) = &tensor.data else { return None };
+    let is_outside = |(_, number): &(usize, i64)| !(0..most).contains(number);
+    match tensor.dtype {
+        DType::Int32 => {
+            let numbers = bytes.as_chunks().0.iter().map(|bytes| i64::from(i32::from_le_bytes(*bytes)));
+            numbers.enumerate().find(is_outside)
+        }
+        _ => bytes.as_chunks().0.iter().map(|bytes| i64::from_le_bytes(*bytes)).enumerate().find(is_outside),
+    }
 }
 
 /// The elements of a tensor of integers.

@@ -108,6 +108,11 @@ impl Signature {
         let alike = |(one, other): (&TensorSpec, &TensorSpec)| {
             (&one.name, one.dtype, one.shape.len()) == (&other.name, other.dtype, other.shape.len())
         };
+        if self.text.is_some() || other.text.is_some() {
+            // What has no name is text.
+            let both = self.sole_input().zip(other.sole_input());
+            return self.text.is_some() == other.text.is_some() && both.is_some_and(alike);
+        }
         self.inputs.len() == other.inputs.len() && self.inputs.iter().zip(&other.inputs).all(alike)
     }
 

@@ -71,6 +71,16 @@ pub(super) struct Ticket {
     pub reply: oneshot::Receiver<Answer>,
 }
 
+impl Refused {
+    /// The same of a request that had `inputs`.
+    pub fn with(self, inputs: Vec<Tensor>) -> Self {
+        match self {
+            Self::Draining(_) => Self::Draining(inputs),
+            error @ Self::Error(_) => error,
+        }
+    }
+}
+
 impl Queue {
     pub fn new(model: ModelName, steady: bool, batcher: Batcher<Job>, metrics: Arc<VersionMetrics>) -> Self {
         Self {

@@ -163,7 +163,9 @@ pub fn load(mut plan: Plan, backends: &Backends, decode: Decode) -> Result<Loade
     }
     let places = places(&plan, backend.as_ref())?;
     let sessions = load_sessions(&plan, backend.as_ref(), &file, &places)?;
-    let (mut sessions, front) = behind_front(&plan, backend.as_ref(), sessions)?;
+    let mut notes = Vec::new();
+    let (mut sessions, front) = behind_front(&plan, backend.as_ref(), sessions, &mut notes)?;
+    plan.notes.append(&mut notes);
     let Some(first) = sessions.first_mut() else {
         return Err(Error::internal(format!("model '{}': the backend gave no session", plan.name)));
     };
@@ -310,12 +312,22 @@ fn load_sessions(
 fn behind_front(
     plan: &Plan,
     backend: &dyn Backend,
-    sessions: Sessions,
+    mut sessions: Sessions,
+    notes: &mut Vec<String>,
 ) -> Result<(Sessions, Option<Arc<Front>>), Error> {
-    let Some(first) = sessions.first() else { return Ok((sessions, None)) };
-    match Front::open(&plan.files, &plan.text, first.signature(), backend.takes_tokens())? {
-        None => Ok((sessions, None)),
-        Some(front) => Ok((sessions.into_iter().map(|session| front.before(session)).collect(), Some(front))),
+    let Some(first) = sessions.first_mut().filter(|_| plan.text.enabled != Some(false)) else {
+        return Ok((sessions, None));
+    };
+    let wanted = plan.text.enabled == Some(true) || backend.takes_tokens();
+    match Front::open(&plan.files, &plan.text, first.as_mut(), wanted) {
+        // Graphs were served as they are before anybody asked for text.
+        Err(error) if !wanted => {
+            notes.push(format!("it takes no raw text: {error}"));
+            Ok((sessions, None))
+        }
+        Err(error) => Err(error),
+        Ok(None) => Ok((sessions, None)),
+        Ok(Some(front)) => Ok((sessions.into_iter().map(|session| front.before(session)).collect(), Some(front))),
     }
 }
 

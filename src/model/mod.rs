@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures_util::future::try_join_all;
+use futures_util::{StreamExt, TryStreamExt, stream};
 use parking_lot::Mutex;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -41,7 +41,7 @@ use crate::{
     metrics::VersionMetrics,
     observe::Tally,
     tensor::Tensor,
-    text::{Encoded, Front, Wish},
+    text::{self, Encoded, Front, Wish},
 };
 
 /// Bounds of each version's queue, and who shares it. A request for which it has no room is answered at once with
@@ -128,6 +128,8 @@ pub struct ModelVersion {
     has_rows: bool,
     /// Rows one request may have when its author set no limit.
     max_rows: usize,
+    /// Bytes of tensors that may wait.
+    max_bytes: usize,
     /// What the schedule says of each level of priority.
     levels: Vec<Level>,
     pub instances: usize,
@@ -165,6 +167,7 @@ impl ModelVersion {
             has_rows: facts.signature.unbatchable().is_none(),
             tally: Tally::new(&facts.signature),
             max_rows: limits.max_rows,
+            max_bytes: limits.max_bytes,
             levels: facts.schedule.levels(),
             facts,
             instances,
@@ -185,7 +188,11 @@ impl ModelVersion {
         match &self.text {
             None => self.run(inputs, urgency).await,
             Some(front) if Front::is_text(&inputs) => Box::pin(self.run_text(front, inputs, urgency, wish)).await,
-            Some(front) => self.run(front.complete(&inputs), urgency).await,
+            Some(front) => {
+                front.check(&inputs).map_err(|error| Refused::Error(error.of_model(self.name.as_str())))?;
+                // Its successor may not know of what is put in.
+                self.run(front.complete(&inputs), urgency).await.map_err(|refused| refused.with(inputs))
+            }
         }
     }
 
@@ -197,13 +204,19 @@ impl ModelVersion {
         urgency: &Urgency,
         wish: &Wish<'_>,
     ) -> Result<Vec<Tensor>, Refused> {
-        self.check_rows(&text).map_err(Refused::Error)?;
+        let of_model = |error: Error| Refused::Error(error.of_model(self.name.as_str()));
+        let limits = text::Limits {
+            rows: self.max_batch_size.unwrap_or(usize::MAX),
+            bytes: self.max_bytes,
+            deadline: urgency.deadline,
+        };
         let start = Instant::now();
-        let encoded = encode(front, &text, wish.truncate).await.map_err(|error| error.of_model(self.name.as_str()));
-        let encoded = encoded.map_err(Refused::Error)?;
+        let encoded = self.encode(front, &text, wish.truncate, limits).await.map_err(of_model)?;
         self.metrics.tokenized(encoded.tokens, start.elapsed());
-        let runs = encoded.parts.iter().map(|part| self.run(part.inputs.clone(), urgency));
-        match try_join_all(runs).await {
+        // More at a time would only fill the queue.
+        let runs: Vec<_> = encoded.parts.iter().map(|part| self.run(part.inputs.clone(), urgency)).collect();
+        let runs = stream::iter(runs).buffered(2 * self.instances.max(1));
+        match runs.try_collect().await {
             Ok(outputs) => {
                 if let Some(tokens) = wish.tokens {
                     tokens.fetch_add(encoded.tokens as u64, Ordering::Relaxed);
@@ -211,8 +224,41 @@ impl ModelVersion {
                 Ok(encoded.assemble(outputs))
             }
             // Its successor may have another tokenizer.
-            Err(Refused::Draining(_)) => Err(Refused::Draining(text)),
-            Err(error) => Err(error),
+            Err(refused) => Err(refused.with(text)),
+        }
+    }
+
+    /// The tokens of texts; many of them are no work for a thread that others wait for.
+    async fn encode(
+        &self,
+        front: &Arc<Front>,
+        text: &[Tensor],
+        truncate: Option<bool>,
+        limits: text::Limits,
+    ) -> Result<Encoded, Error> {
+        let Some(texts) = text.first() else { return Err(Error::internal("no text to encode")) };
+        if texts.rows() > self.max_rows {
+            let (rows, most) = (texts.rows(), self.max_rows);
+            return Err(Error::invalid(format!("a request may have {most} rows at most (queue.max_rows), got {rows}")));
+        }
+        if front.is_quick(texts) {
+            return front.encode(texts, truncate, &limits);
+        }
+        let (front, texts) = (Arc::clone(front), texts.clone());
+        let encoding = async move {
+            let turn = Arc::clone(&front.turns).acquire_owned().await;
+            let encoded = tokio::task::spawn_blocking(move || {
+                let encoded = front.encode(&texts, truncate, &limits);
+                drop(turn);
+                encoded
+            });
+            encoded.await.unwrap_or_else(|error| Err(Error::internal(format!("no tokens: {error}"))))
+        };
+        match limits.deadline {
+            None => encoding.await,
+            Some(deadline) => {
+                tokio::time::timeout_at(deadline.into(), encoding).await.unwrap_or_else(|_| Err(self.too_late()))
+            }
         }
     }
 
@@ -364,14 +410,4 @@ impl Drop for Pending {
         self.metrics.answered();
         self.in_flight.fetch_sub(1, Ordering::Relaxed);
     }
-}
-/// The tokens of texts; many of them are no work for a thread that others wait for.
-async fn encode(front: &Arc<Front>, text: &[Tensor], truncate: Option<bool>) -> Result<Encoded, Error> {
-    let Some(texts) = text.first() else { return Err(Error::internal("no text to encode")) };
-    if !Front::is_long(text) {
-        return front.encode(texts, truncate);
-    }
-    let (front, texts) = (Arc::clone(front), texts.clone());
-    let encoded = tokio::task::spawn_blocking(move || front.encode(&texts, truncate)).await;
-    encoded.unwrap_or_else(|error| Err(Error::internal(format!("the text could not be encoded: {error}"))))
 }

@@ -27,6 +27,21 @@ const TRANSFORMER_CONFIGS: [&str; 7] = [
     "sentence_xlnet_config.json",
 ];
 
+/// Models that count positions from behind that of padding, as RoBERTa does.
+const OFFSET_POSITIONS: [&str; 11] = [
+    "camembert",
+    "data2vec-text",
+    "ibert",
+    "longformer",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+    "luke",
+];
+
 /// Bytes of settings, which are read whole; and of a tokenizer, whose vocabulary may be large.
 const MOST_SETTINGS: u64 = 4 << 20;
 const MOST_TOKENIZER: u64 = 256 << 20;
@@ -42,9 +57,13 @@ pub(super) struct Folder {
     /// Tokens that the model can be given at all.
     pub most: Option<usize>,
     pub lower_case: bool,
+    /// The end of a text that is cut off, where a file says so.
+    pub truncation_side: Option<String>,
     pub prompt: Option<String>,
-    /// `None` where no file says how embeddings are made.
-    pub modules: Option<Modules>,
+    /// Whether the prompt's tokens count where all of a text's do.
+    pub includes_prompt: bool,
+    /// What a cross-encoder makes of its logit, by the newest of the files that may say so.
+    pub activation: Option<String>,
 }
 
 /// The modules of a sentence-transformers model, behind the transformer.
@@ -55,20 +74,21 @@ pub(super) struct Modules {
 }
 
 /// What there is of interest in config.json.
+///
+/// Numbers may be -1 for none.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Config {
     pub model_type: Option<String>,
-    pub hidden_size: Option<usize>,
+    pub hidden_size: Option<i64>,
     /// DistilBERT's name for it.
-    pub dim: Option<usize>,
-    pub vocab_size: Option<u32>,
-    pub pad_token_id: Option<u32>,
-    pub max_position_embeddings: Option<usize>,
+    pub dim: Option<i64>,
+    pub vocab_size: Option<i64>,
+    pub pad_token_id: Option<i64>,
+    pub max_position_embeddings: Option<i64>,
     pub problem_type: Option<String>,
     pub id2label: Option<BTreeMap<String, String>>,
     pub num_labels: Option<usize>,
-    /// What a cross-encoder makes of its logit.
     pub sentence_transformers: Option<CrossEncoder>,
     pub sbert_ce_default_activation_function: Option<String>,
 }
@@ -86,10 +106,17 @@ struct Module {
     r#type: String,
 }
 
+impl Module {
+    /// The name of its class; the package that it is in has changed over time.
+    fn class(&self) -> &str {
+        self.r#type.rsplit('.').next().unwrap_or_default()
+    }
+}
+
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct TransformerConfig {
-    max_seq_length: Option<usize>,
+    max_seq_length: Option<i64>,
     do_lower_case: bool,
 }
 
@@ -97,6 +124,7 @@ struct TransformerConfig {
 #[serde(default)]
 struct TokenizerConfig {
     model_max_length: Option<f64>,
+    truncation_side: Option<String>,
 }
 
 #[derive(Default, Deserialize)]
@@ -104,12 +132,14 @@ struct TokenizerConfig {
 struct Prompts {
     prompts: BTreeMap<String, String>,
     default_prompt_name: Option<String>,
+    activation_fn: Option<String>,
 }
 
 /// Both ways in which a pooling says what it does.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct PoolingConfig {
+    include_prompt: Option<bool>,
     pooling_mode: Option<Modes>,
     pooling_mode_cls_token: bool,
     pooling_mode_mean_tokens: bool,
@@ -148,14 +178,17 @@ impl Folder {
         let of_tokenizer =
             tokenizer.model_max_length.filter(|limit| (1.0..LARGEST_LIMIT).contains(limit)).map(|limit| limit as usize);
         // The smallest counts; sentence-transformers' own stands above the tokenizer's.
-        let limits = [transformer.max_seq_length.or(of_tokenizer), config.positions()];
+        let of_transformer = transformer.max_seq_length.and_then(positive);
+        let limits = [of_transformer.or(of_tokenizer), config.positions()];
         let prompt = prompts.default_prompt_name.as_ref().and_then(|name| prompts.prompts.get(name)).cloned();
         Ok(Self {
             max_length: limits.into_iter().flatten().min(),
             most: config.positions(),
             lower_case: transformer.do_lower_case,
             prompt: prompt.filter(|prompt| !prompt.is_empty()),
-            modules: modules(files)?,
+            truncation_side: tokenizer.truncation_side,
+            includes_prompt: includes_prompt(files)?,
+            activation: prompts.activation_fn.or_else(|| config.activation()),
             config,
         })
     }
@@ -164,11 +197,20 @@ impl Folder {
 impl Config {
     /// The tokens that there are positions for.
     fn positions(&self) -> Option<usize> {
-        let positions = self.max_position_embeddings?;
-        // RoBERTa counts positions from behind that of padding.
-        let is_offset = matches!(self.model_type.as_deref(), Some("roberta" | "xlm-roberta" | "camembert"));
-        let offset = if is_offset { self.pad_token_id.unwrap_or(1) as usize + 1 } else { 0 };
-        Some(positions.saturating_sub(offset))
+        let positions = self.max_position_embeddings.and_then(positive)?;
+        let is_offset = self.model_type.as_deref().is_some_and(|kind| OFFSET_POSITIONS.contains(&kind));
+        let padding = self.pad_token_id.and_then(|id| usize::try_from(id).ok()).unwrap_or(1);
+        Some(positions.saturating_sub(if is_offset { padding + 1 } else { 0 }))
+    }
+
+    /// The number of ids that the model knows.
+    pub fn vocabulary(&self) -> Option<u32> {
+        u32::try_from(self.vocab_size?).ok().filter(|size| *size > 0)
+    }
+
+    fn activation(&self) -> Option<String> {
+        let named = self.sentence_transformers.as_ref().and_then(|settings| settings.activation_fn.as_ref());
+        named.or(self.sbert_ce_default_activation_function.as_ref()).cloned()
     }
 
     /// The names of classes, in the order of the outputs; `None` where nothing says how many there are.
@@ -176,7 +218,7 @@ impl Config {
     /// # Errors
     /// `InvalidArgument` when they are not numbered from 0.
     pub fn labels(&self, files: &Path) -> Result<Option<Vec<String>>, Error> {
-        let Some(names) = &self.id2label else {
+        let Some(names) = self.id2label.as_ref().filter(|names| !names.is_empty()) else {
             return Ok(self.num_labels.map(|count| (0..count).map(|class| format!("LABEL_{class}")).collect()));
         };
         let at = |class: usize| {
@@ -190,14 +232,25 @@ impl Config {
     }
 }
 
-/// What comes behind the transformer, by modules.json.
-fn modules(files: &Path) -> Result<Option<Modules>, Error> {
+/// Whether a prompt counts where all tokens of a text do, as far as that can be found.
+fn includes_prompt(files: &Path) -> Result<bool, Error> {
     let path = files.join(MODULES);
-    let Some(listed) = parse::<Vec<Module>>(&path)? else { return Ok(None) };
+    let listed = parse::<Vec<Module>>(&path)?.unwrap_or_default();
+    let Some(module) = listed.iter().find(|module| module.class() == "Pooling") else { return Ok(true) };
+    let path = inside(files, &path, &module.path)?.join(CONFIG);
+    Ok(parse::<PoolingConfig>(&path)?.and_then(|config| config.include_prompt).unwrap_or(true))
+}
+
+/// What comes behind the transformer, by modules.json; nothing where there is none.
+///
+/// # Errors
+/// `InvalidArgument` naming the module that is not known.
+pub(super) fn modules(files: &Path) -> Result<Modules, Error> {
+    let path = files.join(MODULES);
+    let listed = parse::<Vec<Module>>(&path)?.unwrap_or_default();
     let mut modules = Modules::default();
     for module in &listed {
-        // The package that a class is in has changed over time.
-        match module.r#type.rsplit('.').next().unwrap_or_default() {
+        match module.class() {
             "Transformer" => {}
             "Pooling" => modules.pooling = Some(pooling(files, &path, &module.path)?),
             "Normalize" => modules.normalize = true,
@@ -207,15 +260,19 @@ fn modules(files: &Path) -> Result<Option<Modules>, Error> {
             }
         }
     }
-    Ok(Some(modules))
+    Ok(modules)
+}
+
+/// A module's own folder.
+fn inside(files: &Path, modules: &Path, folder: &str) -> Result<PathBuf, Error> {
+    if Path::new(folder).components().all(|part| matches!(part, std::path::Component::Normal(_))) {
+        return Ok(files.join(folder));
+    }
+    Err(wrong(modules, format!("path '{folder}' leads out of the model's folder")))
 }
 
 fn pooling(files: &Path, modules: &Path, folder: &str) -> Result<Pooling, Error> {
-    let is_inside = Path::new(folder).components().all(|part| matches!(part, std::path::Component::Normal(_)));
-    if !is_inside {
-        return Err(wrong(modules, format!("path '{folder}' leads out of the model's folder")));
-    }
-    let path = files.join(folder).join(CONFIG);
+    let path = inside(files, modules, folder)?.join(CONFIG);
     let config: PoolingConfig =
         parse(&path)?.ok_or_else(|| wrong(&path, "it is missing, and modules.json names it"))?;
     let mut modes: Vec<String> = match config.pooling_mode {
@@ -243,6 +300,10 @@ fn pooling(files: &Path, modules: &Path, folder: &str) -> Result<Pooling, Error>
             Err(wrong(&path, format!("pooling '{other}' is not supported; there is mean, cls and lasttoken")))
         }
     }
+}
+
+fn positive(number: i64) -> Option<usize> {
+    usize::try_from(number).ok().filter(|number| *number > 0)
 }
 
 /// The file as what it must be; `None` when there is none.

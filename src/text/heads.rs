@@ -4,7 +4,11 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{MASK, Pooling, Settings, folder::Folder, wrong};
+use super::{
+    Pooling, Settings,
+    folder::{self, Folder},
+    wrong,
+};
 use crate::{
     backend::{Pairs, Signature, TensorSpec},
     error::Error,
@@ -21,6 +25,9 @@ const EMBEDDING: &str = "embedding";
 const LABEL: &str = "label";
 const SCORES: &str = "scores";
 const RERANK_SCORE: &str = "rerank_score";
+
+/// By how much answers may differ that are to be the same.
+const ROUNDING: f32 = 1e-3;
 
 /// Lengths below which a vector is not made longer.
 const SHORTEST: f32 = 1e-12;
@@ -87,7 +94,7 @@ impl Head {
                 (None, None) => vec!["LABEL_0".to_owned(), "LABEL_1".to_owned()],
             };
             let kind = if labels.len() == 1 {
-                Kind::Rerank(rerank_activation(folder))
+                Kind::Rerank(rerank_activation(folder)?)
             } else {
                 let activation = match config.problem_type.as_deref() {
                     Some("multi_label_classification") => Activation::Sigmoid,
@@ -98,16 +105,23 @@ impl Head {
             };
             return Ok(Some(Self { output, kind }));
         }
-        let modules = folder.modules.clone().unwrap_or_default();
-        let normalize = settings.normalize.unwrap_or(modules.normalize);
-        let hidden = HIDDEN.iter().find_map(|name| find(name, 3));
-        let (output, pooling) = match (find(SENTENCE, 2), hidden) {
-            (Some(output), _) => (output, None),
-            (None, Some(output)) => (output, settings.pooling.or(modules.pooling).or(Some(Pooling::Mean))),
-            (None, None) => return Ok(None),
+        if let Some(output) = find(SENTENCE, 2) {
+            // The graph has done what the modules say.
+            let normalize = settings.normalize.unwrap_or(false);
+            let kind = Kind::Embedding { pooling: None, normalize, size: size(output).unwrap_or(-1) };
+            return Ok(Some(Self { output, kind }));
+        }
+        let Some(output) = HIDDEN.iter().find_map(|name| find(name, 3)) else { return Ok(None) };
+        let (pooling, normalize) = match (settings.pooling, settings.normalize) {
+            (Some(pooling), Some(normalize)) => (Some(pooling), normalize),
+            (pooling, normalize) => {
+                let modules = folder::modules(files)?;
+                let pooling = pooling.or(modules.pooling).or(Some(Pooling::Mean));
+                (pooling, normalize.unwrap_or(modules.normalize))
+            }
         };
-        let told = config.hidden_size.or(config.dim).and_then(|size| i64::try_from(size).ok());
-        let size = size(output).or(told.filter(|_| pooling.is_some())).unwrap_or(-1);
+        let told = config.hidden_size.or(config.dim).filter(|size| *size > 0);
+        let size = size(output).or(told).unwrap_or(-1);
         Ok(Some(Self { output, kind: Kind::Embedding { pooling, normalize, size } }))
     }
 
@@ -132,13 +146,14 @@ impl Head {
         }
     }
 
-    /// What clients see, of what the graph has given; `mask` tells tokens from padding.
+    /// What clients see, of what the graph has given for `count` rows; `mask` tells tokens from padding.
     ///
     /// # Errors
     /// `Internal` when the output is not what the graph has promised.
-    pub fn apply(&self, outputs: &[Tensor], mask: Option<&Tensor>) -> Result<Vec<Tensor>, Error> {
-        let promised = || Error::internal(format!("the graph gave other outputs than it had promised to ({MASK})"));
-        let output = outputs.get(self.output).ok_or_else(promised)?;
+    pub fn apply(&self, outputs: &[Tensor], count: usize, mask: Option<&Tensor>) -> Result<Vec<Tensor>, Error> {
+        let promised = || Error::internal("the graph gave another output than it had promised to");
+        let of_rows = |output: &&Tensor| output.shape.first() == Some(&count);
+        let output = outputs.get(self.output).filter(of_rows).ok_or_else(promised)?;
         let values = floats(output).ok_or_else(promised)?;
         match (&self.kind, &output.shape[..]) {
             (Kind::Embedding { pooling: Some(pooling), normalize, .. }, &[rows, tokens, size]) => {
@@ -223,13 +238,28 @@ impl Activation {
 }
 
 /// What a cross-encoder makes of its logit: as sentence-transformers does, a sigmoid unless its files name something else.
-fn rerank_activation(folder: &Folder) -> Activation {
-    let config = &folder.config;
-    let named = config.sentence_transformers.as_ref().and_then(|settings| settings.activation_fn.as_ref());
-    let named = named.or(config.sbert_ce_default_activation_function.as_ref());
-    match named.and_then(|name| name.rsplit('.').next()) {
-        Some("Identity") => Activation::Identity,
-        _ => Activation::Sigmoid,
+///
+/// # Errors
+/// `InvalidArgument` naming a function that is not known.
+fn rerank_activation(folder: &Folder) -> Result<Activation, Error> {
+    match folder.activation.as_deref().map(|name| name.rsplit('.').next().unwrap_or(name)) {
+        Some("Identity") => Ok(Activation::Identity),
+        None | Some("Sigmoid") => Ok(Activation::Sigmoid),
+        Some(other) => {
+            Err(Error::invalid(format!("activation_fn '{other}' is not supported; there is Sigmoid and Identity")))
+        }
+    }
+}
+
+/// Whether two answers are the same but for rounding.
+pub(super) fn agree(one: &Tensor, other: &Tensor) -> bool {
+    match (floats(one), floats(other)) {
+        (Some(one), Some(other)) => {
+            one.len() == other.len()
+                && one.iter().zip(&other).all(|(one, other)| (one - other).abs() <= ROUNDING * one.abs().max(1.0))
+        }
+        // Classes follow from scores, which are compared.
+        _ => true,
     }
 }
 

@@ -5,6 +5,9 @@ use tempfile::TempDir;
 
 use super::*;
 
+/// No limits.
+const FREE: Limits = Limits { rows: usize::MAX, bytes: usize::MAX, deadline: None };
+
 /// A small model with the numbers that transformers gives for it.
 fn encoder(name: &str) -> (PathBuf, Value) {
     let folder = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/encoders")).join(name);
@@ -50,11 +53,11 @@ fn reals(tensor: &Tensor) -> Vec<f32> {
 }
 
 fn open(folder: &Path, settings: &Settings, graph: &Signature) -> Arc<Front> {
-    Front::open(folder, settings, graph, true).unwrap().unwrap()
+    Arc::new(Front::read(folder, settings, graph, true).unwrap().unwrap())
 }
 
 fn refused(folder: &Path, settings: &Settings, graph: &Signature) -> String {
-    Front::open(folder, settings, graph, true).err().unwrap().message
+    Front::read(folder, settings, graph, true).err().unwrap().message
 }
 
 /// A copy of a small model whose files a test may change.
@@ -104,7 +107,7 @@ fn tokens_are_those_of_transformers() {
                 Some(pair) => pairs(&[[pair[0].as_str().unwrap(), pair[1].as_str().unwrap()]]),
                 None => texts(&[case["text"].as_str().unwrap()]),
             };
-            let rows = front.tokens.rows(&text, None).unwrap();
+            let rows = front.tokens.rows(&text, None, None).unwrap();
             let ids: Vec<u32> = serde_json::from_value(case["input_ids"].clone()).unwrap();
             assert_eq!(rows[0].ids, ids, "{name}: {case}");
             if let Ok(types) = serde_json::from_value::<Vec<u32>>(case["token_type_ids"].clone()) {
@@ -121,9 +124,9 @@ fn many_texts_are_grouped_by_length_and_come_back_in_order() {
     let front = open(&encoder("bert-mean").0, &Settings { normalize: Some(false), ..Settings::default() }, &body());
     let long = "the boat waits near the gate ".repeat(3);
     let given = ["a", &long, "", "the boat", "b", &long];
-    let encoded = front.encode(&texts(&given), None).unwrap();
+    let encoded = front.encode(&texts(&given), None, &FREE).unwrap();
     assert!(encoded.parts.len() > 2);
-    let alone: usize = given.iter().map(|text| front.encode(&texts(&[text]), None).unwrap().tokens).sum();
+    let alone: usize = given.iter().map(|text| front.encode(&texts(&[text]), None, &FREE).unwrap().tokens).sum();
     assert_eq!(encoded.tokens, alone);
     for part in &encoded.parts {
         let padding = whole(&part.inputs[1]).iter().filter(|mask| **mask == 0).count();
@@ -135,7 +138,7 @@ fn many_texts_are_grouped_by_length_and_come_back_in_order() {
     for (row, text) in given.iter().enumerate() {
         let alone = session.run(&[texts(&[text])]).unwrap();
         assert_eq!(together[0].slice(row, 1), alone[0], "{text}");
-        let ids = &front.tokens.rows(&texts(&[text]), None).unwrap()[0].ids;
+        let ids = &front.tokens.rows(&texts(&[text]), None, None).unwrap()[0].ids;
         let mean = ids.iter().sum::<u32>() as f32 / ids.len() as f32;
         let found = reals(&alone[0]);
         assert!((found[0] - mean).abs() < 1e-3 && (found[1] + mean).abs() < 1e-3, "{found:?} {mean}");
@@ -146,7 +149,7 @@ fn many_texts_are_grouped_by_length_and_come_back_in_order() {
 fn a_request_of_very_many_tokens_is_cut_into_runs() {
     let front = open(&encoder("bert-mean").0, &Settings::default(), &body());
     let text = "the boat waits near the gate";
-    let encoded = front.encode(&texts(&vec![text; 3000]), None).unwrap();
+    let encoded = front.encode(&texts(&vec![text; 3000]), None, &FREE).unwrap();
     assert!(encoded.parts.len() > 1);
     assert!(encoded.parts.iter().all(|part| part.inputs[0].shape.iter().product::<usize>() <= MOST_TOKENS));
     assert_eq!(encoded.parts.iter().map(|part| part.rows.len()).sum::<usize>(), 3000);
@@ -155,8 +158,10 @@ fn a_request_of_very_many_tokens_is_cut_into_runs() {
 #[test]
 fn what_tokens_leave_out_is_put_in() {
     let front = open(&encoder("bert-mean").0, &Settings::default(), &body());
-    let ids =
-        Tensor { name: IDS.into(), ..front.encode(&texts(&["the boat"]), None).unwrap().parts[0].inputs[0].clone() };
+    let ids = Tensor {
+        name: IDS.into(),
+        ..front.encode(&texts(&["the boat"]), None, &FREE).unwrap().parts[0].inputs[0].clone()
+    };
     let complete = front.complete(std::slice::from_ref(&ids));
     assert_eq!(complete.iter().map(|tensor| &*tensor.name).collect::<Vec<_>>(), [IDS, MASK, TYPES]);
     assert!(whole(&complete[1]).iter().all(|mask| *mask == 1) && whole(&complete[2]).iter().all(|kind| *kind == 0));
@@ -172,7 +177,7 @@ fn what_tokens_leave_out_is_put_in() {
 fn a_graph_without_a_mask_gets_no_padding() {
     let front = open(&encoder("bert-mean").0, &Settings::default(), &graph(&[IDS], "last_hidden_state", &[-1, -1, 2]));
     let long = "the boat waits near the gate ".repeat(2);
-    let encoded = front.encode(&texts(&[&long, &format!("{long} a")]), None).unwrap();
+    let encoded = front.encode(&texts(&[&long, &format!("{long} a")]), None, &FREE).unwrap();
     let tokens: usize = encoded.parts.iter().map(|part| part.inputs[0].shape.iter().product::<usize>()).sum();
     assert_eq!((encoded.parts.len(), tokens), (2, encoded.tokens));
 }
@@ -182,7 +187,7 @@ fn texts_that_are_too_long_are_cut_or_refused() {
     let (folder, _) = encoder("bert-mean");
     let long = texts(&[&"the boat waits near the gate ".repeat(20)]);
     let of = |settings: Settings| open(&folder, &settings, &body());
-    let length = |front: &Front, truncate| front.encode(&long, truncate).map(|encoded| encoded.tokens);
+    let length = |front: &Front, truncate| front.encode(&long, truncate, &FREE).map(|encoded| encoded.tokens);
     assert_eq!(length(&of(Settings::default()), None).unwrap(), 32, "sentence_bert_config.json says 32");
     let fewer = of(Settings { max_length: Some(9), ..Settings::default() });
     assert_eq!(length(&fewer, None).unwrap(), 9);
@@ -206,8 +211,8 @@ fn pairs_are_cut_at_the_longer_text() {
     let scores = graph(&[IDS, MASK, TYPES], "logits", &[-1, 1]);
     let front = open(&encoder("bert-reranker").0, &Settings { max_length: Some(16), ..Settings::default() }, &scores);
     let long = "the boat waits near the gate ".repeat(20);
-    let [row] = &front.tokens.rows(&pairs(&[["the boat", &long]]), None).unwrap()[..] else { panic!() };
-    let short = front.tokens.rows(&pairs(&[["the boat", ""]]), None).unwrap()[0].ids.len() - 1;
+    let [row] = &front.tokens.rows(&pairs(&[["the boat", &long]]), None, &FREE).unwrap()[..] else { panic!() };
+    let short = front.tokens.rows(&pairs(&[["the boat", ""]]), None, &FREE).unwrap()[0].ids.len() - 1;
     assert_eq!(row.ids.len(), 16);
     assert_eq!(row.types.iter().filter(|kind| **kind == 0).count(), short, "the query is whole");
 }
@@ -215,7 +220,7 @@ fn pairs_are_cut_at_the_longer_text() {
 #[test]
 fn bad_texts_are_named() {
     let front = open(&encoder("bert-mean").0, &Settings::default(), &body());
-    let of = |tensor: &Tensor| front.encode(tensor, None).err().unwrap().message;
+    let of = |tensor: &Tensor| front.encode(tensor, None, &FREE).err().unwrap().message;
     assert_eq!(of(&texts(&[])), "input 'text' holds no text");
     let mut broken = texts(&["a", "b"]);
     broken.data = Data::Strings(vec!["a".into(), Bytes::from_static(b"\xff")]);
@@ -248,7 +253,7 @@ fn folders_that_say_what_cannot_be_are_refused() {
     let folder = copied("bert-mean");
     fs::remove_file(folder.path().join("tokenizer.json")).unwrap();
     assert!(refused(folder.path(), &Settings::default(), &body()).contains("has no tokenizer.json"));
-    assert!(Front::open(folder.path(), &Settings::default(), &body(), false).unwrap().is_none());
+    assert!(Front::read(folder.path(), &Settings::default(), &body(), false).unwrap().is_none());
 
     let (folder, _) = encoder("bert-classification");
     let seven = graph(&[IDS, MASK, TYPES], "logits", &[-1, 7]);
@@ -265,7 +270,7 @@ fn graphs_that_are_no_encoders_are_left_alone() {
         graph(&[IDS, MASK], "start_logits", &[-1, -1]),
         Signature { inputs: vec![spec(IDS, DType::Int64, &[1, 128])], ..body() },
     ] {
-        assert!(Front::open(&folder, &Settings::default(), &graph, false).unwrap().is_none(), "{graph:?}");
+        assert!(Front::read(&folder, &Settings::default(), &graph, false).unwrap().is_none(), "{graph:?}");
     }
 }
 
@@ -289,4 +294,104 @@ fn warm_up_gets_rows_that_differ_and_that_the_model_knows() {
         let padding = i64::from(front.tokens.padding);
         assert!(ids.iter().all(|id| (0..expected["vocabulary"].as_i64().unwrap()).contains(id) && *id != padding));
     }
+}
+
+#[test]
+fn what_is_cut_off_of_a_pair_costs_nothing() {
+    let scores = graph(&[IDS, MASK, TYPES], "logits", &[-1, 1]);
+    let front = open(&encoder("bert-reranker").0, &Settings::default(), &scores);
+    let long = "boat ".repeat(20_000);
+    let start = Instant::now();
+    let tokens = front.encode(&pairs(&[[&long, &long]]), None, &FREE).unwrap().tokens;
+    assert_eq!(tokens, 64);
+    assert!(start.elapsed().as_secs() < 20, "{:?}", start.elapsed());
+}
+
+#[test]
+fn of_very_long_texts_the_end_that_counts_is_looked_at() {
+    let folder = copied("bert-mean");
+    let [head, tail] = ["the boat ", " near the gate"].map(|text| text.to_owned());
+    let long = format!("{head}{}{tail}", "a ".repeat(1 << 20));
+    let ids = |side: &str| {
+        let config = format!(r#"{{"truncation_side": "{side}"}}"#);
+        fs::write(folder.path().join("tokenizer_config.json"), config).unwrap();
+        let front = open(folder.path(), &Settings { max_length: Some(8), ..Settings::default() }, &body());
+        let of = |text: &str| front.tokens.rows(&texts(&[text]), None, None).unwrap().remove(0).ids;
+        (of(&long), of(&head), of(&tail))
+    };
+    let (cut, head, _) = ids("right");
+    assert_eq!(cut[..head.len() - 1], head[..head.len() - 1]);
+    let (cut, _, tail) = ids("left");
+    assert_eq!(cut[cut.len() - 3..], tail[tail.len() - 3..]);
+    let strict = open(folder.path(), &Settings { truncate: Some(false), ..Settings::default() }, &body());
+    let message = strict.encode(&texts(&[&long]), None, &FREE).err().unwrap().message;
+    assert!(message.contains("bytes, and the model takes"), "{message}");
+}
+
+#[test]
+fn what_there_is_no_room_or_time_for_is_refused() {
+    let front = open(&encoder("bert-mean").0, &Settings::default(), &body());
+    let many = texts(&["the boat"; 10]);
+    let few = Limits { bytes: 100, ..FREE };
+    let error = front.encode(&many, None, &few).err().unwrap();
+    assert_eq!(error.code, Code::TooLarge);
+    assert!(error.message.contains("there is room for 100"), "{}", error.message);
+    let late = Limits { deadline: Some(Instant::now()), ..FREE };
+    assert_eq!(front.encode(&many, None, &late).err().unwrap().code, Code::DeadlineExceeded);
+    let parts = front.encode(&many, None, &Limits { rows: 4, ..FREE }).unwrap().parts;
+    assert_eq!(parts.iter().map(|part| part.rows.len()).collect::<Vec<_>>(), [4, 4, 2]);
+}
+
+#[test]
+fn tokens_that_the_model_does_not_know_are_refused() {
+    let front = open(&encoder("bert-mean").0, &Settings::default(), &body());
+    let tensor = |name: &str, shape: [usize; 2], values: &[i64]| {
+        let data = integers(DType::Int64, values.iter().copied());
+        Tensor::new(name.into(), DType::Int64, shape.as_slice().into(), data).unwrap()
+    };
+    let of = |tensors: &[Tensor]| front.check(tensors).map_err(|error| error.message);
+    let ids = tensor(IDS, [2, 2], &[0, 5, 179, 7]);
+    of(&[ids.clone(), tensor(MASK, [2, 2], &[1, 1, 1, 0])]).unwrap();
+    for (tensors, said) in [
+        (vec![tensor(IDS, [2, 1], &[5, 180])], "input 'input_ids', row 1: there is no token 180; there are 0 to 179"),
+        (vec![tensor(IDS, [1, 2], &[5, -1])], "input 'input_ids', row 0: there is no token -1; there are 0 to 179"),
+        (vec![tensor(IDS, [1, 65], &[5; 65])], "input 'input_ids' has rows of 65 tokens, and the model takes 64"),
+        (vec![tensor(IDS, [0, 5], &[])], "input 'input_ids' has shape [0, 5], which holds no token"),
+        (
+            vec![ids.clone(), tensor(MASK, [1, 2], &[1, 1])],
+            "input 'attention_mask' must have the shape of 'input_ids', [2, 2], got [1, 2]",
+        ),
+        (
+            vec![ids, tensor(MASK, [2, 2], &[1, 1, 1, 2])],
+            "input 'attention_mask', row 1: there is no value 2; there are 0 to 1",
+        ),
+    ] {
+        assert_eq!(of(&tensors).unwrap_err(), said);
+    }
+}
+
+/// A graph that counts padding, too.
+struct Unmasked(Signature);
+
+impl Session for Unmasked {
+    fn signature(&self) -> &Signature {
+        &self.0
+    }
+
+    fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, Error> {
+        let [rows, length] = inputs[0].shape[..] else { panic!() };
+        let data = Data::Plain(vec![length as f32; rows * 2].into_iter().flat_map(f32::to_le_bytes).collect());
+        let shape = [rows, 2].as_slice().into();
+        Ok(vec![Tensor { name: "sentence_embedding".into(), dtype: DType::Fp32, shape, data }])
+    }
+}
+
+#[test]
+fn a_graph_that_reads_padding_gets_none() {
+    let (folder, _) = encoder("bert-mean");
+    let graph = graph(&[IDS, MASK], "sentence_embedding", &[-1, 2]);
+    let front = Front::open(&folder, &Settings::default(), &mut Unmasked(graph), true).unwrap().unwrap();
+    assert!(!front.pads);
+    let front = Front::open(&folder, &Settings::default(), &mut Echo(body()), true).unwrap().unwrap();
+    assert!(front.pads);
 }

@@ -1,20 +1,27 @@
 //! Texts to tokens, by the model's own tokenizer.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Instant};
 
 use tokenizers::{
-    Encoding, PostProcessor, Tokenizer, TruncationParams,
+    Encoding, PostProcessor, Tokenizer, TruncationDirection, TruncationParams,
+    normalizers::Lowercase,
     utils::truncation::{TruncationStrategy, truncate_encodings},
 };
 
 use super::{Settings, folder::Folder, wrong};
 use crate::{
-    error::Error,
+    error::{Code, Error},
     tensor::{Data, Tensor},
 };
 
-/// Bytes of texts that an I/O thread may encode by itself: some ten microseconds.
-pub(super) const QUICK_BYTES: usize = 2048;
+/// Bytes of texts that an I/O thread may encode by itself: some hundred microseconds at most.
+const QUICK_BYTES: usize = 256;
+/// Tokens of a text where no file says how many there may be.
+const DEFAULT_LENGTH: usize = 8192;
+/// Bytes for each token that the model takes, and bytes in any case, beyond which a text is not even looked at: words are
+/// never so long, and who sends a megabyte shall not have all of it tokenized for 512 tokens.
+const TOKEN_BYTES: usize = 256;
+const LEAST_BYTES: usize = 64 << 10;
 
 /// The tokens of one text.
 pub(super) struct Row {
@@ -26,13 +33,15 @@ pub(super) struct Row {
 /// The tokenizer, and what the model wants of it.
 pub(super) struct Tokens {
     tokenizer: Tokenizer,
-    /// Tokens that one text may have; `None` where nothing says so.
-    max_length: Option<usize>,
+    /// Tokens that one text may have.
+    max_length: usize,
     truncate: bool,
-    lower_case: bool,
+    /// The end that is cut off.
+    direction: TruncationDirection,
     prompt: String,
     /// The id of padding.
     pub padding: u32,
+    /// Ids that the model and the tokenizer know.
     vocabulary: u32,
 }
 
@@ -41,40 +50,58 @@ impl Tokens {
     /// `InvalidArgument` naming the file that is no tokenizer, or the setting that it cannot follow.
     pub fn new((path, bytes): &(PathBuf, Vec<u8>), folder: &Folder, settings: &Settings) -> Result<Self, Error> {
         let mut tokenizer = Tokenizer::from_bytes(bytes).map_err(|error| wrong(path, error))?;
+        let direction = match folder.truncation_side.as_deref() {
+            Some("left") => TruncationDirection::Left,
+            Some(_) => TruncationDirection::Right,
+            None => tokenizer.get_truncation().map(|truncation| truncation.direction).unwrap_or_default(),
+        };
         // Cutting and padding are done here, where it is known what with.
         tokenizer.with_truncation(None).map_err(|error| wrong(path, error))?;
         let padding = tokenizer.get_padding().map(|padding| padding.pad_id);
         tokenizer.with_padding(None);
+        if folder.lower_case && tokenizer.get_normalizer().is_none() {
+            // Those that have a normalizer are taught by it.
+            tokenizer.with_normalizer(Some(Lowercase)).map_err(|error| wrong(path, error))?;
+        }
         if let (Some(wanted), Some(most)) = (settings.max_length, folder.most)
             && wanted > most
         {
             return Err(Error::invalid(format!("text.max_length is {wanted}, and the model takes {most} tokens")));
         }
-        let max_length = settings.max_length.or(folder.max_length);
+        let max_length = settings.max_length.or(folder.max_length).unwrap_or(DEFAULT_LENGTH);
         let vocabulary = u32::try_from(tokenizer.get_vocab_size(true)).unwrap_or(u32::MAX);
         let tokens = Self {
             max_length,
             truncate: settings.truncate.unwrap_or(true),
-            lower_case: folder.lower_case,
+            direction,
             prompt: settings.prompt.clone().or_else(|| folder.prompt.clone()).unwrap_or_default(),
-            padding: folder.config.pad_token_id.or(padding).unwrap_or(0),
-            vocabulary: folder.config.vocab_size.unwrap_or(vocabulary).min(vocabulary),
+            padding: folder.config.pad_token_id.and_then(|id| u32::try_from(id).ok()).or(padding).unwrap_or(0),
+            vocabulary: folder.config.vocabulary().unwrap_or(vocabulary).min(vocabulary),
             tokenizer,
         };
         let special = tokens.special(true);
-        match tokens.max_length {
-            Some(most) if most <= special => {
-                Err(Error::invalid(format!("text.max_length is {most}, and {special} tokens are special ones")))
-            }
-            _ => Ok(tokens),
+        if max_length <= special {
+            let message = format!("texts may have {max_length} tokens (text.max_length, or what the files say)");
+            return Err(Error::invalid(format!("{message}, and {special} tokens of a pair are special ones")));
         }
+        if !folder.includes_prompt && !tokens.prompt.is_empty() {
+            let message =
+                "a prompt that is left out of the pooling (include_prompt) is not supported; set text.prompt = \"\"";
+            return Err(Error::invalid(message));
+        }
+        Ok(tokens)
+    }
+
+    /// Whether an I/O thread may encode the texts.
+    pub fn is_quick(&self, text: &Tensor) -> bool {
+        text.byte_len().saturating_add(self.prompt.len().saturating_mul(text.rows())) <= QUICK_BYTES
     }
 
     /// The tokens of each text, or of each pair of texts.
     ///
     /// # Errors
-    /// `InvalidArgument` naming the row that is no text, or too long a one.
-    pub fn rows(&self, text: &Tensor, truncate: Option<bool>) -> Result<Vec<Row>, Error> {
+    /// `InvalidArgument` naming the row that is no text, or too long a one; `DeadlineExceeded` when it took too long.
+    pub fn rows(&self, text: &Tensor, truncate: Option<bool>, deadline: Option<Instant>) -> Result<Vec<Row>, Error> {
         let Data::Strings(texts) = &text.data else {
             return Err(Error::internal("texts that are no strings"));
         };
@@ -87,6 +114,9 @@ impl Tokens {
             .chunks(width)
             .enumerate()
             .map(|(row, texts)| {
+                if row > 0 && deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                    return Err(Error::new(Code::DeadlineExceeded, "the deadline passed before its texts were tokens"));
+                }
                 let of_row = |reason: String| Error::invalid(format!("input '{}', row {row}: {reason}", text.name));
                 let mut read = texts
                     .iter()
@@ -99,28 +129,40 @@ impl Tokens {
     }
 
     fn row(&self, first: &str, second: Option<&str>, truncate: bool) -> Result<Row, String> {
-        let first = self.encode(first)?;
-        let second = second.map(|text| self.encode(text)).transpose()?;
+        let first = self.encode(first, truncate)?;
+        let second = second.map(|text| self.encode(text, truncate)).transpose()?;
         let (first, second) = self.cut(first, second, truncate)?;
-        let mut whole = self
+        let whole = self
             .tokenizer
             .post_process(first, second, true)
             .map_err(|error| format!("it cannot be tokenized: {error}"))?;
-        let types = whole.get_type_ids().to_vec();
-        // What a tokenizer without padding counts is tokens.
-        whole.take_overflowing();
-        Ok(Row { ids: whole.get_ids().to_vec(), types })
+        Ok(Row { ids: whole.get_ids().to_vec(), types: whole.get_type_ids().to_vec() })
     }
 
     /// One text, without special tokens.
-    fn encode(&self, text: &str) -> Result<Encoding, String> {
+    fn encode(&self, text: &str, truncate: bool) -> Result<Encoding, String> {
+        let text = self.looked_at(text, truncate)?;
         let failed = |error| format!("it cannot be tokenized: {error}");
-        if self.prompt.is_empty() && !self.lower_case {
+        if self.prompt.is_empty() {
             return self.tokenizer.encode_fast(text, false).map_err(failed);
         }
-        let text = format!("{}{text}", self.prompt);
-        let text = if self.lower_case { text.to_lowercase() } else { text };
-        self.tokenizer.encode_fast(text, false).map_err(failed)
+        self.tokenizer.encode_fast(format!("{}{text}", self.prompt), false).map_err(failed)
+    }
+
+    /// As much of the text as may be more than the tokens that are wanted of it.
+    fn looked_at<'a>(&self, text: &'a str, truncate: bool) -> Result<&'a str, String> {
+        let most = self.max_length.saturating_mul(TOKEN_BYTES).max(LEAST_BYTES);
+        if text.len() <= most {
+            return Ok(text);
+        }
+        if !truncate {
+            let tokens = self.max_length;
+            return Err(format!("it has {} bytes, and the model takes {tokens} tokens", text.len()));
+        }
+        Ok(match self.direction {
+            TruncationDirection::Right => &text[..text.floor_char_boundary(most)],
+            TruncationDirection::Left => &text[text.ceil_char_boundary(text.len() - most)..],
+        })
     }
 
     /// Makes room for the special tokens: of a pair, the longer text is cut first.
@@ -130,7 +172,7 @@ impl Tokens {
         second: Option<Encoding>,
         truncate: bool,
     ) -> Result<(Encoding, Option<Encoding>), String> {
-        let Some(most) = self.max_length else { return Ok((first, second)) };
+        let most = self.max_length;
         let special = self.special(second.is_some());
         let tokens = first.len() + second.as_ref().map_or(0, Encoding::len) + special;
         if tokens <= most {
@@ -142,9 +184,22 @@ impl Tokens {
         let params = TruncationParams {
             max_length: most.saturating_sub(special),
             strategy: TruncationStrategy::LongestFirst,
+            direction: self.direction,
             ..TruncationParams::default()
         };
-        truncate_encodings(first, second, &params).map_err(|error| format!("it cannot be cut: {error}"))
+        let cut = truncate_encodings(first, second, &params);
+        let (mut first, mut second) = cut.map_err(|error| format!("it cannot be cut: {error}"))?;
+        // What was cut off would be put together with all that was cut off of the other text.
+        first.take_overflowing();
+        if let Some(second) = &mut second {
+            second.take_overflowing();
+        }
+        Ok((first, second))
+    }
+
+    /// Tokens that one text may have.
+    pub fn longest(&self) -> usize {
+        self.max_length
     }
 
     /// The special tokens of a text, or of a pair.
@@ -157,19 +212,19 @@ impl Tokens {
     pub fn padded(&self, length: usize) -> usize {
         let step = (length.next_power_of_two() / 16).max(1);
         let padded = length.next_multiple_of(step);
-        self.max_length.map_or(padded, |most| padded.min(most.max(length)))
+        padded.min(self.max_length.max(length))
     }
 
     /// A text of `length` tokens, for warm-up: the same for the same `number`.
     pub fn made_up(&self, number: u32, length: usize) -> Row {
-        let length = self.max_length.map_or(length, |most| most.min(length));
+        let length = self.max_length.min(length);
         let mut state = number.wrapping_mul(2_654_435_761).wrapping_add(1);
         let id = |_| {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (state >> 8) % self.vocabulary.max(1)
+            (state >> 8) % self.vocabulary.max(2)
         };
-        let ids: Vec<u32> = (0..length).map(id).map(|id| if id == self.padding { id + 1 } else { id }).collect();
-        let ids = ids.into_iter().map(|id| id.min(self.vocabulary.saturating_sub(1))).collect();
+        let most = self.vocabulary.max(2);
+        let ids = (0..length).map(id).map(|id| if id == self.padding { (id + 1) % most } else { id }).collect();
         Row { ids, types: vec![0; length] }
     }
 }
