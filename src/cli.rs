@@ -4,6 +4,7 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::Arc,
     time::Duration,
 };
 
@@ -11,8 +12,10 @@ use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
 use toml::{Table, Value};
 
+#[cfg(feature = "candle")]
+use crate::backend::candle::Candle;
 use crate::{
-    backend::{Backends, onnx::OnnxRuntime},
+    backend::{Backend, Backends, onnx::OnnxRuntime},
     config::{self, Config},
     control::{
         ModelControl, pbtxt,
@@ -206,7 +209,12 @@ fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let onnx = OnnxRuntime::open(config.onnxruntime.clone().or(dylib).as_deref(), config.shared_threads)?;
     let onnx = onnx.with_scratch(config.data_directory());
     let version = onnx.version().to_owned();
-    let backends = Backends::new([std::sync::Arc::new(onnx) as std::sync::Arc<dyn crate::backend::Backend>]);
+    // Where a folder has files for several, the first is chosen.
+    let backends = Backends::new([
+        Arc::new(onnx) as Arc<dyn Backend>,
+        #[cfg(feature = "candle")]
+        Arc::new(Candle::open()?),
+    ]);
     let server = Server::start(&config, backends, &version, logging)?;
     mention(format_args!("tidegate {} with ONNX Runtime {version}", env!("CARGO_PKG_VERSION")));
     mention(format_args!("  REST  http://{}", server.rest));

@@ -22,11 +22,16 @@ const LAYERS: [(u8, &[&str]); 12] = [
 ];
 
 /// The only places (files, or folders and the file of the same name) that may name a foreign crate.
-const HOMES: [(&str, &[&str]); 35] = [
+const HOMES: [(&str, &[&str]); 40] = [
     ("ort", &["backend/onnx"]),
+    ("candle_core", &["backend/candle"]),
+    ("candle_nn", &["backend/candle"]),
+    ("candle_transformers", &["backend/candle"]),
+    ("rayon", &["backend/candle"]),
+    ("safetensors", &["backend/candle"]),
     ("libc", &["priority", "heap"]),
     ("tokenizers", &["text"]),
-    ("half", &["backend/onnx", "model/warmup", "api/codec", "observe/compare"]),
+    ("half", &["backend/onnx", "backend/candle", "model/warmup", "api/codec", "observe/compare"]),
     ("prost", &["backend/onnx", "api"]),
     ("tonic", &["api"]),
     ("tonic_health", &["api/health"]),
@@ -44,7 +49,17 @@ const HOMES: [(&str, &[&str]); 35] = [
     ("reqwest", &["source"]),
     ("saphyr_parser", &["source/yaml", "source/mlflow/flavor", "source/dvc/pointer"]),
     ("async_trait", &["source"]),
-    ("tempfile", &["control/upload", "source/cache", "source/oci", "backend/onnx/shared", "backend/onnx/testing"]),
+    (
+        "tempfile",
+        &[
+            "control/upload",
+            "source/cache",
+            "source/oci",
+            "backend/onnx/shared",
+            "backend/onnx/testing",
+            "backend/candle/testing",
+        ],
+    ),
     ("axum", &["api", "server"]),
     ("hyper_util", &["api/listen", "cli"]),
     ("socket2", &["api/listen"]),

@@ -128,7 +128,7 @@ impl Interface {
                 Some(declared) => declared.apply("input", spec)?,
                 None => (spec.clone(), None),
             };
-            if declared(&spec.name).is_some_and(|declared| declared.optional) {
+            if declared(&spec.name).map_or_else(|| graph.is_optional(&spec.name), |declared| declared.optional) {
                 signature.optional.push(spec.name.clone());
             }
             signature.inputs.push(outward);
@@ -152,7 +152,7 @@ impl Interface {
     fn check_inputs(&self, graph: &Signature) -> Result<(), Error> {
         for declared in &self.inputs {
             let has = |specs: &[TensorSpec]| specs.iter().any(|spec| *spec.name == declared.name);
-            if declared.optional && has(&graph.inputs) {
+            if declared.optional && has(&graph.inputs) && !graph.is_optional(&declared.name) {
                 return Err(Error::invalid(format!(
                     "input '{}' is declared optional, and the graph has no value for it (no initializer)",
                     declared.name

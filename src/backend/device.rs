@@ -110,6 +110,13 @@ impl InstanceGroup {
     }
 }
 
+/// The NVIDIA GPUs that the kernel's driver offers here.
+pub(super) fn nvidia_gpus() -> usize {
+    let is_device = |name: &str| name.strip_prefix("nvidia").is_some_and(|number| number.parse::<u32>().is_ok());
+    let entries = std::fs::read_dir("/dev").into_iter().flatten().flatten();
+    entries.filter(|entry| entry.file_name().to_str().is_some_and(is_device)).count()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{error::Error, tensor::Tensor};
 
+#[cfg(feature = "candle")]
+pub mod candle;
 mod declared;
 mod device;
 pub mod onnx;
@@ -127,12 +129,25 @@ pub enum OptimizationLevel {
     All,
 }
 
+/// The type that a model computes with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ComputeType {
+    #[default]
+    Float32,
+    Float16,
+    Bfloat16,
+}
+
 /// What a model's author may say about how its graph runs.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Options {
     /// Where sessions run: "cpu" or "cuda:N". A device that cannot be had fails the model.
     pub device: Device,
+    /// The type that candle computes with, whatever the weights are stored in: "float32", "float16" or "bfloat16". An
+    /// ONNX model's is in its graph.
+    pub dtype: ComputeType,
     /// Threads that share the work of one operator. Default: cores ÷ instances, at least 1.
     pub intra_op_threads: Option<usize>,
     /// Threads that run independent operators side by side, in parallel mode.

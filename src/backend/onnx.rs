@@ -5,7 +5,6 @@
 
 use std::{
     borrow::Cow,
-    fs,
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::Arc,
@@ -23,7 +22,9 @@ use ort::{
 };
 use prost::Message;
 
-use super::{Backend, Device, OptimizationLevel, Options, Session, Signature, TensorSpec};
+use super::{
+    Backend, ComputeType, Device, OptimizationLevel, Options, Session, Signature, TensorSpec, device::nvidia_gpus,
+};
 use crate::{
     error::{Code, Error},
     tensor::{DType, Tensor},
@@ -197,7 +198,7 @@ impl Backend for OnnxRuntime {
     }
 
     fn gpus(&self) -> usize {
-        if ep::CUDA::is_available().unwrap_or(false) { devices() } else { 0 }
+        if ep::CUDA::is_available().unwrap_or(false) { nvidia_gpus() } else { 0 }
     }
 
     fn load(&self, path: &Path, options: &Options, instances: usize) -> Result<Vec<Box<dyn Session>>, Error> {
@@ -318,17 +319,13 @@ fn check(options: &Options) -> Result<(), Error> {
             return Err(Error::invalid(format!("{name} must be 1 to {MAX_THREADS}, is {threads}")));
         }
     }
+    if options.dtype != ComputeType::default() {
+        return Err(Error::invalid("dtype is for models that run on candle; an ONNX model's types are in its graph"));
+    }
     match BORROWING_ENTRIES.iter().find(|key| options.session_config.contains_key(**key)) {
         Some(key) => Err(Error::invalid(format!("session_config '{key}' cannot be set here"))),
         None => Ok(()),
     }
-}
-
-/// The NVIDIA GPUs that the kernel's driver offers here.
-fn devices() -> usize {
-    let is_device = |name: &str| name.strip_prefix("nvidia").is_some_and(|number| number.parse::<u32>().is_ok());
-    let entries = fs::read_dir("/dev").into_iter().flatten().flatten();
-    entries.filter(|entry| entry.file_name().to_str().is_some_and(is_device)).count()
 }
 
 fn level(level: OptimizationLevel) -> GraphOptimizationLevel {

@@ -1,6 +1,7 @@
 //! What the backend does with models, whole and broken.
 
 use std::collections::BTreeMap;
+use std::fs;
 
 use bytes::Bytes;
 
