@@ -339,3 +339,62 @@ fn hidden_states_have_the_size_of_the_model() {
     let output = open(&checkpoint("bert", false)).run(&[input("input_ids", &[2, 3], &text(6, 1))]).unwrap().remove(0);
     assert_eq!(&output.shape[..], [2, 3, HIDDEN]);
 }
+
+/// One text of `tests/encoders`, with what transformers gives for it.
+#[derive(serde::Deserialize)]
+struct Case {
+    input_ids: Vec<i64>,
+    attention_mask: Vec<i64>,
+    token_type_ids: Option<Vec<i64>>,
+    logits: Option<Vec<f32>>,
+    last_hidden_state: Option<Vec<Vec<f32>>>,
+}
+
+#[derive(serde::Deserialize)]
+struct Reference {
+    cases: Vec<Case>,
+}
+
+#[test]
+fn numbers_are_those_of_transformers() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/encoders");
+    let mut compared = 0;
+    for model in std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()) {
+        let read = |name: &str| std::fs::read(model.join(name)).unwrap();
+        let Reference { cases } = serde_json::from_slice(&read("expected.json")).unwrap();
+        let config: serde_json::Value = serde_json::from_slice(&read("config.json")).unwrap();
+        let padding = config["pad_token_id"].as_i64().unwrap_or(0);
+        let mut session = load(&model, &Options::default(), 1).unwrap().remove(0);
+        let takes_types = session.signature().inputs.len() == 3;
+        let longest = cases.iter().map(|case| case.input_ids.len()).max().unwrap();
+        let row = |values: &[i64], length: usize, filler: i64| -> Vec<i64> {
+            values.iter().copied().chain(std::iter::repeat(filler)).take(length).collect()
+        };
+        let inputs = |cases: &[&Case], length: usize| {
+            let of = |name: &str, values: fn(&Case) -> Option<&Vec<i64>>, filler| {
+                let none = vec![0; length];
+                let rows = cases.iter().flat_map(|case| row(values(case).unwrap_or(&none), length, filler));
+                input(name, &[cases.len(), length], &rows.collect::<Vec<_>>())
+            };
+            let ids = of("input_ids", |case| Some(&case.input_ids), padding);
+            let mask = of("attention_mask", |case| Some(&case.attention_mask), 0);
+            let types = takes_types.then(|| of("token_type_ids", |case| case.token_type_ids.as_ref(), 0));
+            [ids, mask].into_iter().chain(types).collect::<Vec<_>>()
+        };
+        let all: Vec<&Case> = cases.iter().collect();
+        let together = floats(&session.run(&inputs(&all, longest)).unwrap()[0]);
+        for (index, case) in cases.iter().enumerate() {
+            let alone = floats(&session.run(&inputs(&[case], case.input_ids.len())).unwrap()[0]);
+            let width = together.len() / cases.len();
+            let what = format!("{} {index}", model.display());
+            assert_close(&together[index * width..][..alone.len()], &alone, 1e-5, &what);
+            let states = case.last_hidden_state.as_ref().map(|states| states.concat());
+            if let Some(expected) = case.logits.as_ref().or(states.as_ref()) {
+                // Of the states there are the first rows.
+                assert_close(&alone[..expected.len()], expected, 1e-4, &what);
+                compared += 1;
+            }
+        }
+    }
+    assert_eq!(compared, 36);
+}
