@@ -41,7 +41,8 @@ pub struct Batch {
     pub types: Vec<u32>,
 }
 
-/// A matrix [out, in] and what is added to its products.
+/// A matrix and what is added to its products. Files have it as [out, in]; here it is [in, out], which products of few
+/// rows read as it lies.
 pub struct Linear {
     weight: Tensor,
     pub bias: Option<Tensor>,
@@ -87,7 +88,7 @@ impl<'a> Parts<'a> {
     pub fn linear(&mut self, name: &str, inputs: usize, outputs: usize, has_bias: bool) -> Result<Linear, Error> {
         let weight = self.weights.tensor(&format!("{name}.weight"), &[outputs, inputs])?;
         let bias = if has_bias { Some(self.weights.tensor(&format!("{name}.bias"), &[outputs])?) } else { None };
-        Ok(Linear { weight, bias })
+        Linear::new(&weight, bias)
     }
 
     /// # Errors
@@ -182,10 +183,9 @@ impl<'a> Parts<'a> {
         };
         let [query, key, value, out, attention_norm, up, down, norm] = names.map(|name| format!("{at}.{name}"));
         let three = |what: &str| [&query, &key, &value].map(|name| format!("{name}.{what}"));
-        let attention_in = Linear {
-            weight: self.weights.stacked(&three("weight"), &[hidden, hidden])?,
-            bias: Some(self.weights.stacked(&three("bias"), &[hidden])?),
-        };
+        let weight = self.weights.stacked(&three("weight"), &[hidden, hidden])?;
+        let bias = self.weights.stacked(&three("bias"), &[hidden])?;
+        let attention_in = Linear::new(&weight, Some(bias))?;
         Ok(Layer {
             before: false,
             attention_in,
@@ -237,12 +237,18 @@ impl<'a> Parts<'a> {
 }
 
 impl Linear {
+    fn new(weight: &Tensor, bias: Option<Tensor>) -> Result<Self, Error> {
+        let turned = weight.t().and_then(|weight| weight.contiguous());
+        let weight = turned.map_err(|error| Error::internal(format!("cannot turn a matrix: {error}")))?;
+        Ok(Self { weight, bias })
+    }
+
     /// The products of rows, without what is added to them.
     ///
     /// # Errors
     /// What candle says.
     pub fn product(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        x.matmul(&self.weight.t()?)
+        x.matmul(&self.weight)
     }
 }
 
