@@ -211,8 +211,8 @@ fn pairs_are_cut_at_the_longer_text() {
     let scores = graph(&[IDS, MASK, TYPES], "logits", &[-1, 1]);
     let front = open(&encoder("bert-reranker").0, &Settings { max_length: Some(16), ..Settings::default() }, &scores);
     let long = "the boat waits near the gate ".repeat(20);
-    let [row] = &front.tokens.rows(&pairs(&[["the boat", &long]]), None, &FREE).unwrap()[..] else { panic!() };
-    let short = front.tokens.rows(&pairs(&[["the boat", ""]]), None, &FREE).unwrap()[0].ids.len() - 1;
+    let [row] = &front.tokens.rows(&pairs(&[["the boat", &long]]), None, None).unwrap()[..] else { panic!() };
+    let short = front.tokens.rows(&pairs(&[["the boat", ""]]), None, None).unwrap()[0].ids.len() - 1;
     assert_eq!(row.ids.len(), 16);
     assert_eq!(row.types.iter().filter(|kind| **kind == 0).count(), short, "the query is whole");
 }
