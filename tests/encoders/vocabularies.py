@@ -44,8 +44,8 @@ def words():
 def word_pieces():
     """As BERT has it: lower case, words from the left, what is left of a word after `##`."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    endings = ["##s", "##ed", "##er", "##ing", "##ly"]
-    pieces = [*special, *LETTERS, *DIGITS, *MARKS, *(f"##{letter}" for letter in LETTERS), *endings[1:], *words()]
+    endings = ["##ed", "##er", "##ing", "##ly"]
+    pieces = [*special, *LETTERS, *DIGITS, *MARKS, *(f"##{letter}" for letter in LETTERS), *endings, *words()]
     vocabulary = {piece: id for id, piece in enumerate(pieces[:SIZE])}
     tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
