@@ -29,6 +29,7 @@ pub(super) mod front;
 mod generate;
 mod invocations;
 mod predict;
+mod text;
 
 pub(super) use body::read_body;
 use exchange::infer;
@@ -73,6 +74,7 @@ pub fn routes(app: Arc<App>) -> Routes {
         .merge(generate::routes())
         .merge(predict::routes())
         .merge(invocations::routes())
+        .merge(text::routes())
         .merge(shared_memory::calls::routes())
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_verb)

@@ -16,10 +16,13 @@ use crate::{
 mod csv;
 pub mod generate;
 pub mod invocations;
+pub mod openai;
 pub mod predict;
 mod table;
+pub mod tei;
 #[cfg(test)]
 mod tests;
+pub mod texts;
 
 /// More members than any request has in an object, and more columns than any table; each takes many times its text in
 /// memory.

@@ -2,9 +2,11 @@
 //!
 //! Where both answer at one path, the object has the members of both.
 
+use std::time::UNIX_EPOCH;
+
 use serde_json::{Map, Value, json};
 
-use super::shapes::predict::SIGNATURE_NAME;
+use super::{SERVER_NAME, shapes::predict::SIGNATURE_NAME};
 use crate::{
     backend::TensorSpec,
     error::Error,
@@ -56,9 +58,16 @@ pub(super) fn status_json(catalog: &Catalog, model: &str, version: Option<&str>)
     Ok((ready, json!({ "name": model, "ready": ready, "model_version_status": versions })))
 }
 
-/// The names of all models that are known.
+/// The names of all models that are known; and those that are ready, in the words of OpenAI, which has the path too.
 pub(super) fn list_json(catalog: &Catalog) -> Value {
-    json!({ "models": catalog.deployments.keys().map(|name| name.as_str()).collect::<Vec<_>>() })
+    let names = || catalog.deployments.keys().map(|name| name.as_str());
+    let told = |name: &str| {
+        let version = catalog.find(name, None).ok()?;
+        let created = version.since.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        Some(json!({ "id": name, "object": "model", "created": created, "owned_by": SERVER_NAME }))
+    };
+    let data: Vec<Value> = names().filter_map(told).collect();
+    json!({ "models": names().collect::<Vec<_>>(), "object": "list", "data": data })
 }
 
 /// What a version takes and gives, as TensorFlow's signature definitions say it.

@@ -6,7 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use futures_util::{StreamExt, TryStreamExt, stream};
@@ -133,6 +133,8 @@ pub struct ModelVersion {
     /// What the schedule says of each level of priority.
     levels: Vec<Level>,
     pub instances: usize,
+    /// When it was loaded.
+    pub since: SystemTime,
     pub metrics: Arc<VersionMetrics>,
     /// What it did, for those who judge it.
     pub tally: Tally,
@@ -171,6 +173,7 @@ impl ModelVersion {
             levels: facts.schedule.levels(),
             facts,
             instances,
+            since: SystemTime::now(),
             metrics,
             queue,
             crew: Mutex::new(crew),

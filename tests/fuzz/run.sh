@@ -7,7 +7,7 @@ set -eu
 cd "$(dirname "$0")/../.."
 
 SECONDS_EACH="${FUZZ_SECONDS:-15}"
-TARGETS="rest_body binary_header raw_request protobuf compressed_body model_config other_shapes"
+TARGETS="rest_body binary_header raw_request protobuf compressed_body model_config other_shapes texts"
 [ $# -eq 0 ] || TARGETS="$*"
 
 bins=""

@@ -222,8 +222,22 @@ def other_shapes() -> dict[str, bytes]:
     }
 
 
+def texts() -> dict[str, bytes]:
+    openai, embed, rerank = (bytes([shape]) for shape in range(3))
+    # By the models of the target.
+    bare, narrow, masked, short = (bytes([model]) for model in range(4))
+    return {
+        "openai": openai + masked + b'{"model":"m","input":["tide","gate"],"encoding_format":"base64","user":"u"}',
+        "openai-ids": openai + short + b'{"input":[[1,2],[3]],"dimensions":1}',
+        "openai-one": openai + narrow + b'{"input":"tide","dimensions":2,"encoding_format":"float"}',
+        "embed": embed + masked + b'{"inputs":["tide"],"truncate":true,"normalize":false,"prompt_name":null}',
+        "embed-ids": embed + bare + b'{"inputs":[1,2,3],"truncation_direction":"Right","model":""}',
+        "rerank": rerank + masked + b'{"query":"q","texts":["a","b"],"raw_scores":false,"return_text":true}',
+    }
+
+
 if __name__ == "__main__":
     for target in [
-        rest_body, binary_header, raw_request, protobuf, compressed_body, model_config, other_shapes
+        rest_body, binary_header, raw_request, protobuf, compressed_body, model_config, other_shapes, texts
     ]:
         write(target.__name__, target())

@@ -5,7 +5,7 @@
 
 use std::{
     cell::Cell,
-    sync::Arc,
+    sync::{Arc, atomic::AtomicU64},
     time::{Duration, Instant},
 };
 
@@ -113,27 +113,40 @@ pub(super) fn exchange<A: Send + 'static, B: Arriving>(
         let client = app.clients.of(&arrival.headers, arrival.peer.as_ref());
         let mut record = Record::start(app, Protocol::Rest, &arrival.headers, client);
         let answer = match named {
-            Ok(named) => try_exchange(app, &named, arrival, &mut record, read, write).await,
+            Ok(named) => try_exchange(app, &named, arrival, &mut record, Wishes::default(), read, write).await,
             Err(error) => Err(error),
         };
-        let (mut response, failure) = match answer {
-            Ok(response) => (response, None),
-            Err(RestError { error, status }) => {
-                let code = error.code;
-                (RestError { error, status }.into_response().map(Payload::Routed), Some(code))
-            }
-        };
-        record.mark(response.headers_mut());
-        record.finish(failure);
-        response
+        conclude(record, answer.map_err(|error| (error.error.code, error.into_response())))
     }
 }
 
-async fn try_exchange<A: Send + 'static, B: Arriving>(
+/// Counts an answer, and says which version it is from.
+pub(super) fn conclude(record: Record, answer: Result<Response<Payload>, (Code, Response<Body>)>) -> Response<Payload> {
+    let (mut response, failure) = match answer {
+        Ok(response) => (response, None),
+        Err((code, refusal)) => (refusal.map(Payload::Routed), Some(code)),
+    };
+    record.mark(response.headers_mut());
+    record.finish(failure);
+    response
+}
+
+/// What a request wants beside its tensors and its hurry.
+#[derive(Default)]
+pub(super) struct Wishes {
+    /// As in `engine::Request`.
+    pub(super) tokens: Option<Arc<AtomicU64>>,
+    /// As in `engine::Request`.
+    pub(super) truncate: Option<bool>,
+}
+
+/// As `exchange`, for a record that is begun, and without a word of what failed.
+pub(super) async fn try_exchange<A: Send + 'static, B: Arriving>(
     app: &App,
     named: &Named,
     arrival: Arrival<B>,
     record: &mut Record,
+    wishes: Wishes,
     read: impl Fn(&Question) -> Result<(InferCall, A), Error> + Send + 'static,
     write: impl FnOnce(&InferReply<'_>, &InferCall, A) -> Result<Reply, Error> + Send + 'static,
 ) -> Result<Response<Payload>, RestError> {
@@ -144,7 +157,9 @@ async fn try_exchange<A: Send + 'static, B: Arriving>(
     let urgency = urgency(record, &call, latest);
     let inputs = std::mem::take(&mut call.inputs);
     let (started, protocol) = (record.started(), record.protocol());
-    let request = engine::Request { inputs, outputs: &names, urgency, truncate: None, tokens: None, started, protocol };
+    let Wishes { tokens, truncate } = &wishes;
+    let (tokens, truncate) = (tokens.as_deref(), *truncate);
+    let request = engine::Request { inputs, outputs: &names, urgency, truncate, tokens, started, protocol };
     let outputs = app.engine.infer(&mut target, request).await;
     // It may have run on the successor of the version that was found first.
     record.aim(&target);
@@ -260,7 +275,7 @@ fn json_length(headers: &HeaderMap, body: &Bytes) -> usize {
     announced.ok().flatten().unwrap_or(body.len())
 }
 
-fn timeout_header(headers: &HeaderMap) -> Result<Option<Duration>, Error> {
+pub(super) fn timeout_header(headers: &HeaderMap) -> Result<Option<Duration>, Error> {
     let millis = body::number_header(headers, &TIMEOUT_MS, TIMEOUT_MS.as_str())?;
     Ok(millis.map(|millis| Duration::from_millis(millis as u64)))
 }

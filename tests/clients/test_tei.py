@@ -1,0 +1,199 @@
+"""text-embeddings-inference's embed and rerank, in plain HTTP and by the Hub's client."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError
+
+from models import Repository, plus
+from server import Server
+from shapes import answer, post
+from text_models import EITHER, embedding, numbers, reranker, unit, vectors
+
+TEXTS = ["one", "nine", "", "Größe 🌊"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """One model of each kind, and one of none."""
+    home = tmp_path_factory.mktemp("tei")
+    repository = Repository(home / "models")
+    repository.add("embedder", embedding(), settings=EITHER)
+    repository.add("ranker", reranker())
+    repository.add("plus", plus(1))
+    with Server(repository.path, home) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory):
+    """Two models of each kind, of which one embedding model normalizes."""
+    home = tmp_path_factory.mktemp("crowded")
+    repository = Repository(home / "models")
+    repository.add("plain", embedding(), settings=EITHER)
+    repository.add("unit", embedding(normalized=True), settings=EITHER)
+    repository.add("ranker", reranker())
+    repository.add("another", reranker())
+    with Server(repository.path, home) as running:
+        yield running
+
+
+def refusal(server, path, body, headers=None):
+    """Status, type and message of an answer that must be none."""
+    reply = post(server, path, body, headers or {})
+    assert reply.headers["content-type"] == "application/json", reply
+    message = reply.json()
+    assert set(message) == {"error", "error_type"}, message
+    return reply.status, message["error_type"], message["error"]
+
+
+# --- embed --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [{}, {"model": "embedder"}, {"model": None}])
+def test_texts_become_vectors(server, model):
+    right = vectors(numbers(TEXTS))
+    got = answer(server, "/embed", {"inputs": TEXTS, "normalize": False} | model)
+    assert got == right.tolist()
+    for normalize in ({}, {"normalize": True}):
+        got = answer(server, "/embed", {"inputs": TEXTS, "truncate": True} | normalize | model)
+        assert np.allclose(got, unit(right), atol=1e-6)
+
+
+def test_one_text_is_a_list_too(server):
+    got = answer(server, "/embed", {"inputs": "two", "normalize": False, "prompt_name": None})
+    assert got == vectors([2]).tolist()
+
+
+def test_token_ids(server):
+    for inputs, sums in (([1, 2], [3]), ([[1, 2], [3]], [3, 3]), ([[7], [1, 2, 3]], [7, 6])):
+        got = answer(server, "/embed", {"inputs": inputs, "normalize": False})
+        assert got == vectors(sums).tolist()
+
+
+def test_fewer_dimensions(server):
+    right = vectors(numbers(TEXTS))[:, :3]
+    got = answer(server, "/embed", {"inputs": TEXTS, "dimensions": 3})
+    assert np.allclose(got, unit(right), atol=1e-6)
+    got = answer(server, "/embed", {"inputs": TEXTS, "dimensions": 3, "normalize": False})
+    assert got == right.tolist()
+
+
+def test_what_is_normalized_stays_so(crowded):
+    body = {"inputs": TEXTS, "model": "unit"}
+    got = answer(crowded, "/embed", body)
+    assert np.allclose(np.linalg.norm(got, axis=1), 1, atol=1e-6)
+    same = answer(crowded, "/v1/embeddings", {"input": TEXTS, "model": "unit"})
+    assert [each["embedding"] for each in same["data"]] == got
+    status, kind, message = refusal(crowded, "/embed", body | {"normalize": False})
+    assert (status, kind) == (400, "Validation")
+    assert "'unit': its vectors are normalized" in message
+
+
+def test_the_hubs_client(server):
+    client = InferenceClient(f"http://{server.rest}/embed")
+    right = vectors([9])
+    assert np.array_equal(client.feature_extraction("nine", normalize=False), right)
+    got = client.feature_extraction("nine", normalize=True, truncate=True)
+    assert np.allclose(got, unit(right), atol=1e-6)
+    with pytest.raises(HfHubHTTPError, match="prompt_name"):
+        client.feature_extraction("nine", prompt_name="query")
+
+
+# --- rerank -------------------------------------------------------------------------
+
+
+def test_texts_are_put_in_order(server):
+    body = {"query": "two", "texts": ["one", "nine", "five", "nine"]}
+    expected = [
+        {"index": 1, "score": 7.0},
+        {"index": 3, "score": 7.0},
+        {"index": 2, "score": 3.0},
+        {"index": 0, "score": -1.0},
+    ]
+    assert answer(server, "/rerank", body) == expected
+    flags = {"raw_scores": False, "return_text": False, "truncate": False, "model": "ranker"}
+    assert answer(server, "/rerank", body | flags) == expected
+    named = answer(server, "/rerank", body | {"return_text": True})
+    assert named == [each | {"text": body["texts"][each["index"]]} for each in expected]
+
+
+def test_a_long_packed_request(server):
+    texts = ["nine", "x" * 100] * 4000
+    body = gzip.compress(json.dumps({"query": "one", "texts": texts}).encode())
+    ranks = answer(server, "/rerank", body, {"Content-Encoding": "gzip"})
+    assert [each["index"] for each in ranks] == [*range(0, 8000, 2), *range(1, 8000, 2)]
+
+
+# --- what goes wrong ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "refused", "words"),
+    [
+        ("/embed", "{", (400, "Validation"), ["JSON"]),
+        ("/embed", b'{"inputs": "\xff"}', (400, "Validation"), ["JSON"]),
+        ("/embed", [], (422, "Validation"), ["object"]),
+        ("/embed", {}, (422, "Validation"), ["'inputs'"]),
+        ("/embed", {"inputs": {}}, (422, "Validation"), ["inputs", "list of strings"]),
+        ("/embed", {"inputs": []}, (400, "Empty"), ["empty"]),
+        ("/embed", {"inputs": ["a", None]}, (422, "Validation"), ["inputs[1]", "null"]),
+        ("/embed", {"inputs": [[1], [-1]]}, (422, "Validation"), ["inputs[1]", "negative"]),
+        ("/embed", {"inputs": "a", "truncate": "yes"}, (422, "Validation"), ["truncate", "yes"]),
+        ("/embed", {"inputs": "a", "normalize": 1}, (422, "Validation"), ["normalize"]),
+        ("/embed", {"inputs": "a", "dimensions": 0}, (422, "Validation"), ["dimensions"]),
+        ("/embed", {"inputs": "a", "dimensions": 5}, (413, "Validation"), ["4 at most", "5"]),
+        ("/embed", {"inputs": "a", "prompt_name": "q"}, (400, "Validation"), ["prompt_name"]),
+        ("/embed", {"inputs": ["a"] * 70_000}, (413, "Validation"), ["65536"]),
+        ("/embed", {"inputs": "a", "model": "nosuch"}, (404, "Validation"), ["nosuch"]),
+        ("/embed", {"inputs": "a", "model": "ranker"}, (424, "Backend"), ["ranker", "embedding"]),
+        ("/rerank", {"texts": ["a"]}, (422, "Validation"), ["'query'"]),
+        ("/rerank", {"query": "a"}, (422, "Validation"), ["'texts'"]),
+        ("/rerank", {"query": "a", "texts": []}, (400, "Empty"), ["empty"]),
+        ("/rerank", {"query": "a", "texts": "b"}, (422, "Validation"), ["texts", "list"]),
+        ("/rerank", {"query": "a", "texts": [["b"]]}, (422, "Validation"), ["texts[0]"]),
+        ("/rerank", {"query": 1, "texts": ["b"]}, (422, "Validation"), ["query"]),
+        (
+            "/rerank",
+            {"query": "a", "texts": ["b"], "raw_scores": True},
+            (400, "Validation"),
+            ["raw_scores"],
+        ),
+        (
+            "/rerank",
+            {"query": "a", "texts": ["b"], "model": "plus"},
+            (424, "Backend"),
+            ["plus", "reranking"],
+        ),
+    ],
+)
+def test_refusals(server, path, body, refused, words):
+    status, kind, message = refusal(server, path, body)
+    assert (status, kind) == refused, message
+    for word in words:
+        assert word in message, message
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "names"),
+    [
+        ("/embed", {"inputs": "a"}, "'plain', 'unit'"),
+        ("/rerank", {"query": "a", "texts": ["b"]}, "'another', 'ranker'"),
+    ],
+)
+def test_several_models_want_a_name(crowded, path, body, names):
+    status, kind, message = refusal(crowded, path, body)
+    assert (status, kind) == (400, "Validation")
+    assert message.endswith(f"there are 2: {names}")
+
+
+def test_no_model_of_the_kind(serve, repository):
+    repository.add("plus", plus(1))
+    server = serve(repository.path)
+    status, kind, message = refusal(server, "/embed", {"inputs": "a"})
+    assert (status, kind, message) == (424, "Backend", "no embedding model is ready")
+    status, kind, message = refusal(server, "/rerank", {"query": "a", "texts": ["b"]})
+    assert (status, kind, message) == (424, "Backend", "no reranking model is ready")
