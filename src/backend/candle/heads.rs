@@ -57,11 +57,7 @@ impl Head {
             Some(norm) => ops::normalize(x, None, None, norm)?,
             None => x,
         };
-        let logits = self.out.product(&x)?;
-        match &self.out.bias {
-            Some(bias) => logits.broadcast_add(bias),
-            None => Ok(logits),
-        }
+        ops::shift(self.out.product(&x)?, self.out.bias.as_ref())
     }
 
     /// The mean over the tokens that are there; of none, it is zero.

@@ -193,6 +193,15 @@ pub fn embed(tables: &[(&Tensor, Vec<u32>)]) -> Result<Tensor> {
     }
 }
 
+/// `x + bias`; `x` is overwritten.
+pub fn shift(x: Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    if !x.device().is_cpu() {
+        return add_bias(x, bias);
+    }
+    x.inplace_op1(&InPlace(Normalize { bias, residual: None, norm: None }))?;
+    Ok(x)
+}
+
 fn add_bias(x: Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     bias.map_or(Ok(x.clone()), |bias| x.broadcast_add(bias))
 }
@@ -583,7 +592,7 @@ fn erf(x: f32) -> f32 {
     let p = p * z + 0.003_882_256;
     let p = p * z + 0.053_098_336;
     let p = p * z + 0.193_519_44;
-    let p = p * z + 1.128_379_1;
+    let p = p * z + std::f32::consts::FRAC_2_SQRT_PI;
     let q = 3.742_110_5e-5;
     let q = q * z + 0.001_185_311_5;
     let q = q * z + 0.015_205_051;

@@ -162,7 +162,8 @@ fn names_may_have_their_models_before_them_or_not() {
         name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
     });
     let ids = input("input_ids", &[1, 4], &text(4, 1));
-    assert_eq!(open(&older).run(&[ids.clone()]).unwrap(), open(&newer).run(&[ids]).unwrap());
+    let run = |checkpoint: &Checkpoint| open(checkpoint).run(std::slice::from_ref(&ids)).unwrap();
+    assert_eq!(run(&older), run(&newer));
 }
 
 #[test]
@@ -204,6 +205,19 @@ fn instances_and_threads_change_nothing() {
         }
     }
     assert!(results.iter().all(|result| *result == results[0]));
+}
+
+/// candle's own threads for operators on elements, which all of the process would share.
+#[test]
+#[cfg(target_os = "linux")]
+fn large_batches_stay_in_the_pool_of_their_session() {
+    for family in FAMILIES {
+        let mut session = open(&checkpoint(family, true));
+        session.run(&padded(&vec![text(17, 1); 512], 18, 1)).unwrap();
+    }
+    let name = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+    let names: Vec<String> = std::fs::read_dir("/proc/self/task").unwrap().flatten().map(name).collect();
+    assert!(!names.iter().any(|name| name.starts_with("candle-bp")), "{names:?}");
 }
 
 #[test]

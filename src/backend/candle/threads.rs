@@ -17,7 +17,7 @@ use crate::{error::Error, priority};
 
 thread_local! {
     /// The pool that consists of the current thread; `None` where it is in another pool already. Threads cannot leave a
-    /// pool, so there is one for each thread (some kilobytes, which rayon never frees), whatever sessions it runs.
+    /// pool, so there is one for each thread (8 KB, which rayon never frees), whatever sessions it runs.
     static ALONE: OnceCell<Option<ThreadPool>> = const { OnceCell::new() };
 }
 

@@ -267,13 +267,21 @@ fn both_languages_say_the_same() {
 fn what_the_other_language_lacks_is_named() {
     let spec = ModelSpec::from_toml(
         "profile = \"throughput\"\nwarmup = [\"a.json\"]\nmax_batch_size = 4\ncheck_signature = false\n[golden]\nmin_accuracy = 1\n\
-         [options]\noptimized_model = \"/x\"",
+         [options]\noptimized_model = \"/x\"\ndtype = \"float16\"",
     )
     .unwrap();
     let (_, left_out) = to_text(&spec).unwrap();
     assert_eq!(
         left_out,
-        ["profile", "max_batch_size", "warmup", "check_signature", "golden", "options.optimized_model"]
+        [
+            "profile",
+            "max_batch_size",
+            "warmup",
+            "check_signature",
+            "golden",
+            "options.dtype",
+            "options.optimized_model"
+        ]
     );
 }
 

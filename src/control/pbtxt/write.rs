@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 use serde_json::{Map, Value, json};
 
 use crate::{
-    backend::{Declaration, Device, DeviceKind, InstanceGroup, OptimizationLevel, Options},
+    backend::{ComputeType, Declaration, Device, DeviceKind, InstanceGroup, OptimizationLevel, Options},
     control::spec::ModelSpec,
     model::{
         catalog::VersionPolicy,
@@ -46,6 +46,7 @@ pub(super) fn fields(spec: &ModelSpec) -> (Value, Vec<&'static str>) {
         ("warmup", !spec.warmup.is_empty()),
         ("check_signature", spec.check_signature.is_some()),
         ("golden", spec.golden != golden::Settings::default()),
+        ("options.dtype", spec.options.dtype != ComputeType::default()),
         ("options.share_prepacked_weights", spec.options.share_prepacked_weights.is_some()),
         ("options.optimized_model", spec.options.optimized_model.is_some()),
         ("options.cuda", spec.options.cuda.keys().any(|key| cuda_number(key, "").is_none())),
