@@ -16,6 +16,10 @@ use super::{
 };
 use crate::error::Error;
 
+/// Scores that are there at a time, on a CPU: they grow with the square of a text's length, and would take gigabytes.
+/// What fits into the processor's caches is faster besides. Tests have several blocks, however short their texts are.
+const BLOCK: usize = if cfg!(test) { 1000 } else { 2 << 20 };
+
 pub struct Body {
     words: Tensor,
     positions: Option<Tensor>,
@@ -334,12 +338,35 @@ impl Layer {
 
     /// What each token takes from those that it sees.
     fn attend(&self, x: &Tensor, mask: &Mask, dims: Dims) -> candle_core::Result<Tensor> {
+        let is_on_cpu = x.device().is_cpu();
         let x = self.attention_in.product(x)?;
         let (queries, keys, values) = ops::split(&x, self.attention_in.bias.as_ref(), self.rotation.as_deref(), dims)?;
         drop(x);
-        let scores = queries.matmul(&keys.transpose(2, 3)?)?;
-        drop((queries, keys));
-        let shares = ops::attend(scores, mask, self.window, dims)?;
-        ops::merge(&shares.matmul(&values)?, dims)
+        let Dims { rows, tokens, heads, head_size } = dims;
+        let pairs = rows * heads;
+        if !is_on_cpu || pairs * tokens * tokens <= BLOCK {
+            let scores = queries.matmul(&keys.transpose(2, 3)?)?;
+            let shares = ops::attend(scores, mask, self.window, dims, (0, 0))?;
+            return ops::merge(&shares.matmul(&values)?, dims);
+        }
+        let flat = |x: Tensor| x.reshape((pairs, tokens, head_size));
+        let (queries, keys, values) = (flat(queries)?, flat(keys)?.transpose(1, 2)?, flat(values)?);
+        // Heads of texts at a time, or so many tokens of one.
+        let (count, length) = match BLOCK / (tokens * tokens) {
+            0 => (1, (BLOCK / tokens).max(1)),
+            count => (count, tokens),
+        };
+        let mut blocks = Vec::new();
+        for pair in (0..pairs).step_by(count) {
+            let count = count.min(pairs - pair);
+            let (keys, values) = (keys.narrow(0, pair, count)?, values.narrow(0, pair, count)?);
+            for token in (0..tokens).step_by(length) {
+                let queries = queries.narrow(0, pair, count)?.narrow(1, token, length.min(tokens - token))?;
+                let scores = queries.matmul(&keys)?;
+                let shares = ops::attend(scores, mask, self.window, dims, (pair, token))?;
+                blocks.push(shares.matmul(&values)?.reshape(((), head_size))?);
+            }
+        }
+        ops::merge(&Tensor::cat(&blocks, 0)?, dims)
     }
 }

@@ -7,7 +7,7 @@
 //! Activations are matrices of one row for each token, rows of a text one after the other.
 
 use candle_core::{
-    CpuStorage, DType, Device, InplaceOp1, Layout, Result, Storage, StorageRef, Tensor, WithDType, bail,
+    CpuStorage, D, DType, Device, InplaceOp1, Layout, Result, Storage, StorageRef, Tensor, WithDType, bail,
 };
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -155,11 +155,14 @@ pub fn split(
 
 /// What each token makes of each other one that it sees: `scores` [rows, heads, tokens, tokens] as shares of 1, which
 /// are 0 for padding and for what is more than `window` tokens away. What sees nothing gets nothing, and no NaN.
-pub fn attend(scores: Tensor, mask: &Mask, window: Option<usize>, dims: Dims) -> Result<Tensor> {
+///
+/// On a CPU, `scores` may be of a part: of some heads, all texts' counted through, and of some of their tokens.
+/// `first` is the first of either.
+pub fn attend(scores: Tensor, mask: &Mask, window: Option<usize>, dims: Dims, first: (usize, usize)) -> Result<Tensor> {
     if !scores.device().is_cpu() {
         return plain::attend(&scores, mask, window, dims);
     }
-    scores.inplace_op1(&InPlace(Attend { mask, window, dims }))?;
+    scores.inplace_op1(&InPlace(Attend { mask, window, dims, first, count: scores.dim(D::Minus2)? }))?;
     Ok(scores)
 }
 
@@ -369,6 +372,9 @@ struct Attend<'a> {
     mask: &'a Mask,
     window: Option<usize>,
     dims: Dims,
+    first: (usize, usize),
+    /// Tokens for each head.
+    count: usize,
 }
 
 impl Pass for Attend<'_> {
@@ -377,7 +383,7 @@ impl Pass for Attend<'_> {
     fn run<T: Element>(&self, values: &mut [T], size: usize) -> Result<()> {
         let Dims { tokens, heads, .. } = self.dims;
         for_chunks(values, size, |index, line| {
-            let token = index % tokens;
+            let (head, token) = (self.first.0 + index / self.count, self.first.1 + index % self.count);
             let (start, end) = match self.window {
                 Some(window) => (token.saturating_sub(window), (token + window + 1).min(size)),
                 None => (0, size),
@@ -386,7 +392,7 @@ impl Pass for Attend<'_> {
             line[end..].fill(T::default());
             let seen = &mut line[start..end];
             if !self.mask.present.is_empty() {
-                let row = index / (tokens * heads);
+                let row = head / heads;
                 let present = &self.mask.present[row * tokens + start..row * tokens + end];
                 for (score, &present) in seen.iter_mut().zip(present) {
                     *score = if present { *score } else { T::of(f32::NEG_INFINITY) };
@@ -796,7 +802,7 @@ mod tests {
             let scores = random(&[3, 2, 37, 37], 1);
             for window in [None, Some(4), Some(100)] {
                 let mask = Mask { present: present.clone(), bias: Some(bias.clone()) };
-                let ours = attend(scores.copy().unwrap(), &mask, window, dims).unwrap();
+                let ours = attend(scores.copy().unwrap(), &mask, window, dims, (0, 0)).unwrap();
                 let theirs = plain::attend(&scores, &mask, window, dims).unwrap();
                 let first = |tensor: &Tensor, tokens| tensor.narrow(0, 0, 2).unwrap().narrow(2, 0, tokens).unwrap();
                 // What sees no token at all gets shares of padding from candle, and none here.
@@ -806,7 +812,7 @@ mod tests {
                 assert!(values(&theirs).iter().all(|share| share.is_finite()));
             }
             let none = Mask::new(vec![true; 3 * 37], dims, &Device::Cpu).unwrap();
-            let ours = attend(scores.copy().unwrap(), &none, None, dims).unwrap();
+            let ours = attend(scores.copy().unwrap(), &none, None, dims, (0, 0)).unwrap();
             assert_close(&ours, &plain::attend(&scores, &none, None, dims).unwrap(), tolerance);
         });
     }

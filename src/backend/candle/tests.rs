@@ -401,7 +401,8 @@ fn numbers_are_those_of_transformers() {
             let alone = floats(&session.run(&inputs(&[case], case.input_ids.len())).unwrap()[0]);
             let width = together.len() / cases.len();
             let what = format!("{} {index}", model.display());
-            assert_close(&together[index * width..][..alone.len()], &alone, 1e-5, &what);
+            // States of up to 4, after layers that make differences larger.
+            assert_close(&together[index * width..][..alone.len()], &alone, 3e-5, &what);
             let states = case.last_hidden_state.as_ref().map(|states| states.concat());
             if let Some(expected) = case.logits.as_ref().or(states.as_ref()) {
                 // Of the states there are the first rows.
