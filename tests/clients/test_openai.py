@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from models import Repository, plus
-from server import Server, eventually
+from server import ROOT, Server, eventually
 from shapes import post
 from text_models import (
     EITHER,
@@ -28,6 +28,7 @@ from text_models import (
 from wire import call
 
 PATH = "/v1/embeddings"
+ENCODERS = ROOT / "tests" / "encoders"
 TEXTS = ["one", "nine", "", "Größe 🌊"]
 
 
@@ -141,6 +142,27 @@ def test_lists_of_one_length_need_no_mask(serve, repository):
         client.embeddings.create(model="unmasked", input=[[1], [3, 4]])
 
 
+def test_an_encoder(serve, repository):
+    """The same vectors by every way, and its tokens counted without padding."""
+    repository.copy("encoder", ENCODERS / "bert-cls", settings="")
+    server = serve(repository.path)
+    client = connect(server)
+    cases = json.loads((ENCODERS / "bert-cls" / "expected.json").read_text())["cases"]
+    texts, lists, right = (
+        [case[name] for case in cases] for name in ("text", "input_ids", "embedding")
+    )
+    for given in (texts, lists):
+        answer = client.embeddings.create(model="encoder", input=given)
+        assert np.allclose(embedded(answer), right, atol=1e-4)
+        assert answer.usage.total_tokens == sum(map(len, lists))
+    by_text = client.embeddings.create(model="encoder", input=texts)
+    tensor = {"name": "text", "datatype": "BYTES", "shape": [len(texts)], "data": texts}
+    (output,) = post(server, "/v2/models/encoder/infer", {"inputs": [tensor]}).json()["outputs"]
+    assert np.allclose(np.ravel(embedded(by_text)), output["data"], atol=1e-5)
+    with pytest.raises(openai.BadRequestError, match="encoder.*99999"):
+        client.embeddings.create(model="encoder", input=[1, 99999])
+
+
 # --- models -------------------------------------------------------------------------
 
 
@@ -160,7 +182,8 @@ def test_only_what_is_ready_is_listed(serve, repository):
     assert {each.id for each in client.models.list()} == {"first", "second"}
     known = call(server.rest, "GET", "/v1/models").json()["models"]
     assert known == ["broken", "first", "second"]
-    with pytest.raises(openai.BadRequestError, match="names no model.*2: 'first', 'second'") as told:
+    several = "names no model.*2: 'first', 'second'"
+    with pytest.raises(openai.BadRequestError, match=several) as told:
         client.embeddings.create(model="", input="one")
     assert told.value.param == "model"
     assert embedded(client.embeddings.create(model="second", input="one")).shape == (1, 4)

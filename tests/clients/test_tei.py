@@ -9,10 +9,11 @@ from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 
 from models import Repository, plus
-from server import Server
+from server import ROOT, Server
 from shapes import answer, post
 from text_models import EITHER, embedding, numbers, reranker, unit, vectors
 
+ENCODERS = ROOT / "tests" / "encoders"
 TEXTS = ["one", "nine", "", "Größe 🌊"]
 
 
@@ -126,6 +127,30 @@ def test_a_long_packed_request(server):
     body = gzip.compress(json.dumps({"query": "one", "texts": texts}).encode())
     ranks = answer(server, "/rerank", body, {"Content-Encoding": "gzip"})
     assert [each["index"] for each in ranks] == [*range(0, 8000, 2), *range(1, 8000, 2)]
+
+
+def test_encoders(serve, repository):
+    """Texts that are too long are cut or refused, as the request likes."""
+    for name in ("bert-cls", "bert-reranker"):
+        repository.copy(name, ENCODERS / name, settings="")
+    server = serve(repository.path)
+    long = "the boat waits near the gate " * 100
+    for truncate in (None, True):
+        assert len(answer(server, "/embed", {"inputs": long, "truncate": truncate})) == 1
+    status, kind, message = refusal(server, "/embed", {"inputs": long, "truncate": False})
+    assert (status, kind) == (413, "Validation")
+    assert "bert-cls" in message
+    assert "64" in message
+    cases = json.loads((ENCODERS / "bert-reranker" / "expected.json").read_text())["cases"]
+    query = cases[0]["pair"][0]
+    pairs = [case for case in cases if case["pair"][0] == query]
+    body = {"query": query, "texts": [case["pair"][1] for case in pairs]}
+    scores = {each["index"]: each["score"] for each in answer(server, "/rerank", body)}
+    assert list(scores.values()) == sorted(scores.values(), reverse=True)
+    for index, case in enumerate(pairs):
+        assert abs(scores[index] - case["rerank_score"]) < 1e-4
+    body = {"query": long, "texts": ["a"], "truncate": False}
+    assert refusal(server, "/rerank", body)[:2] == (413, "Validation")
 
 
 # --- what goes wrong ----------------------------------------------------------------
