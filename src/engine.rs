@@ -78,10 +78,8 @@ pub struct Request<'a> {
     /// Names of the outputs to return, in that order; empty for all.
     pub outputs: &'a [Arc<str>],
     pub urgency: Urgency,
-    /// Whether texts that are too long are cut; `None` for what the model's settings say.
-    pub truncate: Option<bool>,
-    /// Counts the tokens that its texts are.
-    pub tokens: Option<&'a AtomicU64>,
+    /// What it wants of its texts.
+    pub text: &'a text::Wish<'a>,
     /// When it arrived, and by which way.
     pub started: Instant,
     pub protocol: Protocol,
@@ -213,8 +211,7 @@ impl Engine {
             // A version has nothing to compare with itself.
             let candidate = target.shadow.as_ref().filter(|candidate| !Arc::ptr_eq(candidate, version));
             let original = candidate.map(|candidate| self.shadows.keep(candidate, &arranged, request.protocol));
-            let wish = text::Wish { truncate: request.truncate, tokens: request.tokens };
-            match version.infer(arranged, &request.urgency, &wish).await {
+            match version.infer(arranged, &request.urgency, request.text).await {
                 Ok(outputs) => {
                     if let Some(original) = original {
                         self.shadows.offer(original, &outputs);

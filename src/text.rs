@@ -75,12 +75,17 @@ pub enum Pooling {
 }
 
 /// What a request wants of its texts.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct Wish<'a> {
     /// Whether texts that are too long are cut; `None` for what the model's settings say.
     pub truncate: Option<bool>,
     /// Counts the tokens that its texts are.
     pub tokens: Option<&'a AtomicU64>,
+}
+
+impl Wish<'_> {
+    /// What requests want that do not say.
+    pub const NONE: Wish<'static> = Wish { truncate: None, tokens: None };
 }
 
 /// What tokens of a request there is room and time for.
@@ -253,7 +258,7 @@ impl Front {
     /// `InvalidArgument` naming the input and what was expected.
     pub fn check(&self, inputs: &[Tensor]) -> Result<(), Error> {
         let Some(ids) = inputs.iter().find(|tensor| &*tensor.name == IDS) else { return Ok(()) };
-        for other in inputs.iter().filter(|other| other.shape != ids.shape) {
+        if let Some(other) = inputs.iter().find(|other| other.shape != ids.shape) {
             let (name, shape, expected) = (&other.name, &other.shape[..], &ids.shape[..]);
             let message = format!("input '{name}' must have the shape of '{IDS}', {expected:?}, got {shape:?}");
             return Err(Error::invalid(message));

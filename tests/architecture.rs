@@ -22,11 +22,10 @@ const LAYERS: [(u8, &[&str]); 12] = [
 ];
 
 /// The only places (files, or folders and the file of the same name) that may name a foreign crate.
-const HOMES: [(&str, &[&str]); 40] = [
+const HOMES: [(&str, &[&str]); 39] = [
     ("ort", &["backend/onnx"]),
     ("candle_core", &["backend/candle"]),
     ("candle_nn", &["backend/candle"]),
-    ("candle_transformers", &["backend/candle"]),
     ("rayon", &["backend/candle"]),
     ("safetensors", &["backend/candle"]),
     ("libc", &["priority", "heap"]),

@@ -21,6 +21,7 @@ use crate::{
     error::{Code, Error},
     model::ModelVersion,
     tensor::Tensor,
+    text,
 };
 use pb::grpc_inference_service_server::{GrpcInferenceService, GrpcInferenceServiceServer};
 
@@ -102,8 +103,7 @@ impl Service {
                 inputs: std::mem::take(&mut call.inputs),
                 outputs: &names,
                 urgency,
-                truncate: None,
-                tokens: None,
+                text: &text::Wish::NONE,
                 started,
                 protocol,
             };

@@ -249,7 +249,7 @@ async fn ask(candidate: &ModelVersion, inputs: Vec<Tensor>, deadline: Instant) -
     let arranged = candidate.signature.arrange(candidate.name.as_str(), inputs).map_err(Refused::Error)?;
     let lowest = candidate.schedule.priority_levels.into();
     let urgency = Urgency { priority: lowest, deadline: Some(deadline), timeout: None, client: COPIES };
-    candidate.infer(arranged, &urgency, &text::Wish::default()).await
+    candidate.infer(arranged, &urgency, &text::Wish::NONE).await
 }
 
 /// What the thread does.

@@ -187,16 +187,32 @@ impl ModelVersion {
     ///
     /// # Errors
     /// `Refused::Draining` when the version takes no more requests (look for its successor), else what went wrong.
-    pub async fn infer(&self, inputs: Vec<Tensor>, urgency: &Urgency, wish: &Wish<'_>) -> Result<Vec<Tensor>, Refused> {
-        match &self.text {
-            None => self.run(inputs, urgency).await,
-            Some(front) if Front::is_text(&inputs) => Box::pin(self.run_text(front, inputs, urgency, wish)).await,
-            Some(front) => {
-                front.check(&inputs).map_err(|error| Refused::Error(error.of_model(self.name.as_str())))?;
-                // Its successor may not know of what is put in.
-                self.run(front.complete(&inputs), urgency).await.map_err(|refused| refused.with(inputs))
+    #[expect(clippy::manual_async_fn, reason = "an async fn keeps what it is given twice")]
+    pub fn infer<'a>(
+        &'a self,
+        inputs: Vec<Tensor>,
+        urgency: &'a Urgency,
+        wish: &'a Wish<'a>,
+    ) -> impl Future<Output = Result<Vec<Tensor>, Refused>> + Send + 'a {
+        async move {
+            match &self.text {
+                None => self.run(inputs, urgency).await,
+                Some(front) if Front::is_text(&inputs) => Box::pin(self.run_text(front, inputs, urgency, wish)).await,
+                Some(front) => Box::pin(self.run_tokens(front, inputs, urgency)).await,
             }
         }
+    }
+
+    /// Runs tokens that a client sent, with what it has left out.
+    async fn run_tokens(
+        &self,
+        front: &Arc<Front>,
+        inputs: Vec<Tensor>,
+        urgency: &Urgency,
+    ) -> Result<Vec<Tensor>, Refused> {
+        front.check(&inputs).map_err(|error| Refused::Error(error.of_model(self.name.as_str())))?;
+        // Its successor may not know of what is put in.
+        self.run(front.complete(&inputs), urgency).await.map_err(|refused| refused.with(inputs))
     }
 
     /// Has text encoded, and the parts of it run, each with whatever else is of its length.
@@ -265,22 +281,29 @@ impl ModelVersion {
         }
     }
 
-    async fn run(&self, inputs: Vec<Tensor>, urgency: &Urgency) -> Result<Vec<Tensor>, Refused> {
-        let cost = self.cost(&inputs, urgency).map_err(Refused::Error)?;
-        let place = cost.place;
-        let ticket = self.queue.submit(inputs, cost).map_err(|refused| match refused {
-            Refused::Error(error) => Refused::Error(error.of_model(self.name.as_str())),
-            draining => draining,
-        })?;
-        let _pending = Pending::new(self);
-        let answer = self.answer(ticket, place);
-        let answer = match place.deadline {
-            None => answer.await,
-            Some(deadline) => {
-                tokio::time::timeout_at(deadline.into(), answer).await.unwrap_or_else(|_| Err(self.too_late()))
-            }
-        };
-        answer.map_err(Refused::Error)
+    #[expect(clippy::manual_async_fn, reason = "an async fn keeps what it is given twice")]
+    fn run<'a>(
+        &'a self,
+        inputs: Vec<Tensor>,
+        urgency: &'a Urgency,
+    ) -> impl Future<Output = Result<Vec<Tensor>, Refused>> + Send + 'a {
+        async move {
+            let cost = self.cost(&inputs, urgency).map_err(Refused::Error)?;
+            let place = cost.place;
+            let ticket = self.queue.submit(inputs, cost).map_err(|refused| match refused {
+                Refused::Error(error) => Refused::Error(error.of_model(self.name.as_str())),
+                draining => draining,
+            })?;
+            let _pending = Pending::new(self);
+            let answer = self.answer(ticket, place);
+            let answer = match place.deadline {
+                None => answer.await,
+                Some(deadline) => {
+                    tokio::time::timeout_at(deadline.into(), answer).await.unwrap_or_else(|_| Err(self.too_late()))
+                }
+            };
+            answer.map_err(Refused::Error)
+        }
     }
 
     /// Waits for what an executor answers. Who has to leave the queue at some instant does so then, though no

@@ -34,6 +34,7 @@ use crate::{
     metrics::Protocol,
     model::ModelVersion,
     tensor::Tensor,
+    text,
 };
 
 // Names made beforehand are found without being parsed for each request.
@@ -134,9 +135,9 @@ pub(super) fn conclude(record: Record, answer: Result<Response<Payload>, (Code, 
 /// What a request wants beside its tensors and its hurry.
 #[derive(Default)]
 pub(super) struct Wishes {
-    /// As in `engine::Request`.
+    /// As in `text::Wish`.
     pub(super) tokens: Option<Arc<AtomicU64>>,
-    /// As in `engine::Request`.
+    /// As in `text::Wish`.
     pub(super) truncate: Option<bool>,
 }
 
@@ -158,8 +159,8 @@ pub(super) async fn try_exchange<A: Send + 'static, B: Arriving>(
     let inputs = std::mem::take(&mut call.inputs);
     let (started, protocol) = (record.started(), record.protocol());
     let Wishes { tokens, truncate } = &wishes;
-    let (tokens, truncate) = (tokens.as_deref(), *truncate);
-    let request = engine::Request { inputs, outputs: &names, urgency, truncate, tokens, started, protocol };
+    let wish = text::Wish { tokens: tokens.as_deref(), truncate: *truncate };
+    let request = engine::Request { inputs, outputs: &names, urgency, text: &wish, started, protocol };
     let outputs = app.engine.infer(&mut target, request).await;
     // It may have run on the successor of the version that was found first.
     record.aim(&target);

@@ -80,12 +80,11 @@ impl Stable {
         let mut tries = 0;
         loop {
             let urgency = Urgency { deadline: Some(Instant::now() + PATIENCE), ..Urgency::default() };
-            let error =
-                match self.runtime.block_on(self.version.infer(inputs.clone(), &urgency, &text::Wish::default())) {
-                    Ok(outputs) => return Ok(outputs),
-                    Err(Refused::Error(error)) => error,
-                    Err(Refused::Draining(_)) => Error::new(Code::NotReady, "it went away meanwhile"),
-                };
+            let error = match self.runtime.block_on(self.version.infer(inputs.clone(), &urgency, &text::Wish::NONE)) {
+                Ok(outputs) => return Ok(outputs),
+                Err(Refused::Error(error)) => error,
+                Err(Refused::Draining(_)) => Error::new(Code::NotReady, "it went away meanwhile"),
+            };
             tries += 1;
             // How busy it is says nothing of its successor.
             if !matches!(error.code, Code::Overloaded | Code::NotReady | Code::DeadlineExceeded) {
