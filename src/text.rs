@@ -301,6 +301,23 @@ impl Front {
         self.inputs.iter().map(complete).collect()
     }
 
+    /// Tokens that a client sent, complete, as parts that are no larger than those of texts.
+    pub fn split(&self, inputs: Vec<Tensor>, limits: &Limits) -> Encoded {
+        let rows = inputs.first().map_or(0, Tensor::rows);
+        let length = inputs.first().and_then(|ids| ids.shape.get(1)).copied().unwrap_or(1);
+        let tokens = rows.saturating_mul(length);
+        let most = (MOST_TOKENS / length.max(1)).min(limits.rows).max(1);
+        if rows <= most {
+            return Encoded { parts: vec![Part { rows: (0..rows).collect(), inputs }], tokens, rows };
+        }
+        let part = |start: usize| {
+            let count = most.min(rows - start);
+            let inputs = inputs.iter().map(|input| input.slice(start, count)).collect();
+            Part { rows: (start..start + count).collect(), inputs }
+        };
+        Encoded { parts: (0..rows).step_by(most).map(part).collect(), tokens, rows }
+    }
+
     /// Inputs for warm-up: rows of tokens that differ from each other.
     pub fn sample(&self) -> Vec<Tensor> {
         let (count, length) = SAMPLE;

@@ -210,9 +210,38 @@ impl ModelVersion {
         inputs: Vec<Tensor>,
         urgency: &Urgency,
     ) -> Result<Vec<Tensor>, Refused> {
-        front.check(&inputs).map_err(|error| Refused::Error(error.of_model(self.name.as_str())))?;
-        // Its successor may not know of what is put in.
-        self.run(front.complete(&inputs), urgency).await.map_err(|refused| refused.with(inputs))
+        let of_model = |error: Error| Refused::Error(error.of_model(self.name.as_str()));
+        front.check(&inputs).map_err(of_model)?;
+        self.check_texts(inputs.first().map_or(0, Tensor::rows)).map_err(of_model)?;
+        let parts = front.split(front.complete(&inputs), &self.text_limits(urgency));
+        // Its successor may not know of what was put in.
+        self.run_parts(&parts, urgency).await.map_err(|refused| refused.with(inputs))
+    }
+
+    /// What texts of a request there is room and time for.
+    fn text_limits(&self, urgency: &Urgency) -> text::Limits {
+        text::Limits {
+            // More are divided, where tensors of other models are refused.
+            rows: self.max_batch_size.unwrap_or(usize::MAX),
+            bytes: self.max_bytes,
+            deadline: urgency.deadline,
+        }
+    }
+
+    fn check_texts(&self, rows: usize) -> Result<(), Error> {
+        let most = self.max_rows;
+        if rows <= most {
+            return Ok(());
+        }
+        Err(Error::invalid(format!("a request may have {most} rows at most (queue.max_rows), got {rows}")))
+    }
+
+    /// Runs parts of one request, and puts the answers together.
+    async fn run_parts(&self, parts: &Encoded, urgency: &Urgency) -> Result<Vec<Tensor>, Refused> {
+        let runs: Vec<_> = parts.parts.iter().map(|part| self.run(part.inputs.clone(), urgency)).collect();
+        // More at a time would only fill the queue.
+        let runs = stream::iter(runs).buffered(2 * self.instances.max(1));
+        Ok(parts.assemble(runs.try_collect().await?))
     }
 
     /// Has text encoded, and the parts of it run, each with whatever else is of its length.
@@ -224,23 +253,15 @@ impl ModelVersion {
         wish: &Wish<'_>,
     ) -> Result<Vec<Tensor>, Refused> {
         let of_model = |error: Error| Refused::Error(error.of_model(self.name.as_str()));
-        let limits = text::Limits {
-            rows: self.max_batch_size.unwrap_or(usize::MAX),
-            bytes: self.max_bytes,
-            deadline: urgency.deadline,
-        };
         let start = Instant::now();
-        let encoded = self.encode(front, &text, wish.truncate, limits).await.map_err(of_model)?;
+        let encoded = self.encode(front, &text, wish.truncate, self.text_limits(urgency)).await.map_err(of_model)?;
         self.metrics.tokenized(encoded.tokens, start.elapsed());
-        // More at a time would only fill the queue.
-        let runs: Vec<_> = encoded.parts.iter().map(|part| self.run(part.inputs.clone(), urgency)).collect();
-        let runs = stream::iter(runs).buffered(2 * self.instances.max(1));
-        match runs.try_collect().await {
+        match self.run_parts(&encoded, urgency).await {
             Ok(outputs) => {
                 if let Some(tokens) = wish.tokens {
                     tokens.fetch_add(encoded.tokens as u64, Ordering::Relaxed);
                 }
-                Ok(encoded.assemble(outputs))
+                Ok(outputs)
             }
             // Its successor may have another tokenizer.
             Err(refused) => Err(refused.with(text)),
@@ -256,10 +277,7 @@ impl ModelVersion {
         limits: text::Limits,
     ) -> Result<Encoded, Error> {
         let Some(texts) = text.first() else { return Err(Error::internal("no text to encode")) };
-        if texts.rows() > self.max_rows {
-            let (rows, most) = (texts.rows(), self.max_rows);
-            return Err(Error::invalid(format!("a request may have {most} rows at most (queue.max_rows), got {rows}")));
-        }
+        self.check_texts(texts.rows())?;
         if front.is_quick(texts) {
             return front.encode(texts, truncate, &limits);
         }

@@ -2,7 +2,8 @@
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fs,
+    io::{self, Read},
     path::{Path, PathBuf},
 };
 
@@ -314,12 +315,16 @@ fn parse<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, Error> {
 
 fn read(path: &Path, most: u64) -> Result<Option<Vec<u8>>, Error> {
     let size = match fs::metadata(path) {
-        Ok(metadata) => metadata.len(),
+        Ok(metadata) if metadata.is_file() => metadata.len(),
+        // A device has no length, and a pipe no end.
+        Ok(_) => return Err(wrong(path, "not a file")),
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(wrong(path, error)),
     };
     if size > most {
         return Err(wrong(path, format!("it has {size} bytes; at most {most} are read")));
     }
-    fs::read(path).map(Some).map_err(|error| wrong(path, error))
+    let mut bytes = Vec::new();
+    let read = fs::File::open(path).and_then(|file| file.take(most).read_to_end(&mut bytes));
+    read.map(|_| Some(bytes)).map_err(|error| wrong(path, error))
 }

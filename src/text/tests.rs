@@ -396,3 +396,29 @@ fn a_graph_that_reads_padding_gets_none() {
     let front = Front::open(&folder, &Settings::default(), &mut Echo(body()), true).unwrap().unwrap();
     assert!(front.pads);
 }
+
+#[test]
+fn a_query_that_comes_with_each_text_is_read_once() {
+    let scores = graph(&[IDS, MASK, TYPES], "logits", &[-1, 1]);
+    let front = open(&encoder("bert-reranker").0, &Settings::default(), &scores);
+    let given = [["the boat", "waits"], ["the boat", "near"], ["a", "near"], ["the boat", "gate"]];
+    let together = front.tokens.rows(&pairs(&given), None, None).unwrap();
+    for (pair, row) in given.iter().zip(&together) {
+        let alone = &front.tokens.rows(&pairs(&[*pair]), None, None).unwrap()[0];
+        assert_eq!((&alone.ids, &alone.types), (&row.ids, &row.types), "{pair:?}");
+    }
+}
+
+#[test]
+fn tokens_of_very_many_rows_are_cut_into_runs() {
+    let front = open(&encoder("bert-mean").0, &Settings::default(), &body());
+    let data = integers(DType::Int64, (0..1000 * 64).map(|number| number % 170));
+    let ids = Tensor::new(IDS.into(), DType::Int64, [1000, 64].as_slice().into(), data).unwrap();
+    let complete = front.complete(&[ids]);
+    let whole_run = Echo(body()).run(&complete).unwrap();
+    let split = front.split(complete, &Limits { rows: 100, ..FREE });
+    assert_eq!(split.parts.len(), 10);
+    let outputs = split.parts.iter().map(|part| Echo(body()).run(&part.inputs).unwrap()).collect();
+    assert_eq!(split.assemble(outputs), whole_run);
+    assert_eq!(front.split(split.parts[0].inputs.clone(), &FREE).parts.len(), 1);
+}

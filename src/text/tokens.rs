@@ -2,6 +2,7 @@
 
 use std::{path::PathBuf, time::Instant};
 
+use bytes::Bytes;
 use tokenizers::{
     Encoding, PostProcessor, Tokenizer, TruncationDirection, TruncationParams,
     normalizers::Lowercase,
@@ -110,27 +111,29 @@ impl Tokens {
         }
         let truncate = truncate.unwrap_or(self.truncate);
         let width = if text.shape.get(1) == Some(&2) { 2 } else { 1 };
-        texts
-            .chunks(width)
-            .enumerate()
-            .map(|(row, texts)| {
-                if row > 0 && deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-                    return Err(Error::new(Code::DeadlineExceeded, "the deadline passed before its texts were tokens"));
-                }
-                let of_row = |reason: String| Error::invalid(format!("input '{}', row {row}: {reason}", text.name));
-                let mut read = texts
-                    .iter()
-                    .map(|text| std::str::from_utf8(text).map_err(|error| of_row(format!("it is no UTF-8: {error}"))));
-                let first = read.next().unwrap_or(Ok(""))?;
-                let second = read.next().transpose()?;
-                self.row(first, second, truncate).map_err(of_row)
-            })
-            .collect()
+        // A query comes with each text that it is held against.
+        let mut last: Option<(&Bytes, Encoding)> = None;
+        let mut rows = Vec::with_capacity(texts.len() / width);
+        for (row, texts) in texts.chunks(width).enumerate() {
+            if row > 0 && deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                return Err(Error::new(Code::DeadlineExceeded, "the deadline passed before its texts were tokens"));
+            }
+            let of_row = |reason: String| Error::invalid(format!("input '{}', row {row}: {reason}", text.name));
+            let (first, second) = (&texts[0], texts.get(1));
+            let encoding = match last.take() {
+                Some((same, encoding)) if second.is_some() && same == first => encoding,
+                _ => self.encode(first, truncate).map_err(of_row)?,
+            };
+            if second.is_some() {
+                last = Some((first, encoding.clone()));
+            }
+            let second = second.map(|text| self.encode(text, truncate)).transpose().map_err(of_row)?;
+            rows.push(self.row(encoding, second, truncate).map_err(of_row)?);
+        }
+        Ok(rows)
     }
 
-    fn row(&self, first: &str, second: Option<&str>, truncate: bool) -> Result<Row, String> {
-        let first = self.encode(first, truncate)?;
-        let second = second.map(|text| self.encode(text, truncate)).transpose()?;
+    fn row(&self, first: Encoding, second: Option<Encoding>, truncate: bool) -> Result<Row, String> {
         let (first, second) = self.cut(first, second, truncate)?;
         let whole = self
             .tokenizer
@@ -140,7 +143,8 @@ impl Tokens {
     }
 
     /// One text, without special tokens.
-    fn encode(&self, text: &str, truncate: bool) -> Result<Encoding, String> {
+    fn encode(&self, text: &[u8], truncate: bool) -> Result<Encoding, String> {
+        let text = std::str::from_utf8(text).map_err(|error| format!("it is no UTF-8: {error}"))?;
         let text = self.looked_at(text, truncate)?;
         let failed = |error| format!("it cannot be tokenized: {error}");
         if self.prompt.is_empty() {

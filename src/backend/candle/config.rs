@@ -2,7 +2,7 @@
 //!
 //! The keys are those of the Hugging Face format, and so are the values of those left out.
 
-use std::path::Path;
+use std::{io::Read, path::Path};
 
 use serde_json::{Map, Value};
 
@@ -18,6 +18,8 @@ const MAX_SIZE: usize = 1 << 28;
 
 /// Tables of angles have a row for each position, whatever the weights say.
 const MAX_POSITIONS: usize = 1 << 20;
+/// Angles of positions that are kept in memory, 4 bytes each, some of which are needed several times.
+const MAX_ROTATED: usize = 1 << 27;
 
 /// The kinds of model that are known here: `model_type`, and what the names of its classes begin with.
 const FAMILIES: [(&str, &str, Family); 6] = [
@@ -170,6 +172,12 @@ impl Architecture {
             }
             if positions > MAX_POSITIONS {
                 return Err(format!("max_position_embeddings must be at most {MAX_POSITIONS}, is {positions}"));
+            }
+            let rotated = positions.saturating_mul(hidden / heads);
+            if rotated > MAX_ROTATED {
+                return Err(format!(
+                    "max_position_embeddings × {hidden_key} ÷ {heads_key} must be at most {MAX_ROTATED}, is {rotated}"
+                ));
             }
             modern(keys, layers)?
         } else {
@@ -357,11 +365,19 @@ fn theta(keys: &Keys, kind: &str, key: &str) -> Result<Option<f64>, String> {
 
 /// The content of a file of ordinary size.
 pub fn bounded(path: &Path) -> Result<Vec<u8>, String> {
-    let length = std::fs::metadata(path).map_err(|error| error.to_string())?.len();
+    let metadata = std::fs::metadata(path).map_err(|error| error.to_string())?;
+    if !metadata.is_file() {
+        // A device has no length, and a pipe no end.
+        return Err("not a file".to_owned());
+    }
+    let length = metadata.len();
     if length > MAX_BYTES {
         return Err(format!("has {length} bytes; at most {MAX_BYTES} are expected"));
     }
-    std::fs::read(path).map_err(|error| error.to_string())
+    let mut content = Vec::new();
+    let file = std::fs::File::open(path).map_err(|error| error.to_string())?;
+    file.take(MAX_BYTES).read_to_end(&mut content).map_err(|error| error.to_string())?;
+    Ok(content)
 }
 
 /// The keys of a configuration; null counts as left out.

@@ -32,6 +32,9 @@ const PREFIX: usize = 8;
 /// What the format allows.
 const MAX_HEADER: u64 = 100_000_000;
 
+/// Files that an index may list; each is open while the model loads.
+const MAX_SHARDS: usize = 1024;
+
 /// Bytes that are converted at a time.
 const CHUNK: usize = 256 << 10;
 
@@ -81,6 +84,9 @@ impl Weights {
         let mut names: Vec<&String> = weight_map.values().collect();
         names.sort();
         names.dedup();
+        if names.len() > MAX_SHARDS {
+            return Err(format!("lists {} files; at most {MAX_SHARDS} are opened", names.len()));
+        }
         for name in &names {
             check_name(name)?;
             let in_this = |tensor: &str| weight_map.get(tensor) == Some(*name);
@@ -95,11 +101,13 @@ impl Weights {
 
     /// Adds the tensors of one file that `wanted` is true of.
     fn add(&mut self, path: &Path, name: &str, wanted: impl Fn(&str) -> bool) -> Result<(), String> {
-        let mut file = File::open(path).map_err(|error| error.to_string())?;
-        let metadata = file.metadata().map_err(|error| error.to_string())?;
+        // Opening a pipe would wait for whoever writes into it.
+        let metadata = std::fs::metadata(path).map_err(|error| error.to_string())?;
         if !metadata.is_file() {
             return Err("not a file".to_owned());
         }
+        let mut file = File::open(path).map_err(|error| error.to_string())?;
+        let metadata = file.metadata().map_err(|error| error.to_string())?;
         let (start, header) = header(&mut file, metadata.len())?;
         let shard = self.files.len();
         for (tensor, info) in header.tensors() {
@@ -146,7 +154,10 @@ impl Weights {
             self.check(name, shape)?;
         }
         let length = shape.iter().product::<usize>();
-        let mut elements = Vec::with_capacity(length * names.len());
+        let mut elements = Vec::new();
+        elements
+            .try_reserve_exact(length.saturating_mul(names.len()))
+            .map_err(|error| Error::internal(format!("tensor '{}': no memory for it: {error}", names.join("', '"))))?;
         for name in names {
             let Some((shard, info)) = self.tensors.get(name) else { return Err(missing(name, shape)) };
             let shard = &mut self.files[*shard];
@@ -231,7 +242,8 @@ fn header(file: &mut File, length: u64) -> Result<(u64, Metadata), String> {
 /// Refuses names that lead out of the folder, and files of other formats.
 fn check_name(name: &str) -> Result<(), String> {
     let shown = shorten(name);
-    if !Path::new(name).components().all(|part| matches!(part, Component::Normal(_))) {
+    let is_inside = Path::new(name).components().all(|part| matches!(part, Component::Normal(_)));
+    if !is_inside || name.contains("//") || name.contains("/./") {
         return Err(format!("file '{shown}' must lie in the model's folder"));
     }
     if !name.ends_with(".safetensors") {
