@@ -68,7 +68,7 @@ fn signature(model: u8) -> Signature {
     let spec = |name: &str, dtype, shape: &[i64]| TensorSpec { name: name.into(), dtype, shape: shape.to_vec() };
     let ids = if model % 4 < 3 { DType::Int64 } else { DType::Int32 };
     let mut inputs = vec![spec("text", DType::Bytes, &[-1]), spec("input_ids", ids, &[-1, -1])];
-    if model % 4 > 0 {
+    if !model.is_multiple_of(4) {
         inputs.push(spec("attention_mask", ids, &[-1, -1]));
     }
     let width = if model % 4 == 1 { 2 } else { -1 };
