@@ -54,7 +54,8 @@ pub struct Settings {
     /// Whether texts that are too long are cut; else they are refused. Default: true. Requests that may say it themselves
     /// have the last word.
     pub truncate: Option<bool>,
-    /// Tokens that a text may have, special ones included. Default: what the model's files say.
+    /// Tokens that a text may have, special ones included. Default: what the model's files say, else 8192. Of a text of more
+    /// than 256 bytes for each of them, and 64 KiB, no more is looked at.
     pub max_length: Option<usize>,
     /// What is put before each text, "query: " for instance. Default: the default prompt that the model's files name.
     pub prompt: Option<String>,
@@ -157,8 +158,8 @@ struct Fronted {
 }
 
 impl Front {
-    /// Reads the files of a version in `files` whose graph is that of `session`; `None` for a graph that takes no tokens,
-    /// or one that has no tokenizer unless one is `needed`.
+    /// Reads the files of a version in `files` whose graph is that of `session`. Unless one is `needed`, there is `None` for
+    /// a graph that is no encoder's, or that has no tokenizer.
     ///
     /// # Errors
     /// `InvalidArgument` naming the file and what was expected of it; what a run fails with.
@@ -174,13 +175,19 @@ impl Front {
     }
 
     fn read(files: &Path, settings: &Settings, graph: &Signature, needed: bool) -> Result<Option<Self>, Error> {
-        let Some(inputs) = inputs_of(graph) else { return Ok(None) };
+        let none = |reason: String| if needed { Err(Error::invalid(reason)) } else { Ok(None) };
+        let Some(inputs) = inputs_of(graph) else {
+            return none(format!(
+                "the graph takes no raw text: its inputs are not '{IDS}', '{MASK}' and '{TYPES}', [-1, -1]"
+            ));
+        };
         let Some(tokenizer) = folder::tokenizer(files)? else {
-            let message = format!("{} has no {}, and its model takes tokens", files.display(), folder::TOKENIZER);
-            return if needed { Err(Error::invalid(message)) } else { Ok(None) };
+            return none(format!("{} has no {}, and its model takes tokens", files.display(), folder::TOKENIZER));
         };
         let folder = Folder::read(files)?;
-        let Some(head) = Head::of(graph, (files, &folder), settings)? else { return Ok(None) };
+        let Some(head) = Head::of(graph, (files, &folder), settings)? else {
+            return none(format!("the graph takes no raw text: none of its outputs is {}", heads::KNOWN));
+        };
         let tokens = Tokens::new(&tokenizer, &folder, settings)?;
         let signature = signature(graph, &head);
         let pads = inputs.iter().any(|input| input.kind == Kind::Mask);
@@ -209,6 +216,13 @@ impl Front {
     /// The session that takes text as well.
     pub fn before(self: &Arc<Self>, session: Box<dyn Session>) -> Box<dyn Session> {
         Box::new(Fronted { inner: session, front: Arc::clone(self) })
+    }
+
+    /// What operators should know of how it takes text.
+    pub fn note(&self) -> Option<&'static str> {
+        let has_mask = self.inputs.iter().any(|input| input.kind == Kind::Mask);
+        let note = "its answers change with padding, in spite of its mask: only texts of exactly one length share runs";
+        (has_mask && !self.pads).then_some(note)
     }
 
     /// Whether the inputs are text that is to be encoded.

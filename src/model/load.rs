@@ -327,7 +327,10 @@ fn behind_front(
         }
         Err(error) => Err(error),
         Ok(None) => Ok((sessions, None)),
-        Ok(Some(front)) => Ok((sessions.into_iter().map(|session| front.before(session)).collect(), Some(front))),
+        Ok(Some(front)) => {
+            notes.extend(front.note().map(str::to_owned));
+            Ok((sessions.into_iter().map(|session| front.before(session)).collect(), Some(front)))
+        }
     }
 }
 

@@ -21,6 +21,9 @@ const HIDDEN: [&str; 3] = ["last_hidden_state", "token_embeddings", "hidden_stat
 const SENTENCE: &str = "sentence_embedding";
 const LOGITS: &str = "logits";
 
+/// The outputs of which something is made, for people.
+pub(super) const KNOWN: &str = "'last_hidden_state', 'token_embeddings' or 'hidden_states' [-1, -1, n], 'sentence_embedding' or 'logits' [-1, n], in FP32";
+
 const EMBEDDING: &str = "embedding";
 const LABEL: &str = "label";
 const SCORES: &str = "scores";

@@ -271,6 +271,8 @@ fn graphs_that_are_no_encoders_are_left_alone() {
         Signature { inputs: vec![spec(IDS, DType::Int64, &[1, 128])], ..body() },
     ] {
         assert!(Front::read(&folder, &Settings::default(), &graph, false).unwrap().is_none(), "{graph:?}");
+        let message = refused(&folder, &Settings::default(), &graph);
+        assert!(message.starts_with("the graph takes no raw text: "), "{message}");
     }
 }
 
@@ -392,9 +394,9 @@ fn a_graph_that_reads_padding_gets_none() {
     let (folder, _) = encoder("bert-mean");
     let graph = graph(&[IDS, MASK], "sentence_embedding", &[-1, 2]);
     let front = Front::open(&folder, &Settings::default(), &mut Unmasked(graph), true).unwrap().unwrap();
-    assert!(!front.pads);
+    assert!(!front.pads && front.note().is_some());
     let front = Front::open(&folder, &Settings::default(), &mut Echo(body()), true).unwrap().unwrap();
-    assert!(front.pads);
+    assert!(front.pads && front.note().is_none());
 }
 
 #[test]
