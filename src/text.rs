@@ -1,17 +1,16 @@
 //! Raw text in: tokens made of what clients send, and what they ask for made of what the graph gives.
 //!
 //! A version in Hugging Face's layout says in its files how its texts become tokens and what its outputs mean. [`Front`] is
-//! that, read once. Tokens are made before a request is queued ([`Front::encode`]), so that requests of one length
+//! that, read once. Tokens are made before a request is queued ([`Front::encode`]), so that requests of about one length
 //! share runs whoever sent them; the session behind it takes either, so that samples and golden cases may hold text.
 
 use std::{
-    collections::BTreeMap,
     path::Path,
     sync::{Arc, atomic::AtomicU64},
     time::Instant,
 };
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
@@ -37,8 +36,10 @@ const IDS: &str = "input_ids";
 const MASK: &str = "attention_mask";
 const TYPES: &str = "token_type_ids";
 
-/// Tokens of one run, padding included, to which a request of many texts is cut: more make no run faster.
-const MOST_TOKENS: usize = 16_384;
+/// Tokens of one run, padding included, where nobody knows better: more make no run faster.
+pub const MOST_TOKENS: usize = 16_384;
+/// The part of its longest row by which others of a part may be shorter. Runs of several parts may have twice as much.
+const SPREAD: usize = 20;
 /// Rows and tokens of each that warm-up is given.
 const SAMPLE: (u32, usize) = (4, 64);
 /// Tokens of a row, without and with padding, that is to show whether padding changes answers.
@@ -94,6 +95,8 @@ impl Wish<'_> {
 pub struct Limits {
     /// Rows that may run together.
     pub rows: usize,
+    /// Tokens that may run together, padding included.
+    pub tokens: usize,
     /// Bytes of tensors.
     pub bytes: usize,
     pub deadline: Option<Instant>,
@@ -101,8 +104,24 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { rows: usize::MAX, bytes: usize::MAX, deadline: None }
+        Self { rows: usize::MAX, tokens: MOST_TOKENS, bytes: usize::MAX, deadline: None }
     }
+}
+
+/// Tokens of the rows of a request, where they have lengths and may be padded to those of others; else 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lengths {
+    /// Without padding.
+    pub shortest: usize,
+    /// Of all rows, with their padding.
+    pub longest: usize,
+    /// Of all rows together, without padding.
+    pub tokens: usize,
+}
+
+impl Lengths {
+    /// Of rows that have no lengths.
+    pub const NONE: Self = Self { shortest: 1, longest: 1, tokens: 0 };
 }
 
 /// Texts as tokens, in parts that may run by themselves.
@@ -117,6 +136,7 @@ pub struct Encoded {
 pub struct Part {
     /// Their places in the request.
     rows: Vec<usize>,
+    pub lengths: Lengths,
     /// Every input of the graph, in its order.
     pub inputs: Vec<Tensor>,
 }
@@ -250,20 +270,35 @@ impl Front {
                 format!("input '{TEXT}' has {tokens} tokens, which take {bytes} bytes; there is room for {most}");
             return Err(Error::new(Code::TooLarge, message));
         }
-        let mut by_length: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
-        for (place, row) in rows.iter().enumerate() {
-            let length = row.ids.len();
-            let padded = if self.pads { self.tokens.padded(length) } else { length };
-            by_length.entry(padded).or_default().push(place);
-        }
-        let mut parts = Vec::new();
-        for (length, places) in by_length {
-            for places in places.chunks((MOST_TOKENS / length.max(1)).min(limits.rows).max(1)) {
-                let texts: Vec<&Row> = places.iter().map(|&place| &rows[place]).collect();
-                parts.push(Part { rows: places.to_vec(), inputs: self.tensors(&texts, length) });
-            }
-        }
+        let lengths: Vec<usize> = rows.iter().map(|row| row.ids.len()).collect();
+        let parts = self.parts(&lengths, limits, |places, length| {
+            self.tensors(&places.iter().map(|&place| &rows[place]).collect::<Vec<_>>(), length)
+        });
         Ok(Encoded { parts, tokens, rows: rows.len() })
+    }
+
+    /// Rows of `lengths` in parts of about one length; `inputs` makes those of the rows at some places, padded to a length.
+    fn parts(&self, lengths: &[usize], limits: &Limits, inputs: impl Fn(&[usize], usize) -> Vec<Tensor>) -> Vec<Part> {
+        let mut places: Vec<usize> = (0..lengths.len()).collect();
+        places.sort_by_key(|&place| lengths[place]);
+        let mut parts = Vec::new();
+        let mut rest = &places[..];
+        while let Some(&first) = rest.first() {
+            let shortest = lengths[first];
+            let fits = |&(before, &place): &(usize, &usize)| {
+                let length = lengths[place];
+                let close = if self.pads { length - shortest <= length / SPREAD } else { length == shortest };
+                let few = before < limits.rows && length.saturating_mul(before + 1) <= limits.tokens;
+                before == 0 || (close && few)
+            };
+            let (rows, others) = rest.split_at(rest.iter().enumerate().take_while(fits).count());
+            rest = others;
+            let longest = rows.last().map_or(0, |&place| lengths[place]);
+            let tokens = rows.iter().map(|&place| lengths[place]).sum();
+            let lengths = Lengths { shortest, longest, tokens };
+            parts.push(Part { rows: rows.to_vec(), lengths, inputs: inputs(rows, longest) });
+        }
+        parts
     }
 
     /// Whether tokens that a client sent are some that the model knows.
@@ -315,21 +350,32 @@ impl Front {
         self.inputs.iter().map(complete).collect()
     }
 
-    /// Tokens that a client sent, complete, as parts that are no larger than those of texts.
+    /// Tokens that a client sent, complete, as parts like those of texts: without the padding at their ends, where that
+    /// makes no difference.
     pub fn split(&self, inputs: Vec<Tensor>, limits: &Limits) -> Encoded {
         let rows = inputs.first().map_or(0, Tensor::rows);
-        let length = inputs.first().and_then(|ids| ids.shape.get(1)).copied().unwrap_or(1);
-        let tokens = rows.saturating_mul(length);
-        let most = (MOST_TOKENS / length.max(1)).min(limits.rows).max(1);
-        if rows <= most {
-            return Encoded { parts: vec![Part { rows: (0..rows).collect(), inputs }], tokens, rows };
-        }
-        let part = |start: usize| {
-            let count = most.min(rows - start);
-            let inputs = inputs.iter().map(|input| input.slice(start, count)).collect();
-            Part { rows: (start..start + count).collect(), inputs }
+        let width = inputs.first().and_then(|ids| ids.shape.get(1)).copied().unwrap_or(1);
+        let lengths = match self.mask(&inputs) {
+            Some(mask) if self.pads => without_padding(mask, width),
+            _ => vec![width; rows],
         };
-        Encoded { parts: (0..rows).step_by(most).map(part).collect(), tokens, rows }
+        let tokens = lengths.iter().sum();
+        let whole = |places: &[usize], length| length == width && places.len() == rows;
+        let parts = self.parts(&lengths, limits, |places, length| {
+            let of = |input: &Tensor| if whole(places, length) { input.clone() } else { cut(input, places, length) };
+            inputs.iter().map(of).collect()
+        });
+        Encoded { parts, tokens, rows }
+    }
+
+    /// Whether rows of other lengths may share a run.
+    pub fn pads(&self) -> bool {
+        self.pads
+    }
+
+    /// What an input of `kind` has where there is no token.
+    fn filler(&self, kind: Kind) -> i64 {
+        if kind == Kind::Ids { i64::from(self.tokens.padding) } else { 0 }
     }
 
     /// Inputs for warm-up: rows of tokens that differ from each other.
@@ -350,7 +396,7 @@ impl Front {
                 Kind::Ids => integers(
                     input.dtype,
                     rows.iter().flat_map(|row| {
-                        row.ids.iter().map(|&id| i64::from(id)).chain(pad(i64::from(self.tokens.padding), row))
+                        row.ids.iter().map(|&id| i64::from(id)).chain(pad(self.filler(Kind::Ids), row))
                     }),
                 ),
                 Kind::Mask => integers(
@@ -405,6 +451,18 @@ impl Session for Fronted {
         let rows = inputs.first().map_or(0, Tensor::rows);
         self.front.head.apply(&outputs, rows, self.front.mask(&inputs))
     }
+
+    fn gather(&self, requests: &[&[Tensor]]) -> Vec<Tensor> {
+        let length = |inputs: &&[Tensor]| inputs.first().and_then(|input| input.shape.get(1)).copied().unwrap_or(0);
+        let longest = requests.iter().map(length).max().unwrap_or(0);
+        let whole = |index: usize, input: &Input| {
+            let filler = self.front.filler(input.kind);
+            let padded: Vec<Tensor> =
+                requests.iter().map(|inputs| pad(inputs[index].clone(), longest, filler)).collect();
+            gather(&padded.iter().collect::<Vec<_>>())
+        };
+        self.front.inputs.iter().enumerate().map(|(index, input)| whole(index, input)).collect()
+    }
 }
 
 /// The inputs of a graph that takes tokens; `None` for any other.
@@ -434,6 +492,49 @@ fn signature(graph: &Signature, head: &Head) -> Signature {
     let optional = inputs.iter().map(|spec| spec.name.clone()).collect();
     let outputs = head.outputs();
     Signature { inputs, outputs, optional, text: Some(pairs), defaults: Vec::new(), steady: false, ..graph.clone() }
+}
+
+/// The length of each row up to its last token that `mask` has, at least 1.
+fn without_padding(mask: &Tensor, width: usize) -> Vec<usize> {
+    let Data::Plain(bytes) = &mask.data else { return vec![width; mask.rows()] };
+    let size = size_of_element(mask.dtype);
+    let length = |row: &[u8]| {
+        let last = row.chunks_exact(size).rposition(|element| element.iter().any(|&byte| byte != 0));
+        last.map_or(1, |last| last + 1)
+    };
+    bytes.chunks_exact((width * size).max(1)).map(length).collect()
+}
+
+/// The first `length` elements of the rows at `places`.
+fn cut(input: &Tensor, places: &[usize], length: usize) -> Tensor {
+    let shape = [places.len(), length].as_slice().into();
+    let Data::Plain(bytes) = &input.data else { return input.clone() };
+    let size = size_of_element(input.dtype);
+    let width = input.shape.get(1).copied().unwrap_or(1) * size;
+    let mut kept = BytesMut::with_capacity(places.len() * length * size);
+    places.iter().for_each(|&place| kept.extend_from_slice(&bytes[place * width..][..length * size]));
+    Tensor { name: input.name.clone(), dtype: input.dtype, shape, data: Data::Plain(kept.freeze()) }
+}
+
+/// Rows with `filler` behind them up to `length` elements.
+fn pad(input: Tensor, length: usize, filler: i64) -> Tensor {
+    let width = input.shape.get(1).copied().unwrap_or(length);
+    let Data::Plain(bytes) = &input.data else { return input };
+    if width >= length {
+        return input;
+    }
+    let Data::Plain(filler) = integers(input.dtype, std::iter::repeat_n(filler, length - width)) else { return input };
+    let mut padded = BytesMut::with_capacity(input.rows() * length * size_of_element(input.dtype));
+    for row in bytes.chunks_exact((width * size_of_element(input.dtype)).max(1)) {
+        padded.extend_from_slice(row);
+        padded.extend_from_slice(&filler);
+    }
+    let shape = [input.rows(), length].as_slice().into();
+    Tensor { shape, data: Data::Plain(padded.freeze()), ..input }
+}
+
+fn size_of_element(dtype: DType) -> usize {
+    if dtype == DType::Int32 { size_of::<i32>() } else { size_of::<i64>() }
 }
 
 /// The first number, and its place, that is not from 0 to below `most`.

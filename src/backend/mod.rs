@@ -9,7 +9,10 @@ use std::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{error::Error, tensor::Tensor};
+use crate::{
+    error::Error,
+    tensor::{Tensor, gather},
+};
 
 #[cfg(feature = "candle")]
 pub mod candle;
@@ -64,6 +67,12 @@ pub trait Session: Send {
     /// # Errors
     /// `InvalidArgument` when the inputs made the run fail, `Internal` otherwise.
     fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, Error>;
+
+    /// The inputs of a run that `requests` share, which have the same ones in the same order.
+    fn gather(&self, requests: &[&[Tensor]]) -> Vec<Tensor> {
+        let inputs = requests.first().map_or(0, |inputs| inputs.len());
+        (0..inputs).map(|input| gather(&requests.iter().map(|inputs| &inputs[input]).collect::<Vec<_>>())).collect()
+    }
 }
 
 /// The backends a server was built with, by the file that marks their format.

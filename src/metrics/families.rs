@@ -10,6 +10,7 @@ pub(super) const QUEUE_DURATION: &str = "tidegate_queue_duration_seconds";
 pub(super) const COMPUTE_DURATION: &str = "tidegate_compute_duration_seconds";
 pub(super) const TOKENIZE_DURATION: &str = "tidegate_tokenize_duration_seconds";
 pub(super) const TOKENS: &str = "tidegate_tokens_total";
+pub(super) const PADDING: &str = "tidegate_padding_tokens_total";
 pub(super) const BATCH_SIZE: &str = "tidegate_batch_size";
 pub(super) const INFERENCES: &str = "tidegate_inferences_total";
 pub(super) const EXECUTIONS: &str = "tidegate_executions_total";
@@ -130,7 +131,7 @@ impl Kind {
 }
 
 /// Every family of our own, in the order README lists them.
-pub const FAMILIES: [Family; 43] = [
+pub const FAMILIES: [Family; 44] = [
     Family {
         name: REQUESTS,
         of: Of::Version,
@@ -166,7 +167,14 @@ pub const FAMILIES: [Family; 43] = [
         labels: "",
         help: "Seconds it took to make tokens of a request's texts",
     },
-    Family { name: TOKENS, of: Of::Version, kind: Kind::Counter, labels: "", help: "Tokens of texts, without padding" },
+    Family { name: TOKENS, of: Of::Version, kind: Kind::Counter, labels: "", help: "Tokens run, without padding" },
+    Family {
+        name: PADDING,
+        of: Of::Version,
+        kind: Kind::Counter,
+        labels: "",
+        help: "Padding run beside these tokens, so that texts of several lengths share runs",
+    },
     Family { name: BATCH_SIZE, of: Of::Version, kind: Kind::Histogram, labels: "", help: "Rows per execution" },
     Family { name: INFERENCES, of: Of::Version, kind: Kind::Counter, labels: "", help: "Rows inferred" },
     Family { name: EXECUTIONS, of: Of::Version, kind: Kind::Counter, labels: "", help: "Runs of the graph" },

@@ -26,7 +26,8 @@ pub struct VersionMetrics {
     request_duration: [OnceLock<Durations>; Way::ALL.len()],
     execution: OnceLock<ExecutionHandles>,
     /// Of a version that takes raw text, and how many tokens it was.
-    tokenize: OnceLock<(Durations, Counter)>,
+    tokenize: OnceLock<Durations>,
+    tokens: OnceLock<[Counter; 2]>,
     dropped: [OnceLock<Counter>; REASONS.len()],
     pub statistics: Statistics,
 }
@@ -50,6 +51,7 @@ impl VersionMetrics {
             request_duration: Default::default(),
             execution: OnceLock::new(),
             tokenize: OnceLock::new(),
+            tokens: OnceLock::new(),
             dropped: Default::default(),
             statistics: Statistics::default(),
         }
@@ -82,7 +84,7 @@ impl VersionMetrics {
             let labels = format!("{labels},variant=\"{}\"", way.as_str());
             histogram.render(families::REQUEST_DURATION, &labels, &mut text);
         }
-        if let Some((histogram, _)) = self.tokenize.get() {
+        if let Some(histogram) = self.tokenize.get() {
             head(families::TOKENIZE_DURATION, &mut text);
             histogram.render(families::TOKENIZE_DURATION, &labels, &mut text);
         }
@@ -154,12 +156,17 @@ impl VersionMetrics {
         self.statistics.queue.add(1, waited);
     }
 
-    /// Records that a request's texts were made into so many tokens.
-    pub fn tokenized(&self, tokens: usize, took: Duration) {
-        let (durations, total) =
-            self.tokenize.get_or_init(|| (Histogram::new(&SECONDS), self.counter(families::TOKENS, &[])));
-        durations.record(nanoseconds(took));
-        total.increment(tokens as u64);
+    /// Records how long it took to make tokens of a request's texts.
+    pub fn tokenized(&self, took: Duration) {
+        self.tokenize.get_or_init(|| Histogram::new(&SECONDS)).record(nanoseconds(took));
+    }
+
+    /// Records a run of so many tokens, and of so much padding.
+    pub fn read(&self, tokens: usize, padding: usize) {
+        let counted = || [families::TOKENS, families::PADDING].map(|family| self.counter(family, &[]));
+        let [read, padded] = self.tokens.get_or_init(counted);
+        read.increment(tokens as u64);
+        padded.increment(padding as u64);
     }
 
     /// Records one successful run of `rows` rows that answered `requests` requests.

@@ -6,6 +6,9 @@
 //! is in the highest level that waits; others of that shape may join it from behind, and from lower levels after all
 //! that can of the higher ones. No request is passed over by more than [`MAX_PASSED_OVER`] batches that come after it
 //! in its own level; those of lower levels wait as long as higher ones have requests. A request is never split.
+//!
+//! Where rows have lengths, as texts have, a batch is measured in tokens, padding included, and takes requests of about
+//! the length of its first, so that less than a tenth of it is padding.
 
 use std::time::{Duration, Instant};
 
@@ -14,6 +17,7 @@ use super::{
     service_time::ServiceTime,
 };
 use crate::metrics::DropReason;
+pub use crate::text::Lengths;
 
 mod admission;
 mod fairness;
@@ -31,6 +35,9 @@ mod tests;
 
 /// How many batches may overtake a waiting request of another shape.
 pub const MAX_PASSED_OVER: u8 = 4;
+/// How many may overtake one of another length, where rows have lengths. Whoever waits longest leads a batch, so nobody is
+/// overtaken by more than one of each length before it; with fewer, texts of very many lengths would run one by one.
+pub const MAX_PASSED_OVER_BY_LENGTH: u8 = 64;
 
 /// Every dimension but the first of every input, in the order of the signature.
 pub type ShapeKey = smallvec::SmallVec<[usize; 8]>;
@@ -51,6 +58,7 @@ pub struct Limits {
 #[derive(Clone, Debug)]
 pub struct Cost {
     pub rows: usize,
+    pub lengths: Lengths,
     pub bytes: usize,
     pub shape: ShapeKey,
     /// Runs by itself, whatever its shape.
@@ -60,13 +68,20 @@ pub struct Cost {
     pub client: Client,
 }
 
+impl Cost {
+    /// What it adds to a run by itself: rows, or tokens where rows have lengths.
+    pub fn work(&self) -> usize {
+        self.rows.saturating_mul(self.lengths.longest)
+    }
+}
+
 /// A queued request.
 #[derive(Debug)]
 pub struct Entry<T> {
     pub item: T,
     pub cost: Cost,
     pub queued_at: Instant,
-    /// What it is predicted to cost, in rows of a full batch.
+    /// What it is predicted to cost, in the work of a full batch.
     price: u32,
     passed_over: u8,
 }
@@ -76,6 +91,8 @@ pub struct Entry<T> {
 pub struct Next<T> {
     /// Requests to run together; empty when there is nothing to run now.
     pub batch: Vec<Entry<T>>,
+    /// Rows of the batch, or tokens with their padding where rows have lengths.
+    pub work: usize,
     /// Requests that nobody waits for any more.
     pub dropped: Vec<(Entry<T>, DropReason)>,
     /// When to ask again if nothing is queued before: what waits for company goes then, with or without it.
@@ -88,14 +105,17 @@ pub struct Batcher<T> {
     len: usize,
     bytes: usize,
     limits: Limits,
-    /// Rows that are worth grouping; 1 when requests do not share runs.
+    /// Work that is worth grouping; 1 when requests do not share runs.
     group: usize,
+    /// Rows that a batch may have beside that.
+    most_rows: usize,
+    most_passed_over: u8,
     /// Sizes to which batches are cut when they can be, in ascending order.
     preferred: Vec<usize>,
     max_delay: Duration,
     executors: usize,
     service: ServiceTime,
-    /// Start and rows of each run in progress.
+    /// Start and work of each run in progress.
     running: Vec<(Instant, usize)>,
 }
 
@@ -114,6 +134,8 @@ impl<T> Batcher<T> {
             bytes: 0,
             limits,
             group,
+            most_rows: usize::MAX,
+            most_passed_over: MAX_PASSED_OVER,
             preferred,
             max_delay: schedule.max_delay,
             executors: executors.max(1),
@@ -122,38 +144,48 @@ impl<T> Batcher<T> {
         }
     }
 
+    /// The same for rows that have lengths: `group` and what `service` knows are of tokens then, an ordinary row has `row` of
+    /// them, and no batch has more than `most_rows`. It must be empty yet.
+    pub fn with_lengths(mut self, row: usize, most_rows: usize) -> Self {
+        let row = row.max(1);
+        self.lanes.iter_mut().for_each(|lane| lane.take_turns_of(row));
+        self.preferred.iter_mut().for_each(|size| *size *= row);
+        self.preferred.retain(|&size| size <= self.group);
+        Self { most_rows: most_rows.max(1), most_passed_over: MAX_PASSED_OVER_BY_LENGTH, ..self }
+    }
+
     /// The next batch for an idle executor, without the requests that are `gone` or have waited too long.
     ///
     /// A batch that is not empty counts as running until [`finished`](Self::finished) is told.
     pub fn next(&mut self, now: Instant, gone: impl Fn(&T) -> bool) -> Next<T> {
-        let mut next = Next { batch: Vec::new(), dropped: Vec::new(), wake_at: None };
+        let mut next = Next { batch: Vec::new(), work: 0, dropped: Vec::new(), wake_at: None };
         match self.lead(now, &gone, &mut next) {
             Lead::Nobody => {}
             Lead::Later(instant) => next.wake_at = Some(instant),
             Lead::Now(lane, index) => {
-                let limit = self.limit(lane, index, now, &gone);
+                let room = self.room_of(lane, index, now, &gone);
                 // Those who will be too late even if they run now give way to those who will not.
                 let horizon = now.checked_add(self.run_time(0)).unwrap_or(now);
-                let mut rows = self.form(lane, index, limit, horizon, now, &gone, &mut next);
+                next.work = self.form(lane, index, &room, horizon, now, &gone, &mut next);
                 if next.batch.is_empty() {
                     // The estimate may be wrong, and an idle executor has nothing to lose.
-                    rows = self.form(lane, index, limit, now, now, &gone, &mut next);
+                    next.work = self.form(lane, index, &room, now, now, &gone, &mut next);
                 }
                 if !next.batch.is_empty() {
-                    self.running.push((now, rows));
+                    self.running.push((now, next.work));
                 }
             }
         }
         next
     }
 
-    /// Tells that the run of `rows` rows that started at `start` is over.
-    pub fn finished(&mut self, start: Instant, rows: usize, took: Option<Duration>) {
-        if let Some(index) = self.running.iter().position(|&run| run == (start, rows)) {
+    /// Tells that the run of so much `work` that started at `start` is over.
+    pub fn finished(&mut self, start: Instant, work: usize, took: Option<Duration>) {
+        if let Some(index) = self.running.iter().position(|&run| run == (start, work)) {
             self.running.swap_remove(index);
         }
         if let Some(took) = took {
-            self.service.observe(rows, took);
+            self.service.observe(work, took);
         }
     }
 
@@ -164,20 +196,23 @@ impl<T> Batcher<T> {
 
     /// How long all that waits would take one executor; `None` when it is not known, or not to be begun yet.
     pub fn expected(&self) -> Option<Duration> {
-        let rows = self.lanes.iter().map(|lane| lane.rows).sum();
-        let expected = self.service.estimate_queue(rows, self.len, self.group);
+        let expected = self.service.estimate_queue(self.waiting(), self.len, self.group);
         (self.max_delay.is_zero() && !expected.is_zero()).then_some(expected)
     }
 
     /// Whether as much waits as one run may take: nothing is won by waiting for more.
     pub fn fills_a_batch(&self) -> bool {
-        self.lanes.iter().map(|lane| lane.rows).sum::<usize>() >= self.group
+        self.waiting() >= self.group
     }
 
-    /// The time of the run that a request of `rows` rows, queued now, will most likely share.
-    fn run_time(&self, rows: usize) -> Duration {
-        let queued: usize = self.lanes.iter().map(|lane| lane.rows).sum();
-        self.service.estimate(rows.max(self.group.min(queued.saturating_add(rows))))
+    /// The work that waits.
+    fn waiting(&self) -> usize {
+        self.lanes.iter().map(|lane| lane.work).sum()
+    }
+
+    /// The time of the run that a request of so much work, queued now, will most likely share.
+    fn run_time(&self, work: usize) -> Duration {
+        self.service.estimate(work.max(self.group.min(self.waiting().saturating_add(work))))
     }
 
     pub fn len(&self) -> usize {

@@ -138,7 +138,7 @@ mod tests {
         backend::{Session, Signature},
         metrics::Metrics,
         model::{
-            batcher::{Batcher, Client, Cost, Limits, ShapeKey},
+            batcher::{Batcher, Client, Cost, Lengths, Limits, ShapeKey},
             schedule::{Place, Schedule},
             service_time::ServiceTime,
         },
@@ -182,7 +182,15 @@ mod tests {
         let data = Data::Plain(vec![0; 4].into());
         let input = Tensor::new("x".into(), DType::Fp32, [1].as_slice().into(), data).unwrap();
         let shape = ShapeKey::new();
-        let cost = Cost { rows: 1, bytes: 4, shape, alone: false, place: Place::default(), client: Client::default() };
+        let cost = Cost {
+            rows: 1,
+            lengths: Lengths::NONE,
+            bytes: 4,
+            shape,
+            alone: false,
+            place: Place::default(),
+            client: Client::default(),
+        };
         queue.submit(vec![input], cost).ok()
     }
 

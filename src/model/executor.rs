@@ -19,7 +19,7 @@ use crate::{
     id::ModelName,
     metrics::{DropReason, Phases, VersionMetrics},
     priority,
-    tensor::{self, Tensor},
+    tensor::Tensor,
 };
 
 /// A request on its way through the queue.
@@ -153,11 +153,11 @@ impl Queue {
             let next = state.batcher.next(now, |job| job.reply.is_closed());
             drop(state);
             self.drop_dead(next.dropped);
-            let done = (!next.batch.is_empty()).then(|| execute(self, session.as_mut(), now, next.batch));
+            let done = (!next.batch.is_empty()).then(|| execute(self, session.as_mut(), now, next.batch, next.work));
             state = self.state.lock();
             now = Instant::now();
-            if let Some(Done { start, rows, took }) = done {
-                state.batcher.finished(start, rows, took);
+            if let Some(Done { start, work, took }) = done {
+                state.batcher.finished(start, work, took);
             }
         }
         state.idle.push(session);
@@ -198,8 +198,7 @@ impl Queue {
         loop {
             let now = Instant::now();
             let next = state.batcher.next(now, |_| false);
-            let rows = next.batch.iter().map(|entry| entry.cost.rows).sum();
-            state.batcher.finished(now, rows, None);
+            state.batcher.finished(now, next.work, None);
             if next.batch.is_empty() && next.dropped.is_empty() {
                 return abandoned;
             }
@@ -269,7 +268,7 @@ impl Queue {
                     // what still waits for company.
                     self.work.notify_one();
                 }
-                return Ok(Taken { session, start: now, batch: next.batch });
+                return Ok(Taken { session, start: now, batch: next.batch, work: next.work });
             }
             let over = next.wake_at.is_none() && !dropped && state.closed;
             if over {
@@ -293,8 +292,8 @@ impl Queue {
     /// Leaves a session to whoever comes first, after the run `done`.
     fn give_back(&self, session: Box<dyn Session>, done: Option<Done>) {
         let mut state = self.state.lock();
-        if let Some(Done { start, rows, took }) = done {
-            state.batcher.finished(start, rows, took);
+        if let Some(Done { start, work, took }) = done {
+            state.batcher.finished(start, work, took);
         }
         state.idle.push(session);
     }
@@ -322,12 +321,13 @@ struct Taken {
     session: Box<dyn Session>,
     start: Instant,
     batch: Vec<Entry<Job>>,
+    work: usize,
 }
 
 /// A run that is over, and how long it took when it went well.
 struct Done {
     start: Instant,
-    rows: usize,
+    work: usize,
     took: Option<Duration>,
 }
 
@@ -347,9 +347,9 @@ pub(super) fn run(queue: &Queue, shift: u64, background: bool) -> Option<Box<dyn
     let mut turn = Instant::now();
     loop {
         match queue.take(shift, background) {
-            Ok(Taken { mut session, start, batch }) => {
-                let Done { start, rows, took } = execute(queue, session.as_mut(), start, batch);
-                queue.give_back(session, Some(Done { start, rows, took: took.filter(|_| !background) }));
+            Ok(Taken { mut session, start, batch, work }) => {
+                let Done { took, .. } = execute(queue, session.as_mut(), start, batch, work);
+                queue.give_back(session, Some(Done { start, work, took: took.filter(|_| !background) }));
             }
             Err(session) => return session,
         }
@@ -361,11 +361,12 @@ pub(super) fn run(queue: &Queue, shift: u64, background: bool) -> Option<Box<dyn
 }
 
 /// Runs and answers one batch.
-fn execute(queue: &Queue, session: &mut dyn Session, start: Instant, batch: Vec<Entry<Job>>) -> Done {
+fn execute(queue: &Queue, session: &mut dyn Session, start: Instant, batch: Vec<Entry<Job>>, work: usize) -> Done {
     let rows = batch.iter().map(|entry| entry.cost.rows).sum();
     for entry in &batch {
         queue.metrics.queued(start.saturating_duration_since(entry.queued_at));
     }
+    let tokens = batch.iter().map(|entry| entry.cost.lengths.tokens).sum();
     let jobs = batch.into_iter().map(|entry| entry.item).collect();
     // An I/O thread that runs it has connections to serve, and an executor a session to bring back.
     let took = std::panic::catch_unwind(AssertUnwindSafe(|| run_batch(queue, session, jobs, rows)));
@@ -373,7 +374,10 @@ fn execute(queue: &Queue, session: &mut dyn Session, start: Instant, batch: Vec<
         tracing::error!(model = %queue.model, rows, "a batch was lost to a panic");
         None
     });
-    Done { start, rows, took }
+    if took.is_some() && tokens > 0 {
+        queue.metrics.read(tokens, work.saturating_sub(tokens));
+    }
+    Done { start, work, took }
 }
 
 /// The time of the run when it went well.
@@ -434,9 +438,7 @@ fn run_alone(queue: &Queue, session: &mut dyn Session, job: Job, rows: usize) ->
 
 fn run_together(session: &mut dyn Session, jobs: &[Job], rows: usize) -> Result<(Vec<Tensor>, Phases), Error> {
     let gather = Instant::now();
-    let inputs: Vec<Tensor> = (0..jobs[0].inputs.len())
-        .map(|input| tensor::gather(&jobs.iter().map(|job| &job.inputs[input]).collect::<Vec<_>>()))
-        .collect();
+    let inputs = session.gather(&jobs.iter().map(|job| &job.inputs[..]).collect::<Vec<_>>());
     let infer = Instant::now();
     let outputs = guarded(session, &inputs)?;
     let phases = Phases { input: infer - gather, infer: infer.elapsed(), output: Duration::ZERO };

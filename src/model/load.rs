@@ -186,7 +186,8 @@ pub fn load(mut plan: Plan, backends: &Backends, decode: Decode) -> Result<Loade
         let (name, inputs) = ("of made-up tokens".into(), front.sample());
         samples.insert(0, Sample { name, inputs, required: false, runs: 1 });
     }
-    let rows_limit = plan.max_batch_size.unwrap_or(warmup::MAX_SWEEP_ROWS).min(warmup::MAX_SWEEP_ROWS);
+    let most = if front.is_some() { warmup::MAX_SWEEP_TEXTS } else { warmup::MAX_SWEEP_ROWS };
+    let rows_limit = plan.max_batch_size.unwrap_or(most).min(most);
     let wanted = Wanted { batching: plan.batching, limit: rows_limit, sizes: &plan.schedule.preferred_batch_sizes };
     let warmed = warmup::warm(first.as_mut(), &samples, &wanted, plan.name.as_str())?;
     for session in &mut sessions[1..] {

@@ -29,7 +29,7 @@ pub mod service_time;
 pub mod warmup;
 mod watch;
 
-use batcher::{Batcher, Cost, Limits, ShapeKey};
+use batcher::{Batcher, Cost, Lengths, Limits, ShapeKey};
 use crew::Crew;
 pub use executor::Refused;
 use executor::{Queue, Ticket};
@@ -116,6 +116,9 @@ impl State {
 pub struct Batching {
     /// Rows that are grouped at most; 1 when requests do not share runs.
     pub group: usize,
+    /// Tokens of each of these rows, where rows have lengths: of others there are as many as have no more tokens together,
+    /// padding included. Else 1.
+    pub row: usize,
     pub enabled: bool,
     /// One sentence for operators.
     pub reason: String,
@@ -159,7 +162,11 @@ impl ModelVersion {
     pub fn start(loaded: Loaded, limits: Limits, metrics: Arc<VersionMetrics>) -> Result<Self, Error> {
         let Loaded { facts, sessions, service } = loaded;
         let instances = sessions.len();
-        let batcher = Batcher::new(limits, &facts.schedule, facts.batching.group, instances, service);
+        let Batching { group, row, .. } = facts.batching;
+        let mut batcher = Batcher::new(limits, &facts.schedule, group * row, instances, service);
+        if facts.text.is_some() {
+            batcher = batcher.with_lengths(row, facts.max_batch_size.unwrap_or(usize::MAX));
+        }
         let queue = Arc::new(Queue::new(facts.name.clone(), facts.signature.steady, batcher, metrics.clone()));
         metrics.loaded(facts.load_duration);
         metrics.prepare();
@@ -196,7 +203,7 @@ impl ModelVersion {
     ) -> impl Future<Output = Result<Vec<Tensor>, Refused>> + Send + 'a {
         async move {
             match &self.text {
-                None => self.run(inputs, urgency).await,
+                None => self.run(inputs, Lengths::NONE, urgency).await,
                 Some(front) if Front::is_text(&inputs) => Box::pin(self.run_text(front, inputs, urgency, wish)).await,
                 Some(front) => Box::pin(self.run_tokens(front, inputs, urgency)).await,
             }
@@ -223,6 +230,7 @@ impl ModelVersion {
         text::Limits {
             // More are divided, where tensors of other models are refused.
             rows: self.max_batch_size.unwrap_or(usize::MAX),
+            tokens: if self.batching.enabled { self.batching.group * self.batching.row } else { text::MOST_TOKENS },
             bytes: self.max_bytes,
             deadline: urgency.deadline,
         }
@@ -238,7 +246,8 @@ impl ModelVersion {
 
     /// Runs parts of one request, and puts the answers together.
     async fn run_parts(&self, parts: &Encoded, urgency: &Urgency) -> Result<Vec<Tensor>, Refused> {
-        let runs: Vec<_> = parts.parts.iter().map(|part| self.run(part.inputs.clone(), urgency)).collect();
+        let runs: Vec<_> =
+            parts.parts.iter().map(|part| self.run(part.inputs.clone(), part.lengths, urgency)).collect();
         // More at a time would only fill the queue.
         let runs = stream::iter(runs).buffered(2 * self.instances.max(1));
         Ok(parts.assemble(runs.try_collect().await?))
@@ -255,7 +264,7 @@ impl ModelVersion {
         let of_model = |error: Error| Refused::Error(error.of_model(self.name.as_str()));
         let start = Instant::now();
         let encoded = self.encode(front, &text, wish.truncate, self.text_limits(urgency)).await.map_err(of_model)?;
-        self.metrics.tokenized(encoded.tokens, start.elapsed());
+        self.metrics.tokenized(start.elapsed());
         match self.run_parts(&encoded, urgency).await {
             Ok(outputs) => {
                 if let Some(tokens) = wish.tokens {
@@ -303,10 +312,11 @@ impl ModelVersion {
     fn run<'a>(
         &'a self,
         inputs: Vec<Tensor>,
+        lengths: Lengths,
         urgency: &'a Urgency,
     ) -> impl Future<Output = Result<Vec<Tensor>, Refused>> + Send + 'a {
         async move {
-            let cost = self.cost(&inputs, urgency).map_err(Refused::Error)?;
+            let cost = self.cost(&inputs, lengths, urgency).map_err(Refused::Error)?;
             let place = cost.place;
             let ticket = self.queue.submit(inputs, cost).map_err(|refused| match refused {
                 Refused::Error(error) => Refused::Error(error.of_model(self.name.as_str())),
@@ -342,20 +352,23 @@ impl ModelVersion {
         Error::new(Code::DeadlineExceeded, format!("model '{}': the deadline passed before the answer", self.name))
     }
 
-    fn cost(&self, inputs: &[Tensor], urgency: &Urgency) -> Result<Cost, Error> {
+    fn cost(&self, inputs: &[Tensor], lengths: Lengths, urgency: &Urgency) -> Result<Cost, Error> {
         let level = self.schedule.level(urgency.priority);
         let rows = if self.has_rows { inputs.first().map_or(1, Tensor::rows) } else { 1 };
         let uneven = inputs.iter().any(|input| input.rows() != rows);
         let empty = inputs.iter().any(|input| input.shape.contains(&0));
         self.check_rows(inputs)?;
+        // Texts are all alike that can be padded.
+        let sized = if self.text.as_ref().is_some_and(|front| front.pads()) { &[] } else { inputs };
         let trailing = |input: &Tensor| input.shape.iter().skip(1).copied().collect::<ShapeKey>();
-        let mut shape: ShapeKey = inputs.iter().flat_map(trailing).collect();
+        let mut shape: ShapeKey = sized.iter().flat_map(trailing).collect();
         // Requests that leave out different inputs cannot share a run.
         let given = |name: &Arc<str>| usize::from(inputs.iter().any(|input| input.name == *name));
         shape.extend(self.signature.optional.iter().map(given));
         Ok(Cost {
             // An empty tensor may claim any number of rows.
             rows: if empty { 0 } else { rows },
+            lengths,
             bytes: inputs.iter().map(Tensor::byte_len).sum(),
             shape,
             alone: !self.batching.enabled || uneven || empty,

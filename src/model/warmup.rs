@@ -20,6 +20,8 @@ pub mod described;
 
 /// The largest batch the sweep tries.
 pub const MAX_SWEEP_ROWS: usize = 64;
+/// The same for texts, which are made up of few tokens.
+pub const MAX_SWEEP_TEXTS: usize = 256;
 
 /// A larger batch is worth it when it yields more than this many times the rows per second.
 const WORTHWHILE_GROWTH: f64 = 1.02;
@@ -88,7 +90,7 @@ pub fn warm(session: &mut dyn Session, samples: &[Sample], wanted: &Wanted<'_>, 
         }
         match result {
             Ok(_) => {
-                service = ServiceTime::from_sweep(&[(1, start.elapsed())]);
+                service = ServiceTime::from_sweep(&[(work_of(&signature, &sample.inputs), start.elapsed())]);
                 batches.push((sample.inputs.clone(), sample.runs));
             }
             Err(error) if sample.required => {
@@ -112,7 +114,7 @@ pub fn warm(session: &mut dyn Session, samples: &[Sample], wanted: &Wanted<'_>, 
     };
     let rows: Vec<Vec<Tensor>> = runs.rows.iter().map(|run| run.inputs.clone()).collect();
     if let Some(run) = runs.rows.last() {
-        service = ServiceTime::from_sweep(&[(1, run.took)]);
+        service = ServiceTime::from_sweep(&[(work_of(&signature, &run.inputs), run.took)]);
     }
     let mut proof = || match (wanted.batching, &runs.told_apart) {
         (Some(true), _) => Ok(()),
@@ -122,21 +124,40 @@ pub fn warm(session: &mut dyn Session, samples: &[Sample], wanted: &Wanted<'_>, 
     if let Some(reason) = objection.map_or_else(|| proof().err(), Some) {
         tracing::info!(model, reason, "requests are not batched");
         batches.extend(rows.into_iter().take(1).map(|inputs| (inputs, 1)));
-        return Ok(Warmed { batching: off(reason), service, batches });
+        let batching = Batching { row: length_of(&signature, &runs.rows[0].inputs), ..off(reason) };
+        return Ok(Warmed { batching, service, batches });
     }
     let mut sweep = sweep(session, &rows, wanted.limit);
-    let mut reason = format!("{} rows are grouped, the throughput's knee", sweep.group);
+    let row = length_of(&signature, &rows[0]);
+    let named = |rows: usize| match row {
+        1 => format!("{rows} rows are grouped"),
+        row => format!("{} tokens are grouped", rows * row),
+    };
+    let mut reason = format!("{}, the throughput's knee", named(sweep.group));
     if let Some(&largest) = wanted.sizes.iter().max() {
         sweep.try_sizes(session, &rows, wanted.sizes).map_err(|error| Error {
             message: format!("warm-up with queue.preferred_batch_sizes: {error}"),
             ..error
         })?;
         sweep.group = largest;
-        reason = format!("{largest} rows are grouped, the largest of queue.preferred_batch_sizes");
+        reason = format!("{}, the largest of queue.preferred_batch_sizes", named(largest));
     }
     batches.extend(sweep.batches.into_iter().map(|inputs| (inputs, 1)));
-    let batching = Batching { group: sweep.group, enabled: true, reason };
-    Ok(Warmed { batching, service: ServiceTime::from_sweep(&sweep.times), batches })
+    let batching = Batching { group: sweep.group, row, enabled: true, reason };
+    let times: Vec<_> = sweep.times.iter().map(|&(rows, took)| (rows * row, took)).collect();
+    Ok(Warmed { batching, service: ServiceTime::from_sweep(&times), batches })
+}
+
+/// What one run of `inputs` is to the queue, when nothing is known of other runs.
+fn work_of(signature: &Signature, inputs: &[Tensor]) -> usize {
+    let rows = if signature.text.is_some() { inputs.first().map_or(1, Tensor::rows) } else { 1 };
+    rows.max(1) * length_of(signature, inputs)
+}
+
+/// Tokens of a row, where rows have lengths; else 1.
+fn length_of(signature: &Signature, row: &[Tensor]) -> usize {
+    let tokens = row.first().filter(|input| signature.text.is_some() && input.dtype != DType::Bytes);
+    tokens.and_then(|input| input.shape.get(1)).copied().unwrap_or(1).max(1)
 }
 
 /// Runs another session of the same version through the sizes that the first one saw.
@@ -150,7 +171,7 @@ pub fn rewarm(session: &mut dyn Session, warmed: &Warmed) {
 }
 
 fn off(reason: String) -> Batching {
-    Batching { group: 1, enabled: false, reason }
+    Batching { group: 1, row: 1, enabled: false, reason }
 }
 
 /// One row that was run by itself.

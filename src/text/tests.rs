@@ -6,7 +6,7 @@ use tempfile::TempDir;
 use super::*;
 
 /// No limits.
-const FREE: Limits = Limits { rows: usize::MAX, bytes: usize::MAX, deadline: None };
+const FREE: Limits = Limits { rows: usize::MAX, tokens: MOST_TOKENS, bytes: usize::MAX, deadline: None };
 
 /// A small model with the numbers that transformers gives for it.
 fn encoder(name: &str) -> (PathBuf, Value) {
@@ -130,7 +130,9 @@ fn many_texts_are_grouped_by_length_and_come_back_in_order() {
     assert_eq!(encoded.tokens, alone);
     for part in &encoded.parts {
         let padding = whole(&part.inputs[1]).iter().filter(|mask| **mask == 0).count();
-        assert!(padding * 8 <= whole(&part.inputs[1]).len(), "at most an eighth is padding");
+        assert!(padding * SPREAD <= whole(&part.inputs[1]).len(), "at most a twentieth is padding");
+        let [rows, longest] = part.inputs[0].shape[..] else { panic!() };
+        assert_eq!((part.lengths.longest, part.lengths.tokens), (longest, rows * longest - padding));
     }
     let mut session = front.before(Box::new(Echo(body())));
     let together = session.run(&[texts(&given)]).unwrap();
@@ -153,6 +155,8 @@ fn a_request_of_very_many_tokens_is_cut_into_runs() {
     assert!(encoded.parts.len() > 1);
     assert!(encoded.parts.iter().all(|part| part.inputs[0].shape.iter().product::<usize>() <= MOST_TOKENS));
     assert_eq!(encoded.parts.iter().map(|part| part.rows.len()).sum::<usize>(), 3000);
+    let few = front.encode(&texts(&[text; 5]), None, &Limits { tokens: 4, ..FREE }).unwrap();
+    assert_eq!(few.parts.len(), 5, "a text is never cut for it");
 }
 
 #[test]
@@ -423,4 +427,58 @@ fn tokens_of_very_many_rows_are_cut_into_runs() {
     let outputs = split.parts.iter().map(|part| Echo(body()).run(&part.inputs).unwrap()).collect();
     assert_eq!(split.assemble(outputs), whole_run);
     assert_eq!(front.split(split.parts[0].inputs.clone(), &FREE).parts.len(), 1);
+}
+
+/// Tokens and a mask that ends so early in each row.
+fn ending(width: usize, ends: &[usize]) -> [Tensor; 2] {
+    let of = |name: &str, value: fn(usize, usize, usize) -> i64| {
+        let values = ends.iter().enumerate().flat_map(|(row, &end)| (0..width).map(move |at| value(row, at, end)));
+        let shape = [ends.len(), width].as_slice().into();
+        Tensor::new(name.into(), DType::Int64, shape, integers(DType::Int64, values)).unwrap()
+    };
+    [of(IDS, |row, at, _| (5 + row * 7 + at) as i64), of(MASK, |_, at, end| i64::from(at < end))]
+}
+
+#[test]
+fn padding_that_a_client_sent_is_not_run() {
+    let front = open(&encoder("bert-mean").0, &Settings::default(), &body());
+    let complete = front.complete(&ending(40, &[40, 3, 0, 39, 3, 20]));
+    let whole_run = Echo(body()).run(&complete).unwrap();
+    let expected = front.head.apply(&whole_run, 6, Some(&complete[1])).unwrap();
+    let split = front.split(complete.clone(), &FREE);
+    let of = |part: &Part| (part.rows.clone(), part.inputs[0].shape[1], part.lengths.tokens);
+    let found: Vec<_> = split.parts.iter().map(of).collect();
+    assert_eq!(found, [(vec![2], 1, 1), (vec![1, 4], 3, 6), (vec![5], 20, 20), (vec![3, 0], 40, 79)]);
+    let mut session = front.before(Box::new(Echo(body())));
+    let outputs = split.parts.iter().map(|part| session.run(&part.inputs).unwrap()).collect();
+    for (found, expected) in split.assemble(outputs).iter().zip(&expected) {
+        assert_eq!(found.shape, expected.shape);
+        let close = |(found, expected): (&f32, &f32)| (found - expected).abs() < 1e-3;
+        assert!(reals(found).iter().zip(&reals(expected)).all(close), "{found:?} {expected:?}");
+    }
+    // What reads padding gets what it was sent.
+    let raw = Arc::new(Front {
+        pads: false,
+        ..Front::read(&encoder("bert-mean").0, &Settings::default(), &body(), true).unwrap().unwrap()
+    });
+    let split = raw.split(complete.clone(), &FREE);
+    assert_eq!(split.parts.len(), 1);
+    assert_eq!(split.parts[0].inputs, complete);
+}
+
+#[test]
+fn requests_of_several_lengths_become_one_batch() {
+    let front = open(&encoder("bert-mean").0, &Settings { normalize: Some(false), ..Settings::default() }, &body());
+    let session = front.before(Box::new(Echo(body())));
+    let parts: Vec<Vec<Tensor>> = [3, 5, 1].map(|length| front.complete(&ending(length, &[length; 2]))).to_vec();
+    let together = session.gather(&parts.iter().map(|part| &part[..]).collect::<Vec<_>>());
+    assert!(together.iter().all(|input| input.shape[..] == [6, 5]));
+    assert_eq!(whole(&together[1])[..10], [1, 1, 1, 0, 0, 1, 1, 1, 0, 0]);
+    let padding = i64::from(front.tokens.padding);
+    assert_eq!(whole(&together[0])[..5], [5, 6, 7, padding, padding]);
+    let mut session = session;
+    let all = session.run(&together).unwrap();
+    for (index, part) in parts.iter().enumerate() {
+        assert_eq!(session.run(part).unwrap()[0], all[0].slice(2 * index, 2));
+    }
 }

@@ -211,14 +211,6 @@ impl Tokens {
         self.tokenizer.get_post_processor().map_or(0, |processor| processor.added_tokens(is_pair))
     }
 
-    /// The length to which `length` tokens are padded, so that requests of almost one length share runs: at most an eighth
-    /// more, and half of that for most.
-    pub fn padded(&self, length: usize) -> usize {
-        let step = (length.next_power_of_two() / 16).max(1);
-        let padded = length.next_multiple_of(step);
-        padded.min(self.max_length.max(length))
-    }
-
     /// A text of `length` tokens, for warm-up: the same for the same `number`.
     pub fn made_up(&self, number: u32, length: usize) -> Row {
         let length = self.max_length.min(length);

@@ -46,7 +46,7 @@ impl<T> Batcher<T> {
             // Refused now is better than late: others with less waiting may still come and run before it.
             let ahead = self.lanes[level].expected_ahead(cost.client, round);
             let wait = self.estimated_wait(level, ahead, now);
-            let run = if self.is_idle() && wait.is_zero() { Duration::ZERO } else { self.run_time(cost.rows) };
+            let run = if self.is_idle() && wait.is_zero() { Duration::ZERO } else { self.run_time(cost.work()) };
             if wait.saturating_add(wait / SPARE).saturating_add(run) > deadline.saturating_duration_since(now) {
                 let message = format!("the deadline cannot be met: the estimated wait is {wait:.0?}");
                 return Err((item, Error::new(Code::DeadlineExceeded, message)));
@@ -61,12 +61,13 @@ impl<T> Batcher<T> {
         Ok(displaced)
     }
 
-    /// What a request is predicted to cost, in rows of a full batch, at least 1. Who runs alone pays the whole run.
+    /// What a request is predicted to cost, in the work of a full batch, at least 1. Who runs alone pays the whole run.
     fn price(&self, cost: &Cost) -> u32 {
-        if !cost.alone && cost.rows <= self.group {
-            return u32::try_from(cost.rows.max(1)).unwrap_or(u32::MAX);
+        let work = cost.work();
+        if !cost.alone && work <= self.group {
+            return u32::try_from(work.max(1)).unwrap_or(u32::MAX);
         }
-        let runs = self.service.relative(cost.rows, self.group).unwrap_or(cost.rows as f64 / self.group as f64);
+        let runs = self.service.relative(work, self.group).unwrap_or(work as f64 / self.group as f64);
         // A float becomes the nearest number there is.
         ((runs * self.group as f64).ceil() as u32).max(1)
     }
@@ -135,7 +136,7 @@ impl<T> Batcher<T> {
 
     fn displace(&mut self, room: &Room, now: Instant) -> Vec<Displaced<T>> {
         let lane = &self.lanes[room.lane];
-        let wait = self.estimated_wait(room.lane, (lane.len(), lane.rows), now);
+        let wait = self.estimated_wait(room.lane, (lane.len(), lane.work), now);
         let displaced = (0..room.requests).filter_map(|_| {
             let turn = self.lanes[room.lane].pop_last_turn()?;
             let entry = self.remove(room.lane, turn, false)?;
@@ -145,25 +146,25 @@ impl<T> Batcher<T> {
         displaced.collect()
     }
 
-    /// The estimated time until a request of `level` queued now would start that so many requests and rows of its
-    /// level run before; zero when an executor is idle.
+    /// The estimated time until a request of `level` queued now would start that so many requests of its level run
+    /// before, and so much work; zero when an executor is idle.
     pub(super) fn estimated_wait(&self, level: usize, ahead: (usize, usize), now: Instant) -> Duration {
-        let above = self.lanes[..level].iter().map(|lane| (lane.len(), lane.rows));
-        let (requests, rows) =
-            above.chain([ahead]).fold((0, 0), |(requests, rows), (more, of_them)| (requests + more, rows + of_them));
+        let above = self.lanes[..level].iter().map(|lane| (lane.len(), lane.work));
+        let (requests, work) =
+            above.chain([ahead]).fold((0, 0), |(requests, work), (more, of_them)| (requests + more, work + of_them));
         let idle = self.is_idle();
         // What is held back for company keeps nobody waiting; what fills a batch is not held back, and only waits for its
         // executor to look.
-        if idle && (requests == 0 || (!self.max_delay.is_zero() && rows < self.group)) {
+        if idle && (requests == 0 || (!self.max_delay.is_zero() && work < self.group)) {
             return Duration::ZERO;
         }
         // A run that takes longer than it should may take as much longer again.
-        let left = |&(start, rows): &(Instant, usize)| {
-            let (whole, gone) = (self.service.estimate(rows), now.saturating_duration_since(start));
+        let left = |&(start, work): &(Instant, usize)| {
+            let (whole, gone) = (self.service.estimate(work), now.saturating_duration_since(start));
             whole.checked_sub(gone).unwrap_or_else(|| gone - whole)
         };
         let residual = if idle { Duration::ZERO } else { self.running.iter().map(left).min().unwrap_or_default() };
         let executors = u32::try_from(self.executors).unwrap_or(u32::MAX);
-        residual + self.service.estimate_queue(rows, requests, self.group) / executors
+        residual + self.service.estimate_queue(work, requests, self.group) / executors
     }
 }

@@ -1,7 +1,7 @@
 //! Whose turn it is: deficit round robin between the clients of one level, by predicted cost.
 //!
-//! In every round each client may have as much run as one row of a full batch costs, and saves up for what costs
-//! more. A waiting client's savings depend on its own requests only, so the round in which a request will run is known
+//! In every round each client may have as much run as one row of a full batch costs, or one token where rows have lengths,
+//! and saves up for what costs more. A waiting client's savings depend on its own requests only, so the round in which a request will run is known
 //! when it arrives; requests are kept in the order of their rounds, and nothing needs to go round. What a client has
 //! been granted is remembered until its rounds are over, or whoever sends one request after the other would always be
 //! first.
@@ -23,13 +23,15 @@ pub struct Client(pub u64);
 /// Clients known at least before those with nothing to remember are looked for.
 const SPARE_CLIENTS: usize = 64;
 
-/// Rounds that a client can save up.
+/// Rows that a client can save up.
 const SAVINGS: u64 = 4;
 
 /// What the clients of one level have been granted.
 #[derive(Debug)]
 pub(super) struct Shares {
     clients: HashMap<Client, Share, BuildHasherDefault<Spread>>,
+    /// Rounds of an ordinary row.
+    row: u64,
     /// The latest round of which something has run.
     round: u64,
     /// Requests that may still run before the next round begins in any case.
@@ -52,20 +54,21 @@ struct Share {
 impl Shares {
     /// The first round of a client of which nothing is remembered.
     fn earliest(&self) -> u64 {
-        self.round.saturating_sub(SAVINGS)
+        self.round.saturating_sub(SAVINGS * self.row)
     }
 
-    pub fn new() -> Self {
-        Self { clients: HashMap::default(), round: SAVINGS, left: 0, waiting: 0, crowded: 0 }
+    /// An ordinary row costs `row`.
+    pub fn new(row: u64) -> Self {
+        Self { clients: HashMap::default(), row, round: SAVINGS * row, left: 0, waiting: 0, crowded: 0 }
     }
 
-    /// The round of a request of `client` that costs as much as `price` rows.
+    /// The round of a request of `client` that costs `price`.
     pub fn round(&self, client: Client, price: u32) -> u64 {
         let share = self.clients.get(&client).unwrap_or(&Share { next: 0, newest: 0, waiting: 0 });
         round_of(share, self.earliest(), self.round, price)
     }
 
-    /// How many rows of other clients may run before a request of `client` and `round`, if everyone who waits takes all
+    /// How much work of other clients may run before a request of `client` and `round`, if everyone who waits takes all
     /// of their turns; and how many requests of its own wait.
     pub fn before(&self, client: Client, round: u64) -> (usize, usize) {
         let own = self.clients.get(&client).map_or(0, |share| share.waiting);
@@ -101,7 +104,7 @@ impl Shares {
             self.round = round;
             self.left = waiting;
         } else if self.left == 0 {
-            self.round += 1;
+            self.round += self.row;
             self.left = waiting;
         } else {
             self.left -= 1;

@@ -1,9 +1,13 @@
 //! Who leads the next batch, and who joins it.
 
-use std::{collections::HashMap, time::Instant};
+use std::{collections::HashMap, ops::RangeInclusive, time::Instant};
 
-use super::{Batcher, Cost, Entry, MAX_PASSED_OVER, Next, ShapeKey, lane::Turn, leaving::Standing};
+use super::{Batcher, Cost, Entry, Lengths, Next, ShapeKey, lane::Turn, leaving::Standing};
 use crate::{metrics::DropReason, model::schedule::earlier};
+
+/// Ranges of lengths that a batch may have, by the share of the longest that the shortest may lack: the narrowest that fills
+/// it is taken. All of them keep padding below a tenth.
+const SPREADS: [f64; 4] = [0.0, 0.025, 0.05, 0.1];
 
 /// Who leads the next batch.
 pub(super) enum Lead {
@@ -19,7 +23,40 @@ struct Group {
     /// Where the first of them waits.
     lane: usize,
     index: usize,
+    work: usize,
+}
+
+/// What a batch may hold.
+pub(super) struct Room {
+    work: usize,
     rows: usize,
+    lengths: RangeInclusive<usize>,
+}
+
+/// What a batch holds.
+#[derive(Clone, Copy, Default)]
+struct Held {
+    rows: usize,
+    longest: usize,
+}
+
+impl Held {
+    fn with(self, cost: &Cost) -> Self {
+        Self { rows: self.rows + cost.rows, longest: self.longest.max(cost.lengths.longest) }
+    }
+
+    /// With the padding that makes all rows as long as the longest.
+    fn work(self) -> usize {
+        self.rows.saturating_mul(self.longest)
+    }
+
+    fn fits(self, room: &Room) -> bool {
+        self.rows <= room.rows && self.work() <= room.work
+    }
+
+    fn fills(self, room: &Room) -> bool {
+        self.rows >= room.rows || self.work() >= room.work
+    }
 }
 
 /// What becomes of a request beside a batch that is being formed.
@@ -66,20 +103,21 @@ impl<T> Batcher<T> {
         }
         // Nothing here is older than `max_delay`: there are only as many as arrive in that time and fill no batch.
         let complete = self.preferred.first().copied().unwrap_or(self.group);
-        let mut groups: HashMap<&ShapeKey, Group> = HashMap::new();
+        let mut groups: HashMap<(&ShapeKey, usize), Group> = HashMap::new();
         let mut wake_at = None;
         for (lane, queue) in levels.iter().enumerate().map(|(place, lane)| (top + place, lane)) {
             for (index, entry) in queue.iter().enumerate() {
                 if !matches!(self.standing_of(lane, entry, now, gone), Standing::Stays) {
                     continue;
                 }
-                if lane == top && entry.passed_over >= MAX_PASSED_OVER {
+                if lane == top && entry.passed_over >= self.most_passed_over {
                     return Lead::Now(top, 0);
                 }
                 wake_at = earlier(wake_at, Some(self.held_until(entry)));
-                let group = groups.entry(&entry.cost.shape).or_insert(Group { lane, index, rows: 0 });
-                group.rows += entry.cost.rows;
-                if entry.cost.alone || group.rows >= complete || is_due(entry) {
+                let alike = (&entry.cost.shape, about(entry.cost.lengths.longest));
+                let group = groups.entry(alike).or_insert(Group { lane, index, work: 0 });
+                group.work += entry.cost.work();
+                if entry.cost.alone || group.work >= complete || is_due(entry) {
                     return Lead::Now(top, if group.lane == top { group.index } else { 0 });
                 }
             }
@@ -94,50 +132,82 @@ impl<T> Batcher<T> {
             None => end,
             Some(limit) => {
                 let left = limit.saturating_duration_since(entry.queued_at);
-                end.min(entry.queued_at + left.saturating_sub(self.service.estimate(entry.cost.rows)) / 2)
+                end.min(entry.queued_at + left.saturating_sub(self.service.estimate(entry.cost.work())) / 2)
             }
         }
     }
 
-    /// How many rows the batch may have that the entry at `index` of `lane` leads.
-    pub(super) fn limit(&self, lane: usize, index: usize, now: Instant, gone: &impl Fn(&T) -> bool) -> usize {
+    /// What the batch may hold that the entry at `index` of `lane` leads.
+    pub(super) fn room_of(&self, lane: usize, index: usize, now: Instant, gone: &impl Fn(&T) -> bool) -> Room {
+        let lengths = self.lengths_of(lane, index);
+        let room = Room { work: self.group, rows: self.most_rows, lengths };
         if self.preferred.is_empty() {
-            return self.group;
+            return room;
         }
         let mut behind = self.lanes[lane].from(index);
-        let Some(first) = behind.next() else { return self.group };
-        let mut rows = first.cost.rows;
+        let Some(first) = behind.next() else { return room };
+        let mut held = Held::default().with(&first.cost);
         let below = self.lanes[lane + 1..self.late().max(lane + 1)].iter().flat_map(|lane| lane.iter());
         for entry in behind.chain(below) {
             if matches!(self.standing_of(lane, entry, now, gone), Standing::Stays) {
-                match fit(&first.cost, rows, self.group, entry) {
-                    Fit::Joins => rows += entry.cost.rows,
+                match self.fit(&first.cost, held, &room, entry) {
+                    Fit::Joins => held = held.with(&entry.cost),
                     Fit::Waits | Fit::Yields => {}
                     Fit::Ends => break,
                 }
             }
-            if rows >= self.group {
+            if held.fills(&room) {
                 break;
             }
         }
-        self.preferred.iter().rev().find(|&&size| size <= rows).copied().unwrap_or(self.group)
+        let work = self.preferred.iter().rev().find(|&&size| size <= held.work()).copied().unwrap_or(self.group);
+        Room { work, ..room }
     }
 
-    /// Takes the entry at `index` of `lane`, and those that may join it up to `limit` rows, out of the queue; returns
-    /// their rows. Those with a deadline before `horizon` yield to others, and leave when there are others.
+    /// The lengths that may share a run with the entry at `index` of `lane`: as close to its own as fills the run.
+    fn lengths_of(&self, lane: usize, index: usize) -> RangeInclusive<usize> {
+        let mut waiting = self.lanes[lane].from(index);
+        let Some(first) = waiting.next() else { return 0..=usize::MAX };
+        let ranges = SPREADS.map(|spread| around(first.cost.lengths, spread));
+        let [only, .., widest] = &ranges;
+        if only == widest {
+            return only.clone();
+        }
+        // What waits in each of them and in none before it.
+        let mut work = [first.cost.work(), 0, 0, 0];
+        let below = self.lanes[lane + 1..self.late().max(lane + 1)].iter().flat_map(|lane| lane.iter());
+        for entry in waiting.chain(below) {
+            let place = ranges.iter().position(|range| entry.cost.lengths.are_in(range));
+            if let Some(place) = place.filter(|_| entry.cost.shape == first.cost.shape) {
+                work[place] += entry.cost.work();
+                if work[0] >= self.group {
+                    break;
+                }
+            }
+        }
+        let mut total = 0;
+        let narrowest = ranges.iter().zip(work).find(|(_, more)| {
+            total += more;
+            total >= self.group
+        });
+        narrowest.map_or(widest, |(range, _)| range).clone()
+    }
+
+    /// Takes the entry at `index` of `lane`, and those that may join it where there is `room`, out of the queue; returns
+    /// their work. Those with a deadline before `horizon` yield to others, and leave when there are others.
     #[expect(clippy::too_many_arguments, reason = "what a look at the queue needs, once")]
     pub(super) fn form(
         &mut self,
         lane: usize,
         mut index: usize,
-        limit: usize,
+        room: &Room,
         horizon: Instant,
         now: Instant,
         gone: &impl Fn(&T) -> bool,
         next: &mut Next<T>,
     ) -> usize {
         let last = if lane == self.late() { lane } else { self.late() - 1 };
-        let mut rows = 0;
+        let mut held = Held::default();
         let mut full = false;
         for lane in lane..=last {
             // Turns that do not run now, and whether they yield.
@@ -155,13 +225,13 @@ impl<T> Batcher<T> {
                     _ if entry.cost.place.deadline.is_some_and(|deadline| deadline < horizon) => Fit::Yields,
                     None if leads => Fit::Joins,
                     None => Fit::Waits,
-                    Some(first) => fit(&first.cost, rows, limit, entry),
+                    Some(first) => self.fit(&first.cost, held, room, entry),
                 };
                 match fit {
                     Fit::Joins => {
                         let Some(entry) = self.remove(lane, turn, true) else { continue };
-                        rows += entry.cost.rows;
-                        full = entry.cost.alone || rows >= limit;
+                        held = held.with(&entry.cost);
+                        full = entry.cost.alone || held.fills(room);
                         next.batch.push(entry);
                         overtaken = passed.len();
                     }
@@ -187,7 +257,22 @@ impl<T> Batcher<T> {
                 break;
             }
         }
-        rows
+        held.work()
+    }
+
+    /// What becomes of `entry` beside a batch that `first` leads and that holds so much of its `room`.
+    ///
+    /// A request of the batch's shape that cannot join ends the batch, or later ones would overtake it; so does one that
+    /// has been overtaken often enough.
+    fn fit(&self, first: &Cost, held: Held, room: &Room, entry: &Entry<T>) -> Fit {
+        let is_alike = entry.cost.shape == first.shape && entry.cost.lengths.are_in(&room.lengths);
+        if is_alike && !entry.cost.alone && held.with(&entry.cost).fits(room) {
+            Fit::Joins
+        } else if is_alike || entry.passed_over >= self.most_passed_over {
+            Fit::Ends
+        } else {
+            Fit::Waits
+        }
     }
 
     /// Whether `lane` has a request; the first one may run then.
@@ -202,17 +287,22 @@ impl<T> Batcher<T> {
     }
 }
 
-/// What becomes of `entry` beside a batch of `rows` rows that `first` leads and that may have `limit`.
-///
-/// A request of the batch's shape that cannot join ends the batch, or later ones would overtake it; so does one that
-/// has been overtaken often enough.
-fn fit<T>(first: &Cost, rows: usize, limit: usize, entry: &Entry<T>) -> Fit {
-    let same_shape = entry.cost.shape == first.shape;
-    if same_shape && !entry.cost.alone && rows + entry.cost.rows <= limit {
-        Fit::Joins
-    } else if same_shape || entry.passed_over >= MAX_PASSED_OVER {
-        Fit::Ends
-    } else {
-        Fit::Waits
+impl Lengths {
+    fn are_in(self, range: &RangeInclusive<usize>) -> bool {
+        range.contains(&self.shortest) && range.contains(&self.longest)
     }
+}
+
+/// The lengths around `lengths` of which the shortest lacks at most the share `spread` of the longest.
+fn around(lengths: Lengths, spread: f64) -> RangeInclusive<usize> {
+    let (shortest, longest) = (lengths.shortest as f64, lengths.longest as f64);
+    let beyond = (shortest / longest / (1.0 - spread)).sqrt().max(1.0);
+    // Rounded towards what there is; lengths are far below what a float cannot count.
+    ((shortest / beyond).ceil() as usize)..=((longest * beyond).floor() as usize)
+}
+
+/// The same number for lengths of which most may share runs.
+fn about(length: usize) -> usize {
+    let bits = length.checked_ilog2().unwrap_or(0).saturating_sub(3);
+    length >> bits << bits
 }

@@ -21,7 +21,8 @@ pub(super) struct Lane<T> {
     oldest: u32,
     newest: u32,
     shares: Shares,
-    pub rows: usize,
+    /// Of all that wait here.
+    pub work: usize,
     pub level: Level,
     /// Requests of this level that wait here or in the lane of the late.
     pub waiting: usize,
@@ -31,7 +32,7 @@ pub(super) struct Lane<T> {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Turn {
     pub round: u64,
-    rows: u32,
+    work: u32,
     slot: u32,
 }
 
@@ -50,8 +51,8 @@ impl<T> Lane<T> {
             free: Vec::new(),
             oldest: NONE,
             newest: NONE,
-            shares: Shares::new(),
-            rows: 0,
+            shares: Shares::new(1),
+            work: 0,
             level,
             waiting: 0,
         }
@@ -66,38 +67,43 @@ impl<T> Lane<T> {
         self.shares.round(client, price)
     }
 
-    /// Requests and rows that run before a new request of `round`.
+    /// Has clients take turns of `row` each; before anybody waits.
+    pub fn take_turns_of(&mut self, row: usize) {
+        self.shares = Shares::new(row as u64);
+    }
+
+    /// Requests that run before a new one of `round`, and their work.
     pub fn ahead(&self, round: u64) -> (usize, usize) {
         if self.turns.back().is_none_or(|last| last.round <= round) {
-            return (self.turns.len(), self.rows);
+            return (self.turns.len(), self.work);
         }
         let requests = self.turns.partition_point(|turn| turn.round <= round);
-        let rows = |turns: std::collections::vec_deque::Iter<'_, Turn>| turns.map(|turn| turn.rows as usize).sum();
+        let work = |turns: std::collections::vec_deque::Iter<'_, Turn>| turns.map(|turn| turn.work as usize).sum();
         if requests <= self.turns.len() / 2 {
-            (requests, rows(self.turns.range(..requests)))
+            (requests, work(self.turns.range(..requests)))
         } else {
-            let behind: usize = rows(self.turns.range(requests..));
-            (requests, self.rows.saturating_sub(behind))
+            let behind: usize = work(self.turns.range(requests..));
+            (requests, self.work.saturating_sub(behind))
         }
     }
 
     /// The same, if every client that waits takes all of its turns until then.
     pub fn expected_ahead(&self, client: Client, round: u64) -> (usize, usize) {
-        let (requests, rows) = self.ahead(round);
+        let (requests, work) = self.ahead(round);
         let (others, own) = self.shares.before(client, round);
         // Its own requests are taken to be as large as all are on average; all of them run before a new one.
-        let own_rows = own * self.rows / self.len().max(1);
-        let expected = others.saturating_add(own_rows);
-        if expected <= rows {
-            return (requests, rows);
+        let own_work = own * self.work / self.len().max(1);
+        let expected = others.saturating_add(own_work);
+        if expected <= work {
+            return (requests, work);
         }
-        (requests.max(expected.saturating_mul(self.len()) / self.rows.max(1)), expected)
+        (requests.max(expected.saturating_mul(self.len()) / self.work.max(1)), expected)
     }
 
     pub fn push(&mut self, entry: Entry<T>) {
         let round = self.shares.enter(entry.cost.client, entry.price);
-        let rows = u32::try_from(entry.cost.rows).unwrap_or(u32::MAX);
-        self.rows += entry.cost.rows;
+        let work = u32::try_from(entry.cost.work()).unwrap_or(u32::MAX);
+        self.work += entry.cost.work();
         let slot = Some(Slot { entry, round, older: self.newest, newer: NONE });
         let index = match self.free.pop() {
             Some(index) => {
@@ -116,7 +122,7 @@ impl<T> Lane<T> {
             None => self.oldest = index,
         }
         self.newest = index;
-        let turn = Turn { round, rows, slot: index };
+        let turn = Turn { round, work, slot: index };
         if self.turns.back().is_none_or(|last| last.round <= round) {
             self.turns.push_back(turn);
         } else {
@@ -188,7 +194,7 @@ impl<T> Lane<T> {
             Some(slot) => slot.older = older,
             None => self.newest = older,
         }
-        self.rows -= entry.cost.rows;
+        self.work -= entry.cost.work();
         if runs {
             self.shares.run(entry.cost.client, round, self.turns.len());
         } else {

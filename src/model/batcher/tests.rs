@@ -9,6 +9,7 @@ use crate::{
 };
 
 mod fair;
+mod lengths;
 mod simulated;
 
 const LIMITS: Limits = Limits { max_rows: 100, max_requests: 100, max_bytes: 1000, max_wait: Duration::from_secs(30) };
@@ -16,6 +17,7 @@ const LIMITS: Limits = Limits { max_rows: 100, max_requests: 100, max_bytes: 100
 fn cost(rows: usize, shape: usize) -> Cost {
     Cost {
         rows,
+        lengths: Lengths::NONE,
         bytes: rows,
         shape: ShapeKey::from_slice(&[shape]),
         alone: false,
@@ -35,7 +37,7 @@ fn until(deadline: Option<Instant>) -> Cost {
 /// Rows, bytes, requests, and requests by level: all zero when nothing waits.
 fn counts<T>(batcher: &Batcher<T>) -> (usize, usize, usize, usize) {
     let waiting = batcher.lanes.iter().map(|lane| lane.waiting).sum();
-    (batcher.lanes.iter().map(|lane| lane.rows).sum(), batcher.bytes, batcher.len(), waiting)
+    (batcher.lanes.iter().map(|lane| lane.work).sum(), batcher.bytes, batcher.len(), waiting)
 }
 
 fn items(next: &Next<usize>) -> Vec<usize> {

@@ -5,7 +5,7 @@ use crate::{
     backend::Signature,
     metrics::Metrics,
     model::{
-        batcher::{Client, Limits, ShapeKey},
+        batcher::{Client, Lengths, Limits, ShapeKey},
         schedule::{Place, Schedule},
         service_time::ServiceTime,
     },
@@ -80,7 +80,15 @@ impl Line {
         let data = Data::Plain(vec![0; 4 * columns].into());
         let input = Tensor::new("x".into(), DType::Fp32, [1, columns].as_slice().into(), data).unwrap();
         let shape = ShapeKey::from_slice(&[columns]);
-        let cost = Cost { rows: 1, bytes: 4, shape, alone: false, place: Place::default(), client: Client::default() };
+        let cost = Cost {
+            rows: 1,
+            lengths: Lengths::NONE,
+            bytes: 4,
+            shape,
+            alone: false,
+            place: Place::default(),
+            client: Client::default(),
+        };
         self.queue.submit(vec![input], cost).ok().unwrap()
     }
 
