@@ -24,7 +24,8 @@ pub struct Schedule {
     #[schemars(with = "String")]
     pub max_delay: Duration,
     /// Rows that batches shall have: the largest of these sizes that the waiting requests of one shape reach goes at
-    /// once, anything less after `max_delay`. Each is run once before the model serves. Default: what warm-up found worth grouping.
+    /// once, anything less after `max_delay`. Each is run once before the model serves. Where texts are taken, a row is one of
+    /// 64 tokens. Default: what warm-up found worth grouping.
     pub preferred_batch_sizes: Vec<usize>,
     /// Levels of priority, at most 256: requests of level 1 run before those of level 2, and so on. 0: all are alike,
     /// and the parameter `priority` has no effect.
