@@ -56,11 +56,11 @@ fn input_index(signature: &Signature, name: &str, place: impl std::fmt::Display)
         Error::invalid(format!(
             "{place} names '{}', which is no input; the inputs are {}",
             shorten(name),
-            listed(&signature.inputs)
+            listed(signature.inputs.iter())
         ))
     })
 }
 
-fn listed(specs: &[TensorSpec]) -> String {
-    specs.iter().map(|spec| format!("'{}'", spec.name)).collect::<Vec<_>>().join(", ")
+fn listed<'a>(specs: impl Iterator<Item = &'a TensorSpec>) -> String {
+    specs.map(|spec| format!("'{}'", spec.name)).collect::<Vec<_>>().join(", ")
 }

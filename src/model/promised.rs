@@ -96,7 +96,10 @@ fn check_columns(columns: &[Field], graph: &Signature, notes: &mut Vec<String>) 
         Form::Tensor(dtype, _) => dtype.clone(),
     };
     let find = |name: &str| columns.iter().find(|column| column.name.as_deref() == Some(name));
-    let needed: Vec<&TensorSpec> = needed(graph).collect();
+    let needed: Vec<&TensorSpec> = match (graph.text, &graph.inputs[..]) {
+        (Some(_), [text, tokens, ..]) if find(&text.name).is_some() || find(&tokens.name).is_none() => vec![text],
+        _ => needed(graph).collect(),
+    };
     if needed.iter().all(|spec| find(&spec.name).is_some()) {
         for spec in &graph.inputs {
             let Some(column) = find(&spec.name) else { continue };
@@ -420,6 +423,17 @@ mod tests {
         let texts = Signature { inputs: vec![spec("text", DType::Bytes, &[-1])], ..Signature::default() };
         assert_eq!(inputs(&texts, vec![column("any", "string")]), Ok(String::new()));
         assert!(inputs(&texts, vec![column("text", "double")]).is_err());
+        // A model that takes text or tokens.
+        let inputs_of = vec![spec("text", DType::Bytes, &[-1]), spec("input_ids", DType::Int64, &[-1, -1])];
+        let optional = inputs_of.iter().map(|spec| spec.name.clone()).collect();
+        let encoder =
+            Signature { inputs: inputs_of, optional, text: Some(crate::backend::Pairs::Never), ..Signature::default() };
+        for name in ["text", "any"] {
+            assert_eq!(inputs(&encoder, vec![column(name, "string")]), Ok(String::new()));
+            assert!(inputs(&encoder, vec![column(name, "double")]).is_err());
+        }
+        assert!(inputs(&encoder, vec![column("a", "string"), column("b", "string")]).is_err());
+        assert!(inputs(&encoder, vec![column("input_ids", "array")]).unwrap().ends_with("not checked: 'input_ids'"));
         // A column of a name is one number a row.
         let said = "input 'X' is a column of float, and the graph has FP32 [-1, 4]";
         assert_eq!(inputs(&iris(), vec![column("X", "float")]), Err(said.to_owned()));

@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 
+from encoders import FOLDER, check_close
 from models import identity, plus
 from shapes import CSV, TEXTS, answer, expected, flowers, pictures, post, refusal, same, texts
 from wire import call
@@ -107,6 +108,51 @@ def test_missing_values_are_no_numbers(server):
 
 def test_an_empty_table(server):
     assert answer(server, "/models/plus/invocations", "x\n", CSV)["predictions"] == []
+
+
+def test_texts_of_encoders(serve, repository):
+    """A column of texts is enough, whatever else the model takes; pairs are two columns."""
+    names = ("bert-mean", "bert-classification", "bert-reranker")
+    cases = {}
+    for name in names:
+        repository.copy(name, FOLDER / name, settings="")
+        cases[name] = json.loads((FOLDER / name / "expected.json").read_text())["cases"]
+    server = serve(repository.path)
+
+    def ask(name, body, headers=None):
+        return answer(server, f"/models/{name}/invocations", body, headers or {})["predictions"]
+
+    embedded = cases["bert-mean"]
+    rows = [[case["text"]] for case in embedded]
+    wanted = [case["embedding"] for case in embedded]
+    for body, headers in [
+        ({"dataframe_split": split(rows, ["text"])}, {}),
+        ({"dataframe_records": records(rows, ["text"])}, {}),
+        ({"dataframe_split": split(rows, ["document"])}, {}),
+        (as_csv(rows, ["text"], quoting=csv.QUOTE_ALL), CSV),
+    ]:
+        check_close(ask("bert-mean", body, headers), wanted)
+    ids = {"input_ids": embedded[0]["input_ids"]}
+    check_close(ask("bert-mean", {"dataframe_records": [ids]}), wanted[:1])
+
+    classified = cases["bert-classification"]
+    rows = [[case["text"]] for case in classified]
+    predictions = ask("bert-classification", {"dataframe_split": split(rows, ["text"])})
+    assert [each["label"] for each in predictions] == [case["label"] for case in classified]
+    check_close([each["scores"] for each in predictions], [case["scores"] for case in classified])
+
+    ranked = cases["bert-reranker"]
+    pairs = [case["pair"] for case in ranked]
+    scores = [case["rerank_score"] for case in ranked]
+    body = {"dataframe_split": split(pairs, ["query", "passage"])}
+    check_close(ask("bert-reranker", body), scores)
+    body = {"dataframe_split": split([[pair] for pair in pairs], ["text"])}
+    check_close(ask("bert-reranker", body), scores)
+    status, message = refusal(
+        server, "/models/bert-mean/invocations", {"dataframe_split": split(pairs, ["a", "b"])}
+    )
+    assert status == 400
+    assert "'text'" in message
 
 
 # --- tensors ------------------------------------------------------------------------

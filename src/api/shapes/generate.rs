@@ -124,7 +124,7 @@ fn check_texts(kind: &str, specs: &[TensorSpec]) -> Result<(), Error> {
     if specs.iter().any(|spec| spec.dtype == DType::Bytes) {
         return Ok(());
     }
-    let names = listed(specs);
+    let names = listed(specs.iter());
     Err(Error::invalid(format!("generate is for models with text input and output, and no {kind} is BYTES: {names}")))
 }
 

@@ -103,7 +103,7 @@ fn named_rows<'a>(
     let mut count = 0;
     for (row, instance) in instances.enumerate() {
         let members = instance.members().ok_or_else(|| {
-            let names = listed(&signature.inputs);
+            let names = listed(signature.inputs.iter());
             Error::invalid(format!("instances[{row}] must be an object with {names}, got {}", instance.shown()))
         })?;
         for member in members {
@@ -156,7 +156,7 @@ pub(super) fn columns(inputs: Json<'_>, signature: &Signature, limit: usize) -> 
         return Ok(vec![column.finish(shape)?]);
     }
     let members = inputs.members().ok_or_else(|| {
-        let names = listed(&signature.inputs);
+        let names = listed(signature.inputs.iter());
         Error::invalid(format!("'inputs' must be an object with {names}, got {}", inputs.shown()))
     })?;
     let mut tensors: Vec<Tensor> = Vec::with_capacity(signature.inputs.len());

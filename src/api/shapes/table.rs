@@ -1,8 +1,9 @@
 //! `Table`: rows and named columns, as data frames and CSV have them, on their way to being a model's inputs.
 //!
-//! Columns go by name when there is one for every input; columns more than that are passed over, as the servers that
-//! tables come from do. Else, for a model of one input, its columns in their order are the rows of a matrix, or its
-//! only column the elements of a vector.
+//! Columns go by name when there is one for every input that a request must give; columns more than that are passed over,
+//! as the servers that tables come from do. Else, for a model of one such input, its columns in their order are the rows
+//! of a matrix, or its only column the elements of a vector. Of a model that takes text or tokens, text is the one input
+//! unless there is a column of tokens.
 
 use std::{borrow::Cow, collections::HashMap, fmt};
 
@@ -26,7 +27,6 @@ pub(super) enum Cell<'a> {
 
 /// A table that is being read, row by row.
 pub(super) struct Table<'a> {
-    signature: &'a Signature,
     /// The names of the columns, in order.
     names: Vec<String>,
     inputs: Vec<Input<'a>>,
@@ -36,6 +36,7 @@ pub(super) struct Table<'a> {
 
 /// An input so far.
 struct Input<'a> {
+    spec: &'a TensorSpec,
     column: Column<'a>,
     /// The shape of each cell, once there is one.
     cell: Option<Shape>,
@@ -64,8 +65,10 @@ impl<'a> Table<'a> {
                 return Err(Error::invalid(format!("there are two columns '{}'", shorten(name))));
             }
         }
-        let missing: Vec<_> = signature.inputs.iter().filter(|spec| !positions.contains_key(&*spec.name)).collect();
-        let mapping = match (missing.first(), &signature.inputs[..]) {
+        let has = |spec: &&TensorSpec| positions.contains_key(&*spec.name);
+        let specs = inputs_of(signature, has);
+        let missing = specs.iter().find(|spec| !has(spec));
+        let mapping = match (missing, &specs[..]) {
             (None, specs) => {
                 let index = |name: &String| specs.iter().position(|spec| *spec.name == **name);
                 Mapping::Named(names.iter().map(index).collect())
@@ -78,13 +81,13 @@ impl<'a> Table<'a> {
                 return Err(Error::invalid(format!(
                     "there is no column '{}'; the inputs are {}, the columns {}",
                     spec.name,
-                    listed(specs),
+                    listed(specs.iter().copied()),
                     quoted(&names)
                 )));
             }
         };
-        let input = |spec| Input { column: Column::new(spec, limit), cell: None };
-        Ok(Self { signature, inputs: signature.inputs.iter().map(input).collect(), names, mapping, rows: 0 })
+        let input = |spec| Input { spec, column: Column::new(spec, limit), cell: None };
+        Ok(Self { inputs: specs.into_iter().map(input).collect(), names, mapping, rows: 0 })
     }
 
     /// # Errors
@@ -145,7 +148,7 @@ impl<'a> Table<'a> {
     /// # Errors
     /// `Internal` should a column not hold what was put into it.
     pub(super) fn finish(self) -> Result<Vec<Tensor>, Error> {
-        let Self { signature, names, inputs, mapping, rows } = self;
+        let Self { names, inputs, mapping, rows } = self;
         let shape = |spec: &TensorSpec, cell: Shape| -> Shape {
             let rank = spec.shape.len();
             match mapping {
@@ -158,9 +161,22 @@ impl<'a> Table<'a> {
                 Mapping::Named(_) => std::iter::once(rows).chain(cell).collect(),
             }
         };
-        let tensors = signature.inputs.iter().zip(inputs);
-        tensors.map(|(spec, input)| input.column.finish(shape(spec, input.cell.unwrap_or_default()))).collect()
+        let tensor = |Input { spec, column, cell }: Input<'_>| column.finish(shape(spec, cell.unwrap_or_default()));
+        inputs.into_iter().map(tensor).collect()
     }
+}
+
+/// The inputs that are made of a table which `has` columns for some: all that a request must give, and those.
+fn inputs_of(signature: &Signature, has: impl Fn(&&TensorSpec) -> bool) -> Vec<&TensorSpec> {
+    if let (Some(_), [text, tokens, ..]) = (signature.text, &signature.inputs[..])
+        && (has(&text) || !has(&tokens))
+    {
+        return vec![text];
+    }
+    let specs: Vec<_> =
+        signature.inputs.iter().filter(|spec| has(spec) || !signature.is_optional(&spec.name)).collect();
+    // A table that gives nothing is not meant to.
+    if specs.is_empty() { signature.inputs.iter().collect() } else { specs }
 }
 
 /// Whether the columns can be the rows of the one input, none of them having its name.

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::{generate, invocations, invocations::Orient, predict, predict::Format};
 use crate::{
     api::codec::{Document, InferCall, InferReply, NonFinite, Parameter},
-    backend::{Signature, TensorSpec},
+    backend::{Pairs, Signature, TensorSpec},
     error::{Code, Error},
     tensor::{DType, Data, Tensor},
 };
@@ -328,9 +328,46 @@ fn tables_become_inputs() {
         invoked(r#"{"dataframe_records": [{"b": "x, y", "a": 1}, {"a": 2, "b": "7"}]}"#, &pair()),
         Ok((both, Orient::Records))
     );
+    // What a request may leave out, so may a table.
+    let optional = Signature { optional: vec!["b".into()], ..pair() };
+    assert_eq!(invoked_csv("a,c\n1,\n2,?\n", &optional), Ok(vec![ints("a", &[2], &[1, 2])]));
+    assert_eq!(invoked_csv("c\n1\n2\n", &optional), Ok(vec![ints("a", &[2], &[1, 2])]));
     // A column of any name is the elements of a vector; a table may be empty.
     assert_eq!(invoked_csv("message\nhi\n", &language()), Ok(vec![texts("text", &[1], &[b"hi"])]));
     assert_eq!(invoked_csv("p,q\n", &matrix()), Ok(vec![floats("x", &[0, 2], &[])]));
+}
+
+#[test]
+fn tables_of_texts_or_of_tokens() {
+    let encoder = |pairs: Pairs| {
+        let inputs = vec![
+            spec("text", DType::Bytes, &pairs.shape()),
+            spec("input_ids", DType::Int32, &[-1, -1]),
+            spec("attention_mask", DType::Int32, &[-1, -1]),
+        ];
+        let optional = inputs.iter().map(|spec| spec.name.clone()).collect();
+        Signature { text: Some(pairs), optional, ..signature(inputs, vec![]) }
+    };
+    let two = vec![texts("text", &[2], &[b"hi", b"you"])];
+    for csv in ["text\nhi\nyou\n", "anything\nhi\nyou\n", "id,text\n7,hi\n8,you\n"] {
+        assert_eq!(invoked_csv(csv, &encoder(Pairs::Never)), Ok(two.clone()), "{csv}");
+    }
+    for table in [
+        r#"{"dataframe_split": {"columns": ["text"], "data": [["hi"], ["you"]]}}"#,
+        r#"{"dataframe_records": [{"text": "hi"}, {"text": "you"}]}"#,
+    ] {
+        assert_eq!(invoked(table, &encoder(Pairs::Maybe)), Ok((two.clone(), Orient::Records)), "{table}");
+    }
+    let ids = vec![ints("input_ids", &[2, 2], &[5, 6, 7, 8])];
+    let table = r#"{"dataframe_records": [{"input_ids": [5, 6], "n": 0}, {"input_ids": [7, 8], "n": 1}]}"#;
+    assert_eq!(invoked(table, &encoder(Pairs::Never)), Ok((ids, Orient::Records)));
+    // Pairs are two columns in their order, or a column of them.
+    let pair = vec![texts("text", &[1, 2], &[b"q", b"a"])];
+    assert_eq!(invoked_csv("query,passage\nq,a\n", &encoder(Pairs::Always)), Ok(pair.clone()));
+    let table = r#"{"dataframe_split": {"columns": ["text"], "data": [[["q", "a"]]]}}"#;
+    assert_eq!(invoked(table, &encoder(Pairs::Always)), Ok((pair, Orient::Records)));
+    let message = invoked_csv("a,b\nq,a\n", &encoder(Pairs::Never)).unwrap_err().message;
+    assert!(message.starts_with("the columns 'a', 'b' are neither the input 'text' by name"), "{message}");
 }
 
 #[test]
