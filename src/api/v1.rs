@@ -28,7 +28,8 @@ fn state_name(state: State) -> &'static str {
     }
 }
 
-/// The status of a model's versions, or of the one named, and whether it would answer.
+/// The status of a model's versions, or of the one named, and whether it would answer. A model that is ready is what
+/// OpenAI's clients take for one, too.
 ///
 /// # Errors
 /// `NotFound` for models and versions nobody has heard of.
@@ -55,19 +56,27 @@ pub(super) fn status_json(catalog: &Catalog, model: &str, version: Option<&str>)
     };
     let ready = catalog.find(model, version).is_ok();
     let versions: Vec<Value> = entries.iter().map(status).collect();
-    Ok((ready, json!({ "name": model, "ready": ready, "model_version_status": versions })))
+    let mut status = json!({ "name": model, "ready": ready, "model_version_status": versions });
+    if let (None, Value::Object(status), Some(Value::Object(listed))) =
+        (version, &mut status, as_listed(catalog, model))
+    {
+        status.extend(listed);
+    }
+    Ok((ready, status))
 }
 
 /// The names of all models that are known; and those that are ready, in the words of OpenAI, which has the path too.
 pub(super) fn list_json(catalog: &Catalog) -> Value {
     let names = || catalog.deployments.keys().map(|name| name.as_str());
-    let told = |name: &str| {
-        let version = catalog.find(name, None).ok()?;
-        let created = version.since.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        Some(json!({ "id": name, "object": "model", "created": created, "owned_by": SERVER_NAME }))
-    };
-    let data: Vec<Value> = names().filter_map(told).collect();
+    let data: Vec<Value> = names().filter_map(|name| as_listed(catalog, name)).collect();
     json!({ "models": names().collect::<Vec<_>>(), "object": "list", "data": data })
+}
+
+/// A model in the words of OpenAI, if it is ready.
+fn as_listed(catalog: &Catalog, model: &str) -> Option<Value> {
+    let version = catalog.find(model, None).ok()?;
+    let created = version.since.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    Some(json!({ "id": model, "object": "model", "created": created, "owned_by": SERVER_NAME }))
 }
 
 /// What a version takes and gives, as TensorFlow's signature definitions say it.

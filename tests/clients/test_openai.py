@@ -205,6 +205,27 @@ def test_the_client_raises_its_own_exceptions(client):
     with pytest.raises(openai.BadRequestError, match="dimensions must be 4 at most.*got 5") as told:
         client.embeddings.create(model="embedder", input="one", dimensions=5)
     assert told.value.type == "invalid_request_error"
+def test_one_model(server, client):
+    """The answer has what KServe's and TensorFlow Serving's clients look for, too."""
+    for listed in client.models.list():
+        model = client.models.retrieve(listed.id)
+        assert (model.id, model.object, model.owned_by) == (listed.id, "model", "tidegate")
+        assert model.created == listed.created
+    both = call(server.rest, "GET", "/v1/models/plus").json()
+    assert (both["name"], both["ready"]) == ("plus", True)
+    assert both["model_version_status"][0]["state"] == "AVAILABLE"
+    with pytest.raises(openai.NotFoundError) as told:
+        client.models.retrieve("nosuch")
+    assert "nosuch" in told.value.body
+
+
+def test_a_model_that_is_not_ready(serve, repository):
+    repository.add("broken", b"no graph")
+    with pytest.raises(openai.InternalServerError) as told:
+        connect(serve(repository.path)).models.retrieve("broken")
+    assert told.value.status_code == 503
+
+
 
 
 def test_no_embedding_model_at_all(serve, repository):
