@@ -257,11 +257,12 @@ impl Target {
         self.undrawn.is_some()
     }
 
-    /// Makes no copy for a candidate that would read the request otherwise than `signature`, and counts that.
+    /// Makes no copy for a candidate that would read the request otherwise than `signature`, which makes it `read`, and
+    /// counts that.
     ///
     /// It is for requests that have no types of their own: those that they have, they have from `signature`.
-    pub fn shadow_if_read_like(&mut self, signature: &Signature) {
-        if let Some(candidate) = self.shadow.take_if(|candidate| !candidate.signature.is_read_like(signature)) {
+    pub fn shadow_if_read_like(&mut self, signature: &Signature, read: &[Tensor]) {
+        if let Some(candidate) = self.shadow.take_if(|candidate| !candidate.signature.is_read_like(signature, read)) {
             candidate.tally.shed(Shed::Untyped);
         }
     }

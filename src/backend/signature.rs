@@ -103,15 +103,16 @@ impl TensorSpec {
 }
 
 impl Signature {
-    /// Whether what names no types of its own, or no inputs, is the same tensors for both.
-    pub fn is_read_like(&self, other: &Self) -> bool {
+    /// Whether what names no types of its own, or no inputs, is the same tensors for both; `read` is what it was for one.
+    pub fn is_read_like(&self, other: &Self, read: &[Tensor]) -> bool {
         let alike = |(one, other): (&TensorSpec, &TensorSpec)| {
             (&one.name, one.dtype, one.shape.len()) == (&other.name, other.dtype, other.shape.len())
         };
         if self.text.is_some() || other.text.is_some() {
-            // What has no name is text.
-            let both = self.sole_input().zip(other.sole_input());
-            return self.text.is_some() == other.text.is_some() && both.is_some_and(alike);
+            // Text, or tokens, which not all graphs take as integers of one type.
+            let both = |tensor: &Tensor| self.input(&tensor.name).zip(other.input(&tensor.name));
+            let is_alike = |tensor: &Tensor| both(tensor).is_some_and(alike);
+            return self.text.is_some() == other.text.is_some() && read.iter().all(is_alike);
         }
         self.inputs.len() == other.inputs.len() && self.inputs.iter().zip(&other.inputs).all(alike)
     }
@@ -185,6 +186,10 @@ impl Signature {
             [text, ..] => self.text.is_some().then_some(text),
             [] => None,
         }
+    }
+
+    fn input(&self, name: &str) -> Option<&TensorSpec> {
+        self.inputs.iter().find(|spec| *spec.name == *name)
     }
 
     pub fn is_optional(&self, input: &str) -> bool {
@@ -281,6 +286,30 @@ mod tests {
         }
         let message = of(Pairs::Never, vec![tensor("text", &[1])]).unwrap_err();
         assert_eq!(message, "model 'm': input 'text' must be BYTES, got UINT8");
+    }
+
+    #[test]
+    fn tokens_are_read_as_the_integers_that_a_graph_takes() {
+        let taking = |dtype: DType, tokens: &[&str]| {
+            let spec =
+                |name: &str, dtype, shape: &[i64]| TensorSpec { name: name.into(), dtype, shape: shape.to_vec() };
+            let tokens = tokens.iter().map(|name| spec(name, dtype, &[-1, -1]));
+            let inputs = std::iter::once(spec("text", DType::Bytes, &[-1])).chain(tokens).collect();
+            Signature { inputs, text: Some(Pairs::Never), ..Signature::default() }
+        };
+        let long = taking(DType::Int64, &["ids", "mask"]);
+        let given = |name: &str| tensor(name, &[1, 2]);
+        let text = [given("text")];
+        let tokens = [given("ids"), given("mask")];
+        for (other, same_text, same_tokens) in [
+            (taking(DType::Int64, &["ids", "mask", "types"]), true, true),
+            (taking(DType::Int32, &["ids", "mask"]), true, false),
+            (taking(DType::Int64, &["ids"]), true, false),
+            (Signature { text: None, ..long.clone() }, false, false),
+        ] {
+            assert_eq!(other.is_read_like(&long, &text), same_text, "{other:?}");
+            assert_eq!(other.is_read_like(&long, &tokens), same_tokens, "{other:?}");
+        }
     }
 
     #[test]

@@ -250,8 +250,8 @@ async fn ask<A: Send + 'static, B: Arriving>(
     record.draw(&mut target, &call);
     let mut refusal = None;
     if question.untyped.get() {
-        target.shadow_if_read_like(&question.version.signature);
-        if !target.version.signature.is_read_like(&question.version.signature) {
+        target.shadow_if_read_like(&question.version.signature, &call.inputs);
+        if !target.version.signature.is_read_like(&question.version.signature, &call.inputs) {
             question.version = target.version.clone();
             let look = move || (read(&question), question);
             let again;
