@@ -11,6 +11,7 @@ pytest.register_assert_rewrite("contract", "infer", "load")
 from mlflow_server import Mlflow  # noqa: E402
 from models import Repository, add_small_models, magika  # noqa: E402
 from server import Server  # noqa: E402
+from text_models import add_one_of_each_kind  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +25,16 @@ def server(tmp_path_factory):
     with Server(repository.path, home) as running:
         yield running
         assert running.stop() == 0, running.tail()
+
+
+@pytest.fixture(scope="module")
+def text_server(tmp_path_factory):
+    """One embedding model, one reranker, and a model that is neither."""
+    home = tmp_path_factory.mktemp("texts")
+    repository = Repository(home / "models")
+    add_one_of_each_kind(repository)
+    with Server(repository.path, home) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,9 @@ import struct
 from pathlib import Path
 
 import numpy as np
+from onnx import TensorProto, helper
 
-from models import SETTINGS
+from models import SETTINGS, model, value
 from server import ROOT
 
 FOLDER = ROOT / "tests" / "encoders"
@@ -25,10 +26,14 @@ COSINE = 1e-5
 # Tokens that all-MiniLM-L6-v2 has positions for.
 POSITIONS = 512
 
+# Ids that the small models know, and what an ONNX graph in the same layout gives for each.
+VOCABULARY = 180
+TABLE = np.random.default_rng(3).standard_normal((VOCABULARY, 8)).astype(np.float32)
+
 DTYPES = {"F32": "<f4", "F16": "<f2", "I64": "<i8"}
 
 
-def add(repository, name, checkpoint=None, settings="", change=None):
+def add(repository, name, checkpoint=None, settings="", change=None, version="1"):
     """A model that is one of the small checkpoints, after `change` has been made to its folder."""
 
     def write(folder):
@@ -37,7 +42,7 @@ def add(repository, name, checkpoint=None, settings="", change=None):
         if change:
             change(folder)
 
-    return repository.put(name, "1", f"{settings}\n{SETTINGS}", write)
+    return repository.put(name, version, f"{settings}\n{SETTINGS}", write)
 
 
 def add_minilm(repository, name="minilm", settings=""):
@@ -56,6 +61,19 @@ def link(source, target):
     except OSError:
         # Another file system.
         shutil.copy2(source, target)
+
+
+def onnx_body(datatype="INT64"):
+    """input_ids, attention_mask → last_hidden_state, which is a row of a table for each token."""
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["rows"]),
+        helper.make_node("Cast", ["attention_mask"], ["mask"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["mask", "last"], ["column"]),
+        helper.make_node("Mul", ["rows", "column"], ["last_hidden_state"]),
+    ]
+    ids = [value(name, datatype, ["texts", "tokens"]) for name in ("input_ids", "attention_mask")]
+    hidden = value("last_hidden_state", "FP32", ["texts", "tokens", 8])
+    return model(nodes, ids, [hidden], {"table": TABLE, "last": np.array([2])})
 
 
 # --- what they must give ------------------------------------------------------------

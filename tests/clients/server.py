@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BINARY = Path(os.environ.get("TIDEGATE_BIN", ROOT / "target" / "release" / "tidegate"))
 ONNXRUNTIME = os.environ.get("ORT_DYLIB_PATH", str(ROOT / ".onnxruntime"))
 
-START_TIMEOUT = 60
+START_TIMEOUT = 180
 STOP_TIMEOUT = 45
 PORTS = {"REST": "rest", "gRPC": "grpc", "ops": "ops"}
 ADDRESS = re.compile(r"^\s*(REST|gRPC|ops)\b\D*([\d.]+:\d+)", re.MULTILINE)

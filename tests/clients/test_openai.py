@@ -10,8 +10,9 @@ import numpy as np
 import openai
 import pytest
 
-from models import Repository, plus
-from server import ROOT, Server, eventually
+from encoders import add, onnx_body, with_config
+from models import plus, save
+from server import ROOT, eventually
 from shapes import post
 from text_models import (
     EITHER,
@@ -19,7 +20,6 @@ from text_models import (
     SETTINGS,
     embedding,
     numbers,
-    reranker,
     slow_embedding,
     unit,
     unmasked,
@@ -33,15 +33,8 @@ TEXTS = ["one", "nine", "", "Größe 🌊"]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """One embedding model, and others that are none."""
-    home = tmp_path_factory.mktemp("openai")
-    repository = Repository(home / "models")
-    repository.add("embedder", embedding(), settings=EITHER)
-    repository.add("ranker", reranker())
-    repository.add("plus", plus(1))
-    with Server(repository.path, home) as running:
-        yield running
+def server(text_server):
+    return text_server
 
 
 def connect(server):
@@ -163,6 +156,45 @@ def test_an_encoder(serve, repository):
         client.embeddings.create(model="encoder", input=[1, 99999])
 
 
+CANARY = """versions = "all"
+[rollout]
+on_new_version = "canary"
+every = "1h"
+steps = [50, 100]
+"""
+
+
+def test_a_canary_with_other_integers(serve, repository):
+    """Token ids become what the version takes that was drawn for them."""
+
+    def taking(datatype):
+        def change(folder):
+            (folder / "model.safetensors").unlink()
+            with_config(hidden_size=8)(folder)
+            (folder / "onnx").mkdir()
+            save(onnx_body(datatype), folder / "onnx" / "model.onnx")
+
+        return change
+
+    add(repository, "encoder", "bert-mean", CANARY, taking("INT64"))
+    server = serve(repository.path)
+    case = json.loads((ENCODERS / "bert-mean" / "expected.json").read_text())["cases"][0]
+    wanted = post(server, PATH, {"input": case["input_ids"]}).json()["data"]
+    add(repository, "encoder", "bert-mean", CANARY, taking("INT32"), version="2")
+
+    def phase():
+        return call(server.ops, "GET", "/admin/v1/models/encoder/rollout").json().get("phase")
+
+    eventually(lambda: phase() == "canary", 60)
+    versions = set()
+    for given in [case["input_ids"], case["text"]] * 20:
+        reply = post(server, PATH, {"input": given})
+        assert reply.status == 200, reply.body
+        assert np.allclose(reply.json()["data"][0]["embedding"], wanted[0]["embedding"], atol=1e-5)
+        versions.add(reply.headers["x-tidegate-version"])
+    assert versions == {"1", "2"}
+
+
 # --- models -------------------------------------------------------------------------
 
 
@@ -171,6 +203,27 @@ def test_the_list_of_models(client):
     assert set(listed) == {"embedder", "ranker", "plus"}
     assert (listed["plus"].object, listed["plus"].owned_by) == ("model", "tidegate")
     assert 0 <= time.time() - listed["plus"].created < 600
+
+
+def test_one_model(server, client):
+    """The answer has what KServe's and TensorFlow Serving's clients look for, too."""
+    for listed in client.models.list():
+        model = client.models.retrieve(listed.id)
+        assert (model.id, model.object, model.owned_by) == (listed.id, "model", "tidegate")
+        assert model.created == listed.created
+    both = call(server.rest, "GET", "/v1/models/plus").json()
+    assert (both["name"], both["ready"]) == ("plus", True)
+    assert both["model_version_status"][0]["state"] == "AVAILABLE"
+    with pytest.raises(openai.NotFoundError) as told:
+        client.models.retrieve("nosuch")
+    assert "nosuch" in told.value.body
+
+
+def test_a_model_that_is_not_ready(serve, repository):
+    repository.add("broken", b"no graph")
+    with pytest.raises(openai.InternalServerError) as told:
+        connect(serve(repository.path)).models.retrieve("broken")
+    assert told.value.status_code == 503
 
 
 def test_only_what_is_ready_is_listed(serve, repository):
@@ -205,27 +258,6 @@ def test_the_client_raises_its_own_exceptions(client):
     with pytest.raises(openai.BadRequestError, match="dimensions must be 4 at most.*got 5") as told:
         client.embeddings.create(model="embedder", input="one", dimensions=5)
     assert told.value.type == "invalid_request_error"
-def test_one_model(server, client):
-    """The answer has what KServe's and TensorFlow Serving's clients look for, too."""
-    for listed in client.models.list():
-        model = client.models.retrieve(listed.id)
-        assert (model.id, model.object, model.owned_by) == (listed.id, "model", "tidegate")
-        assert model.created == listed.created
-    both = call(server.rest, "GET", "/v1/models/plus").json()
-    assert (both["name"], both["ready"]) == ("plus", True)
-    assert both["model_version_status"][0]["state"] == "AVAILABLE"
-    with pytest.raises(openai.NotFoundError) as told:
-        client.models.retrieve("nosuch")
-    assert "nosuch" in told.value.body
-
-
-def test_a_model_that_is_not_ready(serve, repository):
-    repository.add("broken", b"no graph")
-    with pytest.raises(openai.InternalServerError) as told:
-        connect(serve(repository.path)).models.retrieve("broken")
-    assert told.value.status_code == 503
-
-
 
 
 def test_no_embedding_model_at_all(serve, repository):

@@ -18,15 +18,8 @@ TEXTS = ["one", "nine", "", "Größe 🌊"]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """One model of each kind, and one of none."""
-    home = tmp_path_factory.mktemp("tei")
-    repository = Repository(home / "models")
-    repository.add("embedder", embedding(), settings=EITHER)
-    repository.add("ranker", reranker())
-    repository.add("plus", plus(1))
-    with Server(repository.path, home) as running:
-        yield running
+def server(text_server):
+    return text_server
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper
 from tritonclient.utils import InferenceServerException
 
 from clients import GRPC, HTTP, HTTP_AIO
 from encoders import (
     AGREEMENT,
     NAMES,
+    TABLE,
+    VOCABULARY,
     MiniLm,
     add,
     add_minilm,
@@ -24,6 +25,7 @@ from encoders import (
     expected,
     in_shards,
     masked,
+    onnx_body,
     texts_of,
     tokens_of,
     with_config,
@@ -32,7 +34,7 @@ from encoders import (
     without,
 )
 from infer import WAYS, Question, ask
-from models import Repository, model, save, value
+from models import Repository, save
 from server import Server
 from tensors import Tensor, tensor
 from wire import call
@@ -41,26 +43,9 @@ from wire import call
 pytestmark = pytest.mark.timeout(300)
 
 REFERENCE = MiniLm()
-WIDTH, VOCABULARY, LIMIT = 24, 180, 64
+WIDTH, LIMIT = 24, 64
 CHUNK = 25
 SEPARATOR = 3
-
-# What an ONNX graph in the same layout gives for each id.
-TABLE = np.random.default_rng(3).standard_normal((VOCABULARY, 8)).astype(np.float32)
-
-
-def onnx_body():
-    """input_ids, attention_mask → last_hidden_state, which is a row of a table for each token."""
-    nodes = [
-        helper.make_node("Gather", ["table", "input_ids"], ["rows"]),
-        helper.make_node("Cast", ["attention_mask"], ["mask"], to=TensorProto.FLOAT),
-        helper.make_node("Unsqueeze", ["mask", "last"], ["column"]),
-        helper.make_node("Mul", ["rows", "column"], ["last_hidden_state"]),
-    ]
-    ids = [value(name, "INT64", ["texts", "tokens"]) for name in ("input_ids", "attention_mask")]
-    hidden = value("last_hidden_state", "FP32", ["texts", "tokens", 8])
-    return model(nodes, ids, [hidden], {"table": TABLE, "last": np.array([2])})
-
 
 def with_onnx(folder):
     (folder / "onnx").mkdir()

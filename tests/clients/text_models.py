@@ -6,7 +6,7 @@ A text counts as the number that it is the word for, and a list of token ids as 
 import numpy as np
 from onnx import TensorProto, helper
 
-from models import SETTINGS, model, slow, value
+from models import SETTINGS, model, plus, slow, value
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 OTHER = 0.5
@@ -30,6 +30,12 @@ def vectors(numbers):
 
 def unit(rows):
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def add_one_of_each_kind(repository):
+    repository.add("embedder", embedding(), settings=EITHER)
+    repository.add("ranker", reranker())
+    repository.add("plus", plus(1))
 
 
 def embedding(*, normalized=False):
