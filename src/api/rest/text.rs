@@ -39,7 +39,10 @@ use crate::{
     },
     error::{Code, Error},
     metrics::Protocol,
-    model::catalog::Catalog,
+    model::{
+        self,
+        catalog::{Catalog, Entry},
+    },
 };
 
 /// Names that a complaint lists at most.
@@ -168,19 +171,44 @@ fn choose(catalog: &Catalog, kind: Kind, model: Option<&str>) -> Result<Named, R
     let ready: Vec<&str> = catalog.deployments.keys().map(|name| name.as_str()).filter(is_ready).collect();
     match ready[..] {
         [only] => Ok(named(only)),
-        [] => Err(Stage::Kind.refusal(Error::not_found(format!("no {} is ready", kind.name())))),
-        [..] => {
-            let mut shown: Vec<_> = ready.iter().take(SHOWN).map(|name| format!("'{name}'")).collect();
-            if ready.len() > SHOWN {
-                shown.push(format!("{} more", ready.len() - SHOWN));
-            }
-            Err(Stage::Model.refusal(Error::invalid(format!(
-                "the request names no model, and there are {}: {}",
-                ready.len(),
-                shown.join(", ")
-            ))))
+        [] => Err(none_ready(catalog, kind)),
+        [..] => Err(Stage::Model.refusal(Error::invalid(format!(
+            "the request names no model, and there are {}: {}",
+            ready.len(),
+            listed(&ready)
+        )))),
+    }
+}
+
+/// Which model answers is not known before it is loaded; so long as there are some that may be of the kind, they are
+/// worth waiting for.
+fn none_ready(catalog: &Catalog, kind: Kind) -> Refusal {
+    let none = format!("no {} is ready", kind.name());
+    let loads = |entry: &Entry| matches!(entry.state, model::State::Settling | model::State::Loading);
+    let loading: Vec<&str> = catalog
+        .deployments
+        .iter()
+        .filter(|(name, deployment)| catalog.find(name.as_str(), None).is_err() && deployment.entries.iter().any(loads))
+        .map(|(name, _)| name.as_str())
+        .collect();
+    match (&loading[..], catalog.complete) {
+        ([], true) => Stage::Kind.refusal(Error::not_found(none)),
+        ([], false) => {
+            Stage::Model.refusal(Error::new(Code::NotReady, format!("{none}; models are still being looked for")))
+        }
+        _ => {
+            let message = format!("{none}, and these are loading: {}", listed(&loading));
+            Stage::Model.refusal(Error::new(Code::NotReady, message))
         }
     }
+}
+
+fn listed(names: &[&str]) -> String {
+    let mut shown: Vec<_> = names.iter().take(SHOWN).map(|name| format!("'{name}'")).collect();
+    if names.len() > SHOWN {
+        shown.push(format!("{} more", names.len() - SHOWN));
+    }
+    shown.join(", ")
 }
 
 /// In OpenAI's shape, of which its clients make exceptions of their own.
@@ -237,6 +265,46 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
+    use crate::{
+        id::{ModelName, Version},
+        metrics::Metrics,
+        model::catalog::Deployment,
+    };
+
+    #[test]
+    fn models_that_load_are_worth_waiting_for() {
+        let deployment = |state: model::State| {
+            let entry = Entry {
+                version: Version::parse("1").unwrap(),
+                state,
+                reason: String::new(),
+                serving: None,
+                files: None,
+                is_outdated: false,
+                signature: None,
+                metrics: Metrics::new("0", "0").version("m", "1"),
+            };
+            Deployment { entries: vec![entry], ..Deployment::default() }
+        };
+        let refusal = |states: &[model::State], complete: bool| {
+            let named =
+                |(place, &state): (usize, _)| (ModelName::parse(&format!("m{place}")).unwrap(), deployment(state));
+            let catalog = Catalog { deployments: states.iter().enumerate().map(named).collect(), complete };
+            let refusal = choose(&catalog, Kind::Embedding, None).map(|_| ()).unwrap_err();
+            let told = (refusal.error.error.code, refusal.error.error.message.clone());
+            (told, refuse_as_tei(refusal).status().as_u16())
+        };
+        use model::State::{Failed, Loading, Settling};
+        let not_found = (Code::NotFound, "no embedding model is ready".to_owned());
+        assert_eq!(refusal(&[], true), (not_found.clone(), 424));
+        assert_eq!(refusal(&[Failed], true), (not_found, 424));
+        let loading =
+            |names: &str| (Code::NotReady, format!("no embedding model is ready, and these are loading: {names}"));
+        assert_eq!(refusal(&[Failed, Loading], true), (loading("'m1'"), 503));
+        assert_eq!(refusal(&[Settling, Loading], false), (loading("'m0', 'm1'"), 503));
+        let early = "no embedding model is ready; models are still being looked for";
+        assert_eq!(refusal(&[], false), ((Code::NotReady, early.to_owned()), 503));
+    }
 
     async fn told(response: Response) -> (u16, Value) {
         let status = response.status().as_u16();
