@@ -79,7 +79,7 @@ pub struct Request<'a> {
     pub outputs: &'a [Arc<str>],
     pub urgency: Urgency,
     /// What it wants of its texts.
-    pub text: &'a text::Wish<'a>,
+    pub text: &'a text::Wish,
     /// When it arrived, and by which way.
     pub started: Instant,
     pub protocol: Protocol,
@@ -179,6 +179,11 @@ impl Engine {
             match answer {
                 Ok((outputs, chosen)) => {
                     tally.answered(target.way, started.elapsed(), &outputs);
+                    // What is counted and compared is as the model gives it, whatever clients want of it.
+                    let outputs = match &target.version.text {
+                        Some(front) => front.scored(outputs, request.text),
+                        None => outputs,
+                    };
                     Ok(select(outputs, &chosen))
                 }
                 Err(Failed { error, blames_client }) => {
@@ -204,17 +209,19 @@ impl Engine {
             let version = &target.version;
             // What another version would have taken is no fault of its client.
             let spare = target.stable.as_ref().map(|stable| (stable, inputs.clone()));
-            let (chosen, arranged) = fit(version, request.outputs, inputs).map_err(|error| {
-                let fits_stable = spare.is_some_and(|(stable, inputs)| fit(stable, request.outputs, inputs).is_ok());
+            let (chosen, arranged) = fit(version, request, inputs).map_err(|error| {
+                let fits_stable = spare.is_some_and(|(stable, inputs)| fit(stable, request, inputs).is_ok());
                 Failed { error, blames_client: !fits_stable }
             })?;
             // A version has nothing to compare with itself.
             let candidate = target.shadow.as_ref().filter(|candidate| !Arc::ptr_eq(candidate, version));
-            let original = candidate.map(|candidate| self.shadows.keep(candidate, &arranged, request.protocol));
+            let original =
+                candidate.map(|candidate| self.shadows.keep(candidate, &arranged, request.text, request.protocol));
             match version.infer(arranged, &request.urgency, request.text).await {
                 Ok(outputs) => {
                     if let Some(original) = original {
-                        self.shadows.offer(original, &outputs);
+                        let promised = outputs.get(..version.signature.outputs.len());
+                        self.shadows.offer(original, promised.unwrap_or(&outputs));
                     }
                     return Ok((outputs, chosen));
                 }
@@ -241,8 +248,9 @@ impl From<Error> for Failed {
 }
 
 /// The positions of the outputs that are wanted, and the inputs in the order of the signature.
-fn fit(version: &ModelVersion, outputs: &[Arc<str>], inputs: Vec<Tensor>) -> Result<(Vec<usize>, Vec<Tensor>), Error> {
-    let chosen = choose(version, outputs)?;
+fn fit(version: &ModelVersion, request: &Request<'_>, inputs: Vec<Tensor>) -> Result<(Vec<usize>, Vec<Tensor>), Error> {
+    let chosen = choose(version, request.outputs)?;
+    version.check_wish(request.text)?;
     Ok((chosen, version.signature.arrange(version.name.as_str(), inputs)?))
 }
 

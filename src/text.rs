@@ -4,11 +4,7 @@
 //! that, read once. Tokens are made before a request is queued ([`Front::encode`]), so that requests of about one length
 //! share runs whoever sent them; the session behind it takes either, so that samples and golden cases may hold text.
 
-use std::{
-    path::Path,
-    sync::{Arc, atomic::AtomicU64},
-    time::Instant,
-};
+use std::{path::Path, sync::Arc, time::Instant};
 
 use bytes::{Bytes, BytesMut};
 use schemars::JsonSchema;
@@ -24,10 +20,12 @@ use crate::{
 mod folder;
 mod heads;
 mod tokens;
+mod wish;
 
 use folder::Folder;
 use heads::Head;
 use tokens::{Row, Tokens};
+pub use wish::{Scores, Side, Wish};
 
 /// The input that takes raw text.
 const TEXT: &str = "text";
@@ -35,6 +33,9 @@ const TEXT: &str = "text";
 const IDS: &str = "input_ids";
 const MASK: &str = "attention_mask";
 const TYPES: &str = "token_type_ids";
+/// What tells a session to give the logits of pairs beside their scores. It is no input of any graph, and for runs of
+/// those who want them alone.
+const LOGITS: &str = "logits";
 
 /// Tokens of one run, padding included, where nobody knows better: more make no run faster.
 pub const MOST_TOKENS: usize = 16_384;
@@ -74,20 +75,6 @@ pub enum Pooling {
     Mean,
     Cls,
     Last,
-}
-
-/// What a request wants of its texts.
-#[derive(Clone, Copy, Debug)]
-pub struct Wish<'a> {
-    /// Whether texts that are too long are cut; `None` for what the model's settings say.
-    pub truncate: Option<bool>,
-    /// Counts the tokens that its texts are.
-    pub tokens: Option<&'a AtomicU64>,
-}
-
-impl Wish<'_> {
-    /// What requests want that do not say.
-    pub const NONE: Wish<'static> = Wish { truncate: None, tokens: None };
 }
 
 /// What tokens of a request there is room and time for.
@@ -251,17 +238,25 @@ impl Front {
     }
 
     /// Whether texts are so few and so short that a thread may encode them that others wait for.
-    pub fn is_quick(&self, text: &Tensor) -> bool {
-        self.tokens.is_quick(text)
+    pub fn is_quick(&self, text: &Tensor, wish: &Wish) -> bool {
+        self.tokens.is_quick(text, wish)
+    }
+
+    /// Whether the model can do as it is told.
+    ///
+    /// # Errors
+    /// `Unimplemented` naming the prompts that it has.
+    pub fn check_wish(&self, wish: &Wish) -> Result<(), Error> {
+        self.tokens.prompt(wish).map(|_| ())
     }
 
     /// The tokens of `text`, which the signature has taken.
     ///
     /// # Errors
     /// `InvalidArgument` naming the row that is no text, or too long a one; `TooLarge` for more tokens than `limits`
-    /// allow, `DeadlineExceeded` when it took too long.
-    pub fn encode(&self, text: &Tensor, truncate: Option<bool>, limits: &Limits) -> Result<Encoded, Error> {
-        let rows = self.tokens.rows(text, truncate, limits.deadline)?;
+    /// allow, `DeadlineExceeded` when it took too long, `Unimplemented` for prompts that there are not.
+    pub fn encode(&self, text: &Tensor, wish: &Wish, limits: &Limits) -> Result<Encoded, Error> {
+        let rows = self.tokens.rows(text, wish, limits.deadline)?;
         let tokens: usize = rows.iter().map(|row| row.ids.len()).sum();
         let bytes = tokens.saturating_mul(self.inputs.len() * size_of::<i64>());
         if bytes > limits.bytes {
@@ -271,8 +266,15 @@ impl Front {
             return Err(Error::new(Code::TooLarge, message));
         }
         let lengths: Vec<usize> = rows.iter().map(|row| row.ids.len()).collect();
+        let wants_logits = wish.scores == Some(Scores::Raw) && self.head.hides_logits();
         let parts = self.parts(&lengths, limits, |places, length| {
-            self.tensors(&places.iter().map(|&place| &rows[place]).collect::<Vec<_>>(), length)
+            let mut inputs = self.tensors(&places.iter().map(|&place| &rows[place]).collect::<Vec<_>>(), length);
+            if wants_logits {
+                let data = Data::Plain(vec![0; places.len()].into());
+                let shape = [places.len(), 1].as_slice().into();
+                inputs.push(Tensor { name: LOGITS.into(), dtype: DType::Uint8, shape, data });
+            }
+            inputs
         });
         Ok(Encoded { parts, tokens, rows: rows.len() })
     }
@@ -378,6 +380,14 @@ impl Front {
         if kind == Kind::Ids { i64::from(self.tokens.padding) } else { 0 }
     }
 
+    /// The outputs with the scores that a request wants, of those of its run.
+    pub fn scored(&self, outputs: Vec<Tensor>, wish: &Wish) -> Vec<Tensor> {
+        match wish.scores {
+            Some(scores) => self.head.scored(outputs, scores),
+            None => outputs,
+        }
+    }
+
     /// Inputs for warm-up: rows of tokens that differ from each other.
     pub fn sample(&self) -> Vec<Tensor> {
         let (count, length) = SAMPLE;
@@ -442,26 +452,34 @@ impl Session for Fronted {
         if let [text] = inputs
             && &*text.name == TEXT
         {
-            let encoded = self.front.encode(text, None, &Limits::default())?;
+            let encoded = self.front.encode(text, Wish::NONE, &Limits::default())?;
             let outputs = encoded.parts.iter().map(|part| self.run(&part.inputs)).collect::<Result<Vec<_>, Error>>()?;
             return Ok(encoded.assemble(outputs));
         }
+        let wants_logits = inputs.iter().any(|input| &*input.name == LOGITS);
         let inputs = self.front.complete(inputs);
         let outputs = self.inner.run(&inputs)?;
         let rows = inputs.first().map_or(0, Tensor::rows);
-        self.front.head.apply(&outputs, rows, self.front.mask(&inputs))
+        let mut answer = self.front.head.apply(&outputs, rows, self.front.mask(&inputs))?;
+        if wants_logits {
+            answer.extend(self.front.head.logits(&outputs));
+        }
+        Ok(answer)
     }
 
     fn gather(&self, requests: &[&[Tensor]]) -> Vec<Tensor> {
         let length = |inputs: &&[Tensor]| inputs.first().and_then(|input| input.shape.get(1)).copied().unwrap_or(0);
         let longest = requests.iter().map(length).max().unwrap_or(0);
-        let whole = |index: usize, input: &Input| {
-            let filler = self.front.filler(input.kind);
-            let padded: Vec<Tensor> =
-                requests.iter().map(|inputs| pad(inputs[index].clone(), longest, filler)).collect();
-            gather(&padded.iter().collect::<Vec<_>>())
+        let whole = |index: usize| {
+            let of = |inputs: &&[Tensor]| match self.front.inputs.get(index) {
+                Some(input) => pad(inputs[index].clone(), longest, self.front.filler(input.kind)),
+                // What is no input of the graph has no length.
+                None => inputs[index].clone(),
+            };
+            let parts: Vec<Tensor> = requests.iter().map(of).collect();
+            gather(&parts.iter().collect::<Vec<_>>())
         };
-        self.front.inputs.iter().enumerate().map(|(index, input)| whole(index, input)).collect()
+        (0..requests.first().map_or(0, |inputs| inputs.len())).map(whole).collect()
     }
 }
 

@@ -103,7 +103,7 @@ impl Service {
                 inputs: std::mem::take(&mut call.inputs),
                 outputs: &names,
                 urgency,
-                text: &text::Wish::NONE,
+                text: text::Wish::NONE,
                 started,
                 protocol,
             };

@@ -102,6 +102,7 @@ pub struct Original<'a> {
     candidate: &'a Arc<ModelVersion>,
     /// Nothing when it is clear beforehand that there will be no copy, and why.
     inputs: Result<Vec<Tensor>, Shed>,
+    text: &'a text::Wish,
     protocol: Protocol,
 }
 
@@ -109,6 +110,7 @@ pub struct Original<'a> {
 struct ShadowCopy {
     candidate: Arc<ModelVersion>,
     inputs: Vec<Tensor>,
+    text: text::Wish,
     protocol: Protocol,
     /// What the client got.
     live: Vec<Tensor>,
@@ -139,12 +141,18 @@ impl Shadows {
 
     /// Keeps the inputs of a request, before they are given to the live version, for a copy to `candidate`: unless none
     /// is taken on now, so that requests do not pay for copies that are not made.
-    pub fn keep<'a>(&self, candidate: &'a Arc<ModelVersion>, inputs: &[Tensor], protocol: Protocol) -> Original<'a> {
+    pub fn keep<'a>(
+        &self,
+        candidate: &'a Arc<ModelVersion>,
+        inputs: &[Tensor],
+        text: &'a text::Wish,
+        protocol: Protocol,
+    ) -> Original<'a> {
         let inputs = match self.refuses(candidate) {
             Some(reason) => Err(reason),
             None => Ok(inputs.iter().map(kept).collect()),
         };
-        Original { candidate, inputs, protocol }
+        Original { candidate, inputs, text, protocol }
     }
 
     /// Why no copy is taken on, whatever its size.
@@ -157,7 +165,7 @@ impl Shadows {
 
     /// Leaves a copy of a request that went well; never waits. `outputs` are all of the live version's.
     pub fn offer(&self, original: Original<'_>, outputs: &[Tensor]) {
-        let Original { candidate, inputs, protocol } = original;
+        let Original { candidate, inputs, text, protocol } = original;
         let inputs = match (inputs, self.refuses(candidate)) {
             (Ok(inputs), None) => inputs,
             (Err(reason), _) | (_, Some(reason)) => return candidate.tally.shed(reason),
@@ -167,7 +175,8 @@ impl Shadows {
             return candidate.tally.shed(Shed::Full);
         }
         let live = outputs.iter().map(copied).collect();
-        let copy = ShadowCopy { candidate: candidate.clone(), inputs, protocol, live, bytes };
+        let (candidate, text) = (candidate.clone(), text.of_copy());
+        let copy = ShadowCopy { candidate, inputs, text, protocol, live, bytes };
         if let Err(SendError(copy)) = self.copies.send(copy) {
             // The server ends.
             copy.candidate.tally.shed(Shed::Late);
@@ -217,10 +226,10 @@ impl ShadowCopy {
     /// Asks the candidate, and counts what comes of it.
     async fn run(mut self, max_wait: Duration) {
         let inputs = std::mem::take(&mut self.inputs);
-        let Self { candidate, protocol, .. } = &self;
+        let Self { candidate, text, protocol, .. } = &self;
         priority::give_way();
         let start = Instant::now();
-        let answer = ask(candidate, inputs, start + max_wait).await;
+        let answer = ask(candidate, inputs, text, start + max_wait).await;
         let took = start.elapsed();
         priority::give_way();
         let count = |failure| candidate.metrics.request(*protocol, Way::Shadow, failure, took);
@@ -245,11 +254,17 @@ impl ShadowCopy {
     }
 }
 
-async fn ask(candidate: &ModelVersion, inputs: Vec<Tensor>, deadline: Instant) -> Result<Vec<Tensor>, Refused> {
+async fn ask(
+    candidate: &ModelVersion,
+    inputs: Vec<Tensor>,
+    text: &text::Wish,
+    deadline: Instant,
+) -> Result<Vec<Tensor>, Refused> {
+    candidate.check_wish(text).map_err(Refused::Error)?;
     let arranged = candidate.signature.arrange(candidate.name.as_str(), inputs).map_err(Refused::Error)?;
     let lowest = candidate.schedule.priority_levels.into();
     let urgency = Urgency { priority: lowest, deadline: Some(deadline), timeout: None, client: COPIES };
-    candidate.infer(arranged, &urgency, &text::Wish::NONE).await
+    candidate.infer(arranged, &urgency, text).await
 }
 
 /// What the thread does.

@@ -199,7 +199,7 @@ impl ModelVersion {
         &'a self,
         inputs: Vec<Tensor>,
         urgency: &'a Urgency,
-        wish: &'a Wish<'a>,
+        wish: &'a Wish,
     ) -> impl Future<Output = Result<Vec<Tensor>, Refused>> + Send + 'a {
         async move {
             match &self.text {
@@ -208,6 +208,18 @@ impl ModelVersion {
                 Some(front) => Box::pin(self.run_tokens(front, inputs, urgency)).await,
             }
         }
+    }
+
+    /// Whether the model can do as a request wants.
+    ///
+    /// # Errors
+    /// `Unimplemented` naming what it cannot.
+    pub fn check_wish(&self, wish: &Wish) -> Result<(), Error> {
+        let checked = match &self.text {
+            None => wish.check_without_tokenizer(),
+            Some(front) => front.check_wish(wish),
+        };
+        checked.map_err(|error| error.of_model(self.name.as_str()))
     }
 
     /// Runs tokens that a client sent, with what it has left out.
@@ -259,15 +271,15 @@ impl ModelVersion {
         front: &Arc<Front>,
         text: Vec<Tensor>,
         urgency: &Urgency,
-        wish: &Wish<'_>,
+        wish: &Wish,
     ) -> Result<Vec<Tensor>, Refused> {
         let of_model = |error: Error| Refused::Error(error.of_model(self.name.as_str()));
         let start = Instant::now();
-        let encoded = self.encode(front, &text, wish.truncate, self.text_limits(urgency)).await.map_err(of_model)?;
+        let encoded = self.encode(front, &text, wish, self.text_limits(urgency)).await.map_err(of_model)?;
         self.metrics.tokenized(start.elapsed());
         match self.run_parts(&encoded, urgency).await {
             Ok(outputs) => {
-                if let Some(tokens) = wish.tokens {
+                if let Some(tokens) = &wish.tokens {
                     tokens.fetch_add(encoded.tokens as u64, Ordering::Relaxed);
                 }
                 Ok(outputs)
@@ -282,19 +294,19 @@ impl ModelVersion {
         &self,
         front: &Arc<Front>,
         text: &[Tensor],
-        truncate: Option<bool>,
+        wish: &Wish,
         limits: text::Limits,
     ) -> Result<Encoded, Error> {
         let Some(texts) = text.first() else { return Err(Error::internal("no text to encode")) };
         self.check_texts(texts.rows())?;
-        if front.is_quick(texts) {
-            return front.encode(texts, truncate, &limits);
+        if front.is_quick(texts, wish) {
+            return front.encode(texts, wish, &limits);
         }
-        let (front, texts) = (Arc::clone(front), texts.clone());
+        let (front, texts, wish) = (Arc::clone(front), texts.clone(), wish.clone());
         let encoding = async move {
             let turn = Arc::clone(&front.turns).acquire_owned().await;
             let encoded = tokio::task::spawn_blocking(move || {
-                let encoded = front.encode(&texts, truncate, &limits);
+                let encoded = front.encode(&texts, &wish, &limits);
                 drop(turn);
                 encoded
             });
@@ -358,10 +370,12 @@ impl ModelVersion {
         let uneven = inputs.iter().any(|input| input.rows() != rows);
         let empty = inputs.iter().any(|input| input.shape.contains(&0));
         self.check_rows(inputs)?;
-        // Texts are all alike that can be padded.
-        let sized = if self.text.as_ref().is_some_and(|front| front.pads()) { &[] } else { inputs };
         let trailing = |input: &Tensor| input.shape.iter().skip(1).copied().collect::<ShapeKey>();
-        let mut shape: ShapeKey = sized.iter().flat_map(trailing).collect();
+        let mut shape: ShapeKey = match &self.text {
+            // Texts are all alike that can be padded, but for what is wanted of them.
+            Some(front) if front.pads() => ShapeKey::from_slice(&[inputs.len()]),
+            _ => inputs.iter().flat_map(trailing).collect(),
+        };
         // Requests that leave out different inputs cannot share a run.
         let given = |name: &Arc<str>| usize::from(inputs.iter().any(|input| input.name == *name));
         shape.extend(self.signature.optional.iter().map(given));

@@ -61,6 +61,8 @@ pub(super) struct Folder {
     /// The end of a text that is cut off, where a file says so.
     pub truncation_side: Option<String>,
     pub prompt: Option<String>,
+    /// All prompts, by name.
+    pub prompts: BTreeMap<String, String>,
     /// Whether the prompt's tokens count where all of a text's do.
     pub includes_prompt: bool,
     /// What a cross-encoder makes of its logit, by the newest of the files that may say so.
@@ -187,6 +189,7 @@ impl Folder {
             most: config.positions(),
             lower_case: transformer.do_lower_case,
             prompt: prompt.filter(|prompt| !prompt.is_empty()),
+            prompts: prompts.prompts,
             truncation_side: tokenizer.truncation_side,
             includes_prompt: includes_prompt(files)?,
             activation: prompts.activation_fn.or_else(|| config.activation()),

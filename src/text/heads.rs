@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::{
-    Pooling, Settings,
+    Pooling, Scores, Settings,
     folder::{self, Folder},
     wrong,
 };
@@ -146,6 +146,31 @@ impl Head {
                 vec![spec(LABEL, DType::Bytes, vec![-1]), spec(SCORES, DType::Fp32, vec![-1, count])]
             }
             Kind::Rerank(_) => vec![spec(RERANK_SCORE, DType::Fp32, vec![-1])],
+        }
+    }
+
+    /// Whether the scores of pairs are something else than their logits.
+    pub fn hides_logits(&self) -> bool {
+        matches!(self.kind, Kind::Rerank(Activation::Sigmoid))
+    }
+
+    /// The logits of pairs, of what the graph has given.
+    pub fn logits(&self, outputs: &[Tensor]) -> Option<Tensor> {
+        let logits = outputs.get(self.output)?;
+        let shape = [logits.rows()].as_slice().into();
+        Some(Tensor { name: RERANK_SCORE.into(), shape, ..logits.clone() })
+    }
+
+    /// The scores that are wanted, of the outputs of a run in which logits that are hidden were asked for.
+    pub fn scored(&self, mut outputs: Vec<Tensor>, wanted: Scores) -> Vec<Tensor> {
+        match (&self.kind, wanted, &outputs[..]) {
+            (Kind::Rerank(Activation::Sigmoid), Scores::Raw, [_, _]) => outputs.split_off(1),
+            (Kind::Rerank(Activation::Identity), Scores::Unit, [logits]) => {
+                let Some(mut scores) = floats(logits) else { return outputs };
+                Activation::Sigmoid.apply(&mut scores);
+                vec![tensor(RERANK_SCORE, &logits.shape, &scores)]
+            }
+            _ => outputs,
         }
     }
 

@@ -107,7 +107,7 @@ fn tokens_are_those_of_transformers() {
                 Some(pair) => pairs(&[[pair[0].as_str().unwrap(), pair[1].as_str().unwrap()]]),
                 None => texts(&[case["text"].as_str().unwrap()]),
             };
-            let rows = front.tokens.rows(&text, None, None).unwrap();
+            let rows = front.tokens.rows(&text, Wish::NONE, None).unwrap();
             let ids: Vec<u32> = serde_json::from_value(case["input_ids"].clone()).unwrap();
             assert_eq!(rows[0].ids, ids, "{name}: {case}");
             if let Ok(types) = serde_json::from_value::<Vec<u32>>(case["token_type_ids"].clone()) {
@@ -124,9 +124,9 @@ fn many_texts_are_grouped_by_length_and_come_back_in_order() {
     let front = open(&encoder("bert-mean").0, &Settings { normalize: Some(false), ..Settings::default() }, &body());
     let long = "the boat waits near the gate ".repeat(3);
     let given = ["a", &long, "", "the boat", "b", &long];
-    let encoded = front.encode(&texts(&given), None, &FREE).unwrap();
+    let encoded = front.encode(&texts(&given), Wish::NONE, &FREE).unwrap();
     assert!(encoded.parts.len() > 2);
-    let alone: usize = given.iter().map(|text| front.encode(&texts(&[text]), None, &FREE).unwrap().tokens).sum();
+    let alone: usize = given.iter().map(|text| front.encode(&texts(&[text]), Wish::NONE, &FREE).unwrap().tokens).sum();
     assert_eq!(encoded.tokens, alone);
     for part in &encoded.parts {
         let padding = whole(&part.inputs[1]).iter().filter(|mask| **mask == 0).count();
@@ -140,7 +140,7 @@ fn many_texts_are_grouped_by_length_and_come_back_in_order() {
     for (row, text) in given.iter().enumerate() {
         let alone = session.run(&[texts(&[text])]).unwrap();
         assert_eq!(together[0].slice(row, 1), alone[0], "{text}");
-        let ids = &front.tokens.rows(&texts(&[text]), None, None).unwrap()[0].ids;
+        let ids = &front.tokens.rows(&texts(&[text]), Wish::NONE, None).unwrap()[0].ids;
         let mean = ids.iter().sum::<u32>() as f32 / ids.len() as f32;
         let found = reals(&alone[0]);
         assert!((found[0] - mean).abs() < 1e-3 && (found[1] + mean).abs() < 1e-3, "{found:?} {mean}");
@@ -151,11 +151,11 @@ fn many_texts_are_grouped_by_length_and_come_back_in_order() {
 fn a_request_of_very_many_tokens_is_cut_into_runs() {
     let front = open(&encoder("bert-mean").0, &Settings::default(), &body());
     let text = "the boat waits near the gate";
-    let encoded = front.encode(&texts(&vec![text; 3000]), None, &FREE).unwrap();
+    let encoded = front.encode(&texts(&vec![text; 3000]), Wish::NONE, &FREE).unwrap();
     assert!(encoded.parts.len() > 1);
     assert!(encoded.parts.iter().all(|part| part.inputs[0].shape.iter().product::<usize>() <= MOST_TOKENS));
     assert_eq!(encoded.parts.iter().map(|part| part.rows.len()).sum::<usize>(), 3000);
-    let few = front.encode(&texts(&[text; 5]), None, &Limits { tokens: 4, ..FREE }).unwrap();
+    let few = front.encode(&texts(&[text; 5]), Wish::NONE, &Limits { tokens: 4, ..FREE }).unwrap();
     assert_eq!(few.parts.len(), 5, "a text is never cut for it");
 }
 
@@ -164,7 +164,7 @@ fn what_tokens_leave_out_is_put_in() {
     let front = open(&encoder("bert-mean").0, &Settings::default(), &body());
     let ids = Tensor {
         name: IDS.into(),
-        ..front.encode(&texts(&["the boat"]), None, &FREE).unwrap().parts[0].inputs[0].clone()
+        ..front.encode(&texts(&["the boat"]), Wish::NONE, &FREE).unwrap().parts[0].inputs[0].clone()
     };
     let complete = front.complete(std::slice::from_ref(&ids));
     assert_eq!(complete.iter().map(|tensor| &*tensor.name).collect::<Vec<_>>(), [IDS, MASK, TYPES]);
@@ -181,7 +181,7 @@ fn what_tokens_leave_out_is_put_in() {
 fn a_graph_without_a_mask_gets_no_padding() {
     let front = open(&encoder("bert-mean").0, &Settings::default(), &graph(&[IDS], "last_hidden_state", &[-1, -1, 2]));
     let long = "the boat waits near the gate ".repeat(2);
-    let encoded = front.encode(&texts(&[&long, &format!("{long} a")]), None, &FREE).unwrap();
+    let encoded = front.encode(&texts(&[&long, &format!("{long} a")]), Wish::NONE, &FREE).unwrap();
     let tokens: usize = encoded.parts.iter().map(|part| part.inputs[0].shape.iter().product::<usize>()).sum();
     assert_eq!((encoded.parts.len(), tokens), (2, encoded.tokens));
 }
@@ -191,7 +191,10 @@ fn texts_that_are_too_long_are_cut_or_refused() {
     let (folder, _) = encoder("bert-mean");
     let long = texts(&[&"the boat waits near the gate ".repeat(20)]);
     let of = |settings: Settings| open(&folder, &settings, &body());
-    let length = |front: &Front, truncate| front.encode(&long, truncate, &FREE).map(|encoded| encoded.tokens);
+    let length = |front: &Front, truncate| {
+        let wish = Wish { truncate, ..Wish::default() };
+        front.encode(&long, &wish, &FREE).map(|encoded| encoded.tokens)
+    };
     assert_eq!(length(&of(Settings::default()), None).unwrap(), 32, "sentence_bert_config.json says 32");
     let fewer = of(Settings { max_length: Some(9), ..Settings::default() });
     assert_eq!(length(&fewer, None).unwrap(), 9);
@@ -215,8 +218,8 @@ fn pairs_are_cut_at_the_longer_text() {
     let scores = graph(&[IDS, MASK, TYPES], "logits", &[-1, 1]);
     let front = open(&encoder("bert-reranker").0, &Settings { max_length: Some(16), ..Settings::default() }, &scores);
     let long = "the boat waits near the gate ".repeat(20);
-    let [row] = &front.tokens.rows(&pairs(&[["the boat", &long]]), None, None).unwrap()[..] else { panic!() };
-    let short = front.tokens.rows(&pairs(&[["the boat", ""]]), None, None).unwrap()[0].ids.len() - 1;
+    let [row] = &front.tokens.rows(&pairs(&[["the boat", &long]]), Wish::NONE, None).unwrap()[..] else { panic!() };
+    let short = front.tokens.rows(&pairs(&[["the boat", ""]]), Wish::NONE, None).unwrap()[0].ids.len() - 1;
     assert_eq!(row.ids.len(), 16);
     assert_eq!(row.types.iter().filter(|kind| **kind == 0).count(), short, "the query is whole");
 }
@@ -224,7 +227,7 @@ fn pairs_are_cut_at_the_longer_text() {
 #[test]
 fn bad_texts_are_named() {
     let front = open(&encoder("bert-mean").0, &Settings::default(), &body());
-    let of = |tensor: &Tensor| front.encode(tensor, None, &FREE).err().unwrap().message;
+    let of = |tensor: &Tensor| front.encode(tensor, Wish::NONE, &FREE).err().unwrap().message;
     assert_eq!(of(&texts(&[])), "input 'text' holds no text");
     let mut broken = texts(&["a", "b"]);
     broken.data = Data::Strings(vec!["a".into(), Bytes::from_static(b"\xff")]);
@@ -308,7 +311,7 @@ fn what_is_cut_off_of_a_pair_costs_nothing() {
     let front = open(&encoder("bert-reranker").0, &Settings::default(), &scores);
     let long = "boat ".repeat(20_000);
     let start = Instant::now();
-    let tokens = front.encode(&pairs(&[[&long, &long]]), None, &FREE).unwrap().tokens;
+    let tokens = front.encode(&pairs(&[[&long, &long]]), Wish::NONE, &FREE).unwrap().tokens;
     assert_eq!(tokens, 64);
     assert!(start.elapsed().as_secs() < 20, "{:?}", start.elapsed());
 }
@@ -323,7 +326,7 @@ fn of_very_long_texts_the_end_that_counts_is_looked_at() {
         let config = format!(r#"{{"truncation_side": "{side}"}}"#);
         fs::write(folder.path().join("tokenizer_config.json"), config).unwrap();
         let front = open(folder.path(), &Settings { max_length: Some(8), ..Settings::default() }, &body());
-        let of = |text: &str| front.tokens.rows(&texts(&[text]), None, None).unwrap().remove(0).ids;
+        let of = |text: &str| front.tokens.rows(&texts(&[text]), Wish::NONE, None).unwrap().remove(0).ids;
         (of(&long), of(&head), of(&tail))
     };
     let (cut, head, _) = ids("right");
@@ -331,7 +334,7 @@ fn of_very_long_texts_the_end_that_counts_is_looked_at() {
     let (cut, _, tail) = ids("left");
     assert_eq!(cut[cut.len() - 3..], tail[tail.len() - 3..]);
     let strict = open(folder.path(), &Settings { truncate: Some(false), ..Settings::default() }, &body());
-    let message = strict.encode(&texts(&[&long]), None, &FREE).err().unwrap().message;
+    let message = strict.encode(&texts(&[&long]), Wish::NONE, &FREE).err().unwrap().message;
     assert!(message.contains("bytes, and the model takes"), "{message}");
 }
 
@@ -340,12 +343,12 @@ fn what_there_is_no_room_or_time_for_is_refused() {
     let front = open(&encoder("bert-mean").0, &Settings::default(), &body());
     let many = texts(&["the boat"; 10]);
     let few = Limits { bytes: 100, ..FREE };
-    let error = front.encode(&many, None, &few).err().unwrap();
+    let error = front.encode(&many, Wish::NONE, &few).err().unwrap();
     assert_eq!(error.code, Code::TooLarge);
     assert!(error.message.contains("there is room for 100"), "{}", error.message);
     let late = Limits { deadline: Some(Instant::now()), ..FREE };
-    assert_eq!(front.encode(&many, None, &late).err().unwrap().code, Code::DeadlineExceeded);
-    let parts = front.encode(&many, None, &Limits { rows: 4, ..FREE }).unwrap().parts;
+    assert_eq!(front.encode(&many, Wish::NONE, &late).err().unwrap().code, Code::DeadlineExceeded);
+    let parts = front.encode(&many, Wish::NONE, &Limits { rows: 4, ..FREE }).unwrap().parts;
     assert_eq!(parts.iter().map(|part| part.rows.len()).collect::<Vec<_>>(), [4, 4, 2]);
 }
 
@@ -408,9 +411,9 @@ fn a_query_that_comes_with_each_text_is_read_once() {
     let scores = graph(&[IDS, MASK, TYPES], "logits", &[-1, 1]);
     let front = open(&encoder("bert-reranker").0, &Settings::default(), &scores);
     let given = [["the boat", "waits"], ["the boat", "near"], ["a", "near"], ["the boat", "gate"]];
-    let together = front.tokens.rows(&pairs(&given), None, None).unwrap();
+    let together = front.tokens.rows(&pairs(&given), Wish::NONE, None).unwrap();
     for (pair, row) in given.iter().zip(&together) {
-        let alone = &front.tokens.rows(&pairs(&[*pair]), None, None).unwrap()[0];
+        let alone = &front.tokens.rows(&pairs(&[*pair]), Wish::NONE, None).unwrap()[0];
         assert_eq!((&alone.ids, &alone.types), (&row.ids, &row.types), "{pair:?}");
     }
 }
@@ -480,5 +483,104 @@ fn requests_of_several_lengths_become_one_batch() {
     let all = session.run(&together).unwrap();
     for (index, part) in parts.iter().enumerate() {
         assert_eq!(session.run(part).unwrap()[0], all[0].slice(2 * index, 2));
+    }
+}
+
+#[test]
+fn a_request_may_name_a_prompt() {
+    let folder = copied("bert-mean");
+    let pooled = |config: &str| {
+        fs::create_dir_all(folder.path().join("1_Pooling")).unwrap();
+        fs::write(folder.path().join("1_Pooling/config.json"), config).unwrap();
+    };
+    pooled(r#"{"pooling_mode_mean_tokens": true}"#);
+    let named = |prompts: &str| fs::write(folder.path().join("config_sentence_transformers.json"), prompts).unwrap();
+    named(r#"{"prompts": {"near": "near the ", "gate": "gate ", "none": ""}, "default_prompt_name": "gate"}"#);
+    let front = open(folder.path(), &Settings::default(), &body());
+    let plain = open(&encoder("bert-mean").0, &Settings::default(), &body());
+    let ids = |front: &Front, text: &str, prompt: Option<&str>| {
+        let wish = Wish { prompt: prompt.map(Into::into), ..Wish::default() };
+        front.tokens.rows(&texts(&[text]), &wish, None).map(|mut rows| rows.remove(0).ids)
+    };
+    for (prompt, whole) in
+        [(None, "gate boat"), (Some("near"), "near the boat"), (Some("gate"), "gate boat"), (Some("none"), "boat")]
+    {
+        assert_eq!(ids(&front, "boat", prompt), ids(&plain, whole, None), "{prompt:?}");
+    }
+    let error = ids(&front, "boat", Some("Near")).unwrap_err();
+    let expected = "prompt_name must be one that its files name ('gate', 'near', 'none'), got 'Near'";
+    assert_eq!((error.code, &*error.message), (Code::Unimplemented, expected));
+    let wish = Wish { prompt: Some("Near".into()), ..Wish::default() };
+    assert_eq!(front.check_wish(&wish), Err(error));
+    let error = ids(&plain, "boat", Some("near")).unwrap_err();
+    assert_eq!(error.message, "prompt_name must be absent, as its files name no prompts, got 'near'");
+
+    named(r#"{"prompts": {"near": "near the ", "none": ""}}"#);
+    pooled(r#"{"pooling_mode_mean_tokens": true, "include_prompt": false}"#);
+    let front = open(folder.path(), &Settings::default(), &body());
+    assert!(ids(&front, "boat", Some("near")).unwrap_err().message.contains("include_prompt"));
+    assert_eq!(ids(&front, "boat", Some("none")), ids(&plain, "boat", None));
+    assert!(front.is_quick(&texts(&["boat"]), Wish::NONE));
+}
+
+#[test]
+fn a_request_may_say_which_end_is_cut() {
+    let ids = |most: usize, side: Option<Side>| {
+        let settings = Settings { max_length: Some(most), ..Settings::default() };
+        let wish = Wish { side, ..Wish::default() };
+        let front = open(&encoder("bert-mean").0, &settings, &body());
+        front.tokens.rows(&texts(&["the boat waits near the gate"]), &wish, None).unwrap().remove(0).ids
+    };
+    let whole = ids(64, None);
+    let (left, right) = (ids(6, Some(Side::Left)), ids(6, Some(Side::Right)));
+    assert_eq!((left.len(), right.len()), (6, 6));
+    assert_eq!(left[1..], whole[whole.len() - 5..]);
+    assert_eq!(right[..5], whole[..5]);
+    assert_eq!(ids(6, None), right);
+}
+
+/// A reranker whose logits are so large that no score tells them apart.
+struct Sure(Signature);
+
+impl Session for Sure {
+    fn signature(&self) -> &Signature {
+        &self.0
+    }
+
+    fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, Error> {
+        assert_eq!(inputs.len(), self.0.inputs.len());
+        let length = inputs[0].shape[1];
+        let tokens = whole(&inputs[1]).chunks(length).map(|mask| mask.iter().sum::<i64>()).collect::<Vec<_>>();
+        let data = Data::Plain(tokens.iter().flat_map(|&tokens| (30.0 + tokens as f32).to_le_bytes()).collect());
+        Ok(vec![Tensor { name: "logits".into(), dtype: DType::Fp32, shape: [tokens.len(), 1].as_slice().into(), data }])
+    }
+}
+
+#[test]
+fn logits_come_as_they_are_and_scores_from_0_to_1() {
+    for (name, inputs, is_identity) in
+        [("bert-reranker", &[IDS, MASK, TYPES][..], true), ("xlm-roberta-reranker", &[IDS, MASK], false)]
+    {
+        let graph = graph(inputs, "logits", &[-1, 1]);
+        let front = open(&encoder(name).0, &Settings::default(), &graph);
+        let mut session = front.before(Box::new(Sure(graph)));
+        let given = pairs(&[["the boat", "waits"], ["a", "near the gate near the gate"]]);
+        let mut of = |scores| {
+            let wish = Wish { scores, ..Wish::default() };
+            let encoded = front.encode(&given, &wish, &FREE).unwrap();
+            let outputs = encoded.parts.iter().map(|part| session.run(&part.inputs).unwrap()).collect();
+            let outputs = encoded.assemble(outputs);
+            let own = reals(&outputs[0]);
+            let wanted = front.scored(outputs, &wish);
+            assert_eq!((wanted.len(), &*wanted[0].name, &wanted[0].shape[..]), (1, "rerank_score", &[2][..]));
+            (own, reals(&wanted[0]))
+        };
+        let (own, unasked) = of(None);
+        assert_eq!(unasked, own);
+        let lengths = [&["the boat", "waits"], &["a", "near the gate near the gate"]]
+            .map(|pair| 30.0 + front.tokens.rows(&pairs(&[*pair]), Wish::NONE, None).unwrap()[0].ids.len() as f32);
+        assert_eq!(of(Some(Scores::Raw)), (own.clone(), lengths.to_vec()), "{name}");
+        assert_eq!(of(Some(Scores::Unit)), (own.clone(), vec![1.0; 2]), "{name}");
+        assert_eq!(own, if is_identity { lengths.to_vec() } else { vec![1.0; 2] });
     }
 }

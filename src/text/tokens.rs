@@ -1,6 +1,6 @@
 //! Texts to tokens, by the model's own tokenizer.
 
-use std::{path::PathBuf, time::Instant};
+use std::{collections::BTreeMap, path::PathBuf, time::Instant};
 
 use bytes::Bytes;
 use tokenizers::{
@@ -9,9 +9,10 @@ use tokenizers::{
     utils::truncation::{TruncationStrategy, truncate_encodings},
 };
 
-use super::{Settings, folder::Folder, wrong};
+use super::{Settings, Side, Wish, folder::Folder, wrong};
 use crate::{
     error::{Code, Error},
+    id::shorten,
     tensor::{Data, Tensor},
 };
 
@@ -23,6 +24,8 @@ const DEFAULT_LENGTH: usize = 8192;
 /// never so long, and who sends a megabyte shall not have all of it tokenized for 512 tokens.
 const TOKEN_BYTES: usize = 256;
 const LEAST_BYTES: usize = 64 << 10;
+/// Prompts that a complaint lists at most.
+const SHOWN: usize = 8;
 
 /// The tokens of one text.
 pub(super) struct Row {
@@ -40,10 +43,21 @@ pub(super) struct Tokens {
     /// The end that is cut off.
     direction: TruncationDirection,
     prompt: String,
+    /// Those that a request may want instead.
+    prompts: BTreeMap<String, String>,
+    /// Whether the tokens of a prompt count where all of a text's do.
+    includes_prompt: bool,
     /// The id of padding.
     pub padding: u32,
     /// Ids that the model and the tokenizer know.
     vocabulary: u32,
+}
+
+/// How the texts of a request become tokens.
+struct Manner<'a> {
+    truncate: bool,
+    direction: TruncationDirection,
+    prompt: &'a str,
 }
 
 impl Tokens {
@@ -76,6 +90,8 @@ impl Tokens {
             truncate: settings.truncate.unwrap_or(true),
             direction,
             prompt: settings.prompt.clone().or_else(|| folder.prompt.clone()).unwrap_or_default(),
+            prompts: folder.prompts.clone(),
+            includes_prompt: folder.includes_prompt,
             padding: folder.config.pad_token_id.and_then(|id| u32::try_from(id).ok()).or(padding).unwrap_or(0),
             vocabulary: folder.config.vocabulary().unwrap_or(vocabulary).min(vocabulary),
             tokenizer,
@@ -85,7 +101,7 @@ impl Tokens {
             let message = format!("texts may have {max_length} tokens (text.max_length, or what the files say)");
             return Err(Error::invalid(format!("{message}, and {special} tokens of a pair are special ones")));
         }
-        if !folder.includes_prompt && !tokens.prompt.is_empty() {
+        if !tokens.includes_prompt && !tokens.prompt.is_empty() {
             let message =
                 "a prompt that is left out of the pooling (include_prompt) is not supported; set text.prompt = \"\"";
             return Err(Error::invalid(message));
@@ -94,22 +110,59 @@ impl Tokens {
     }
 
     /// Whether an I/O thread may encode the texts.
-    pub fn is_quick(&self, text: &Tensor) -> bool {
-        text.byte_len().saturating_add(self.prompt.len().saturating_mul(text.rows())) <= QUICK_BYTES
+    pub fn is_quick(&self, text: &Tensor, wish: &Wish) -> bool {
+        let prompt = self.prompt(wish).map_or(0, str::len);
+        text.byte_len().saturating_add(prompt.saturating_mul(text.rows())) <= QUICK_BYTES
+    }
+
+    /// What is put before each text.
+    ///
+    /// # Errors
+    /// `Unimplemented` naming the prompts there are.
+    pub fn prompt(&self, wish: &Wish) -> Result<&str, Error> {
+        let Some(name) = &wish.prompt else { return Ok(&self.prompt) };
+        let refused = |message| Err(Error::new(Code::Unimplemented, message));
+        match self.prompts.get(&**name) {
+            Some(prompt) if prompt.is_empty() || self.includes_prompt => Ok(prompt),
+            Some(_) => refused(
+                "prompt_name must be absent: a prompt that is left out of the pooling (include_prompt) is not supported"
+                    .to_owned(),
+            ),
+            None => {
+                let mut known: Vec<String> =
+                    self.prompts.keys().take(SHOWN).map(|name| format!("'{}'", shorten(name))).collect();
+                let expected = match self.prompts.len() {
+                    0 => "absent, as its files name no prompts".to_owned(),
+                    count => {
+                        if count > SHOWN {
+                            known.push(format!("{} more", count - SHOWN));
+                        }
+                        format!("one that its files name ({})", known.join(", "))
+                    }
+                };
+                refused(format!("prompt_name must be {expected}, got '{}'", shorten(name)))
+            }
+        }
     }
 
     /// The tokens of each text, or of each pair of texts.
     ///
     /// # Errors
-    /// `InvalidArgument` naming the row that is no text, or too long a one; `DeadlineExceeded` when it took too long.
-    pub fn rows(&self, text: &Tensor, truncate: Option<bool>, deadline: Option<Instant>) -> Result<Vec<Row>, Error> {
+    /// `InvalidArgument` naming the row that is no text, or too long a one; `DeadlineExceeded` when it took too long,
+    /// `Unimplemented` for prompts that there are not.
+    pub fn rows(&self, text: &Tensor, wish: &Wish, deadline: Option<Instant>) -> Result<Vec<Row>, Error> {
         let Data::Strings(texts) = &text.data else {
             return Err(Error::internal("texts that are no strings"));
         };
         if texts.is_empty() {
             return Err(Error::invalid(format!("input '{}' holds no text", text.name)));
         }
-        let truncate = truncate.unwrap_or(self.truncate);
+        let direction = wish.side.map_or(self.direction, |side| match side {
+            Side::Left => TruncationDirection::Left,
+            Side::Right => TruncationDirection::Right,
+        });
+        let truncate = wish.truncate.unwrap_or(self.truncate);
+        let manner = &Manner { truncate, direction, prompt: self.prompt(wish)? };
         let width = if text.shape.get(1) == Some(&2) { 2 } else { 1 };
         // A query comes with each text that it is held against.
         let mut last: Option<(&Bytes, Encoding)> = None;
@@ -122,19 +175,19 @@ impl Tokens {
             let (first, second) = (&texts[0], texts.get(1));
             let encoding = match last.take() {
                 Some((same, encoding)) if second.is_some() && same == first => encoding,
-                _ => self.encode(first, truncate).map_err(of_row)?,
+                _ => self.encode(first, manner).map_err(of_row)?,
             };
             if second.is_some() {
                 last = Some((first, encoding.clone()));
             }
-            let second = second.map(|text| self.encode(text, truncate)).transpose().map_err(of_row)?;
-            rows.push(self.row(encoding, second, truncate).map_err(of_row)?);
+            let second = second.map(|text| self.encode(text, manner)).transpose().map_err(of_row)?;
+            rows.push(self.row(encoding, second, manner).map_err(of_row)?);
         }
         Ok(rows)
     }
 
-    fn row(&self, first: Encoding, second: Option<Encoding>, truncate: bool) -> Result<Row, String> {
-        let (first, second) = self.cut(first, second, truncate)?;
+    fn row(&self, first: Encoding, second: Option<Encoding>, manner: &Manner<'_>) -> Result<Row, String> {
+        let (first, second) = self.cut(first, second, manner)?;
         let whole = self
             .tokenizer
             .post_process(first, second, true)
@@ -143,27 +196,27 @@ impl Tokens {
     }
 
     /// One text, without special tokens.
-    fn encode(&self, text: &[u8], truncate: bool) -> Result<Encoding, String> {
+    fn encode(&self, text: &[u8], manner: &Manner<'_>) -> Result<Encoding, String> {
         let text = std::str::from_utf8(text).map_err(|error| format!("it is no UTF-8: {error}"))?;
-        let text = self.looked_at(text, truncate)?;
+        let text = self.looked_at(text, manner)?;
         let failed = |error| format!("it cannot be tokenized: {error}");
-        if self.prompt.is_empty() {
+        if manner.prompt.is_empty() {
             return self.tokenizer.encode_fast(text, false).map_err(failed);
         }
-        self.tokenizer.encode_fast(format!("{}{text}", self.prompt), false).map_err(failed)
+        self.tokenizer.encode_fast(format!("{}{text}", manner.prompt), false).map_err(failed)
     }
 
     /// As much of the text as may be more than the tokens that are wanted of it.
-    fn looked_at<'a>(&self, text: &'a str, truncate: bool) -> Result<&'a str, String> {
+    fn looked_at<'a>(&self, text: &'a str, manner: &Manner<'_>) -> Result<&'a str, String> {
         let most = self.max_length.saturating_mul(TOKEN_BYTES).max(LEAST_BYTES);
         if text.len() <= most {
             return Ok(text);
         }
-        if !truncate {
+        if !manner.truncate {
             let tokens = self.max_length;
             return Err(format!("it has {} bytes, and the model takes {tokens} tokens", text.len()));
         }
-        Ok(match self.direction {
+        Ok(match manner.direction {
             TruncationDirection::Right => &text[..text.floor_char_boundary(most)],
             TruncationDirection::Left => &text[text.ceil_char_boundary(text.len() - most)..],
         })
@@ -174,7 +227,7 @@ impl Tokens {
         &self,
         first: Encoding,
         second: Option<Encoding>,
-        truncate: bool,
+        manner: &Manner<'_>,
     ) -> Result<(Encoding, Option<Encoding>), String> {
         let most = self.max_length;
         let special = self.special(second.is_some());
@@ -182,13 +235,13 @@ impl Tokens {
         if tokens <= most {
             return Ok((first, second));
         }
-        if !truncate {
+        if !manner.truncate {
             return Err(format!("it has {tokens} tokens, and the model takes {most}"));
         }
         let params = TruncationParams {
             max_length: most.saturating_sub(special),
             strategy: TruncationStrategy::LongestFirst,
-            direction: self.direction,
+            direction: manner.direction,
             ..TruncationParams::default()
         };
         let cut = truncate_encodings(first, second, &params);

@@ -8,10 +8,12 @@ import pytest
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 
+from encoders import add, with_file
 from models import Repository, plus
-from server import ROOT, Server
+from server import ROOT, Server, eventually
 from shapes import answer, post
 from text_models import EITHER, embedding, numbers, reranker, unit, vectors
+from wire import call
 
 ENCODERS = ROOT / "tests" / "encoders"
 TEXTS = ["one", "nine", "", "Größe 🌊"]
@@ -140,10 +142,125 @@ def test_encoders(serve, repository):
     body = {"query": query, "texts": [case["pair"][1] for case in pairs]}
     scores = {each["index"]: each["score"] for each in answer(server, "/rerank", body)}
     assert list(scores.values()) == sorted(scores.values(), reverse=True)
+    # The model's own are logits, which a sigmoid puts between 0 and 1.
     for index, case in enumerate(pairs):
-        assert abs(scores[index] - case["rerank_score"]) < 1e-4
+        assert abs(scores[index] - sigmoid(case["rerank_score"])) < 1e-4
     body = {"query": long, "texts": ["a"], "truncate": False}
     assert refusal(server, "/rerank", body)[:2] == (413, "Validation")
+
+
+def sigmoid(logit):
+    return 1 / (1 + np.exp(-np.float64(logit)))
+
+
+@pytest.mark.parametrize("name", ["bert-reranker", "xlm-roberta-reranker"])
+def test_scores_and_logits(serve, repository, name):
+    """One model's own scores are logits, the other's are between 0 and 1."""
+    repository.copy(name, ENCODERS / name, settings="")
+    server = serve(repository.path)
+    cases = json.loads((ENCODERS / name / "expected.json").read_text())["cases"]
+    query = cases[0]["pair"][0]
+    cases = [case for case in cases if case["pair"][0] == query]
+    texts = [case["pair"][1] for case in cases]
+    own = np.array([case["rerank_score"] for case in cases])
+
+    def asked(**flags):
+        ranks = answer(server, "/rerank", {"query": query, "texts": texts} | flags)
+        by_index = {each["index"]: each["score"] for each in ranks}
+        return np.array([by_index[index] for index in range(len(texts))])
+
+    scores, logits = asked(), asked(raw_scores=True)
+    assert np.array_equal(asked(raw_scores=False), scores)
+    assert np.allclose(sigmoid(logits), scores, atol=1e-6)
+    is_own_raw = name == "bert-reranker"
+    assert np.allclose(logits if is_own_raw else scores, own, atol=1e-4)
+    # The protocol's own output is the model's, whatever others ask for.
+    tensor = {"name": "text", "datatype": "BYTES", "shape": [len(texts), 2]}
+    body = {"inputs": [tensor | {"data": [[query, text] for text in texts]}]}
+    (output,) = answer(server, f"/v2/models/{name}/infer", body)["outputs"]
+    assert (output["name"], output["shape"]) == ("rerank_score", [len(texts)])
+    assert np.allclose(output["data"], own, atol=1e-4)
+
+
+# --- prompts and ends ---------------------------------------------------------------
+
+PROMPTS = {"prompts": {"near": "near the ", "gate": "gate "}, "default_prompt_name": None}
+PROMPTED = with_file("config_sentence_transformers.json", PROMPTS)
+LONG = "the boat waits near the gate " * 20
+
+
+def test_prompts(serve, repository):
+    add(repository, "prompted", "bert-mean", "", PROMPTED)
+    server = serve(repository.path)
+    plain = answer(server, "/embed", {"inputs": ["near the boat", "gate waits", "boat"]})
+    one = answer(server, "/embed", {"inputs": "boat", "prompt_name": "near"})
+    other = answer(server, "/embed", {"inputs": ["waits"], "prompt_name": "gate"})
+    none = answer(server, "/embed", {"inputs": ["boat"], "prompt_name": None})
+    assert np.allclose([*one, *other, *none], plain, atol=1e-5)
+    body = {"inputs": "boat", "prompt_name": "far"}
+    status, kind, message = refusal(server, "/embed", body)
+    assert (status, kind) == (400, "Validation")
+    assert "'prompted'" in message
+    assert "'gate', 'near'" in message
+    client = InferenceClient(f"http://{server.rest}/embed")
+    got = client.feature_extraction("boat", prompt_name="near")
+    assert np.allclose(got, plain[:1], atol=1e-5)
+
+
+def test_the_end_that_is_cut(serve, repository):
+    for name in ("bert-mean", "bert-reranker"):
+        repository.copy(name, ENCODERS / name, settings="[text]\nmax_length = 16\n")
+    server = serve(repository.path)
+
+    def embedded(text, side):
+        return answer(server, "/embed", {"inputs": text, "truncation_direction": side})
+
+    left, right = (embedded(f"tide {LONG} harbour", side) for side in ("Left", "right"))
+    assert np.allclose(left, embedded(f"gate {LONG} harbour", "left"), atol=1e-5)
+    assert np.allclose(right, embedded(f"tide {LONG} gate", "Right"), atol=1e-5)
+    assert np.abs(np.subtract(left, right)).max() > 1e-3
+    body = {"query": "the boat", "texts": [f"tide {LONG} harbour"]}
+    ends = [
+        answer(server, "/rerank", body | {"truncation_direction": side})[0]["score"]
+        for side in ("Left", "Right")
+    ]
+    assert abs(ends[0] - ends[1]) > 1e-6
+
+
+SHADOWED = """versions = "all"
+[text]
+truncate = false
+[rollout]
+on_new_version = "shadow"
+shadow = 100.0
+every = "1h"
+"""
+
+
+def test_copies_keep_what_a_request_wants(serve, repository):
+    """Its prompt, the end that is cut, and that anything is cut, which the model's settings would refuse."""
+    add(repository, "shadowed", "bert-mean", SHADOWED, PROMPTED)
+    server = serve(repository.path, config='[shadow]\nmax_cpu = 1.0\nmax_wait = "1h"\n')
+    add(repository, "shadowed", "bert-mean", SHADOWED, PROMPTED, version="2")
+
+    def rollout():
+        return call(server.ops, "GET", "/admin/v1/models/shadowed/rollout").json()
+
+    eventually(lambda: rollout().get("phase") == "shadow", 60)
+    body = {"inputs": f"tide {LONG} harbour"}
+    assert refusal(server, "/embed", body)[0] == 413
+    wishes = ({}, {"truncation_direction": "Left"}, {"prompt_name": "near"})
+    for wish in wishes:
+        answer(server, "/embed", body | {"truncate": True} | wish)
+
+    def compared():
+        copies = rollout()["copies"]
+        return copies and copies["compared"] + copies["failed"] + copies["missing"] == len(wishes) and copies
+
+    copies = eventually(compared, 60)
+    assert (copies["compared"], copies["disagreed"]) == (len(wishes), 0), copies
+    (output,) = copies["outputs"]
+    assert output["max_difference"] < 1e-5
 
 
 # --- what goes wrong ----------------------------------------------------------------
@@ -165,6 +282,19 @@ def test_encoders(serve, repository):
         ("/embed", {"inputs": "a", "dimensions": 0}, (422, "Validation"), ["dimensions"]),
         ("/embed", {"inputs": "a", "dimensions": 5}, (413, "Validation"), ["4 at most", "5"]),
         ("/embed", {"inputs": "a", "prompt_name": "q"}, (400, "Validation"), ["prompt_name"]),
+        ("/embed", {"inputs": [1], "prompt_name": "q"}, (422, "Validation"), ["prompt_name", "ids"]),
+        (
+            "/embed",
+            {"inputs": "a", "truncation_direction": "Left"},
+            (400, "Validation"),
+            ["truncation_direction", "'embedder'"],
+        ),
+        (
+            "/embed",
+            {"inputs": "a", "truncation_direction": "up"},
+            (422, "Validation"),
+            ["truncation_direction", "'Left' or 'Right'"],
+        ),
         ("/embed", {"inputs": ["a"] * 70_000}, (413, "Validation"), ["65536"]),
         ("/embed", {"inputs": "a", "model": "nosuch"}, (404, "Validation"), ["nosuch"]),
         ("/embed", {"inputs": "a", "model": "ranker"}, (424, "Backend"), ["ranker", "embedding"]),

@@ -5,7 +5,7 @@
 
 use std::{
     cell::Cell,
-    sync::{Arc, atomic::AtomicU64},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -135,10 +135,11 @@ pub(super) fn conclude(record: Record, answer: Result<Response<Payload>, (Code, 
 /// What a request wants beside its tensors and its hurry.
 #[derive(Default)]
 pub(super) struct Wishes {
-    /// As in `text::Wish`.
-    pub(super) tokens: Option<Arc<AtomicU64>>,
-    /// As in `text::Wish`.
-    pub(super) truncate: Option<bool>,
+    pub(super) text: text::Wish,
+    /// Bytes that it takes to read it into, beside those of its body.
+    pub(super) read: usize,
+    /// Bytes that its answer has, beside those of the outputs.
+    pub(super) told: usize,
 }
 
 /// As `exchange`, for a record that is begun, and without a word of what failed.
@@ -152,15 +153,13 @@ pub(super) async fn try_exchange<A: Send + 'static, B: Arriving>(
     write: impl FnOnce(&InferReply<'_>, &InferCall, A) -> Result<Reply, Error> + Send + 'static,
 ) -> Result<Response<Payload>, RestError> {
     let Asked { mut target, mut call, places, detail, headers, encoding, latest, refusal } =
-        ask(app, named, arrival, record, read).await?;
+        ask(app, named, arrival, record, wishes.read, read).await?;
 
     let names: Vec<Arc<str>> = call.outputs.iter().map(|output| output.name.clone()).collect();
     let urgency = urgency(record, &call, latest);
     let inputs = std::mem::take(&mut call.inputs);
     let (started, protocol) = (record.started(), record.protocol());
-    let Wishes { tokens, truncate } = &wishes;
-    let wish = text::Wish { tokens: tokens.as_deref(), truncate: *truncate };
-    let request = engine::Request { inputs, outputs: &names, urgency, text: &wish, started, protocol };
+    let request = engine::Request { inputs, outputs: &names, urgency, text: &wishes.text, started, protocol };
     let outputs = app.engine.infer(&mut target, request).await;
     // It may have run on the successor of the version that was found first.
     record.aim(&target);
@@ -173,7 +172,7 @@ pub(super) async fn try_exchange<A: Send + 'static, B: Arriving>(
 
     let aside = app.limits.max_inline_bytes;
     let spelled = |output: &&Tensor| encoding != Encoding::Identity || !call.wants_binary(&output.name);
-    let is_long = outputs.iter().filter(spelled).map(Tensor::byte_len).sum::<usize>() > aside;
+    let is_long = wishes.told + outputs.iter().filter(spelled).map(Tensor::byte_len).sum::<usize>() > aside;
     let tell = move || {
         let version = &target.version;
         let (model, version) = (version.name.as_str(), version.version.as_str());
@@ -198,12 +197,13 @@ struct Asked<A> {
     refusal: Option<Error>,
 }
 
-/// Reads what arrived, for the version that it is for.
+/// Reads what arrived, for the version that it is for, into so many bytes beside those of its body.
 async fn ask<A: Send + 'static, B: Arriving>(
     app: &App,
     named: &Named,
     arrival: Arrival<B>,
     record: &mut Record,
+    takes: usize,
     read: impl Fn(&Question) -> Result<(InferCall, A), Error> + Send + 'static,
 ) -> Result<Asked<A>, RestError> {
     let Arrival { headers, body, peer } = arrival;
@@ -218,7 +218,8 @@ async fn ask<A: Send + 'static, B: Arriving>(
     let limit = app.limits.max_message_bytes;
     let body = body::read_body(app, body, limit).await?;
     let aside = app.limits.max_inline_bytes;
-    let is_long = body.len() > aside && (encoding != Encoding::Identity || json_length(&headers, &body) > aside);
+    let is_long =
+        takes > aside || body.len() > aside && (encoding != Encoding::Identity || json_length(&headers, &body) > aside);
     let reach = Reach::of(app, &headers, peer.as_ref());
     let mut question = Question { headers, body, limit, version: target.version.clone(), untyped: Cell::new(false) };
     let undrawn = target.is_undrawn();

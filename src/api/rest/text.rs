@@ -43,6 +43,7 @@ use crate::{
         self,
         catalog::{Catalog, Entry},
     },
+    text,
 };
 
 /// Names that a complaint lists at most.
@@ -105,7 +106,8 @@ async fn try_answer<T: Asked>(app: &App, arrival: Arrival, record: &mut Record) 
     let named = choose(&app.engine.catalog().load(), T::KIND, asked.model())?;
     let asked = Arc::new(asked);
     let tokens = Arc::new(AtomicU64::new(0));
-    let wishes = Wishes { tokens: Some(tokens.clone()), truncate: asked.truncate() };
+    let text = text::Wish { tokens: Some(tokens.clone()), ..asked.wish() };
+    let wishes = Wishes { text, read: asked.held(), told: asked.told() };
     let tensors = {
         let asked = asked.clone();
         move |question: &Question| {

@@ -61,8 +61,8 @@ impl Asked for Embeddings {
         self.input.rows()
     }
 
-    fn truncate(&self) -> Option<bool> {
-        None
+    fn held(&self) -> usize {
+        self.input.held()
     }
 
     fn tensors(&self, signature: &Signature, limit: usize) -> Result<Vec<Tensor>, Error> {

@@ -1,5 +1,7 @@
 //! The requests of text-embeddings-inference: embed, from texts to vectors, and rerank, from pairs to scores.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use serde::Serialize;
 
@@ -11,7 +13,9 @@ use crate::{
     api::codec::{Document, InferReply, Json, NonFinite, Spelling, put_json, write_nested},
     backend::Signature,
     error::{Code, Error},
+    id::shorten,
     tensor::Tensor,
+    text::{Scores, Side, Wish},
 };
 
 /// A request for vectors.
@@ -20,6 +24,9 @@ pub struct Embed {
     model: Option<String>,
     inputs: Input,
     truncate: Option<bool>,
+    side: Option<Side>,
+    /// The name of what is put before each text.
+    prompt: Option<Arc<str>>,
     /// Whether every vector shall have the length 1.
     normalize: bool,
     dimensions: Option<usize>,
@@ -32,6 +39,9 @@ pub struct Rerank {
     query: Bytes,
     texts: Vec<Bytes>,
     truncate: Option<bool>,
+    side: Option<Side>,
+    /// Whether scores are logits; else they are from 0 to 1.
+    raw_scores: bool,
     return_text: bool,
 }
 
@@ -51,17 +61,21 @@ impl Asked for Embed {
         let [inputs, truncate, direction, normalize, prompt, dimensions, model] =
             members("the request", document.root(), names)?;
         let inputs = inputs.ok_or_else(|| Error::invalid("the request has no 'inputs'"))?;
-        check_direction(direction)?;
-        if let Some(prompt) = prompt {
-            let got = prompt.shown();
-            return Err(elsewhere(format!("prompt_name must be absent, as the model's own prompt counts, got {got}")));
+        let side = side(direction)?;
+        let prompt = prompt.map(prompt_name).transpose()?;
+        let inputs = Input::read("inputs", inputs, limit)?;
+        if let (Some(name), Input::Ids { .. }) = (&prompt, &inputs) {
+            let got = shorten(name);
+            return Err(Error::invalid(format!("prompt_name must be absent, as inputs are token ids, got '{got}'")));
         }
         Ok(Self {
             model: texts::model(model)?,
             truncate: texts::flag("truncate", truncate)?,
+            side,
+            prompt,
             normalize: texts::flag("normalize", normalize)?.unwrap_or(true),
             dimensions: texts::dimensions(dimensions)?,
-            inputs: Input::read("inputs", inputs, limit)?,
+            inputs,
         })
     }
 
@@ -73,8 +87,13 @@ impl Asked for Embed {
         self.inputs.rows()
     }
 
-    fn truncate(&self) -> Option<bool> {
-        self.truncate
+    fn wish(&self) -> Wish {
+        let Self { truncate, side, .. } = *self;
+        Wish { truncate, side, prompt: self.prompt.clone(), ..Wish::default() }
+    }
+
+    fn held(&self) -> usize {
+        self.inputs.held()
     }
 
     fn tensors(&self, signature: &Signature, limit: usize) -> Result<Vec<Tensor>, Error> {
@@ -103,13 +122,11 @@ impl Asked for Rerank {
             members("the request", document.root(), names)?;
         let query = query.ok_or_else(|| Error::invalid("the request has no 'query'"))?;
         let list = list.ok_or_else(|| Error::invalid("the request has no 'texts'"))?;
-        check_direction(direction)?;
-        if texts::flag("raw_scores", raw)? == Some(true) {
-            return Err(elsewhere("raw_scores must be false: scores are as the model's own settings say".to_owned()));
-        }
         Ok(Self {
             model: texts::model(model)?,
             truncate: texts::flag("truncate", truncate)?,
+            side: side(direction)?,
+            raw_scores: texts::flag("raw_scores", raw)?.unwrap_or(false),
             return_text: texts::flag("return_text", return_text)?.unwrap_or(false),
             query: texts::text("query", query)?,
             texts: texts::texts("texts", list, limit)?,
@@ -124,8 +141,14 @@ impl Asked for Rerank {
         self.texts.len()
     }
 
-    fn truncate(&self) -> Option<bool> {
-        self.truncate
+    fn wish(&self) -> Wish {
+        let Self { truncate, side, .. } = *self;
+        let scores = Some(if self.raw_scores { Scores::Raw } else { Scores::Unit });
+        Wish { truncate, side, scores, ..Wish::default() }
+    }
+
+    fn told(&self) -> usize {
+        if self.return_text { self.texts.iter().map(Bytes::len).sum() } else { 0 }
     }
 
     fn tensors(&self, _: &Signature, _: usize) -> Result<Vec<Tensor>, Error> {
@@ -162,13 +185,19 @@ fn elsewhere(message: String) -> Error {
     Error::new(Code::Unimplemented, message)
 }
 
-/// Texts that are too long lose their end here, not their beginning.
-fn check_direction(value: Option<Json<'_>>) -> Result<(), Error> {
-    let Some(value) = value else { return Ok(()) };
-    if value.string().is_some_and(|direction| direction.eq_ignore_ascii_case("right")) {
-        return Ok(());
-    }
-    Err(elsewhere(format!("truncation_direction must be 'Right', got {}", value.shown())))
+/// The end that texts lose that are too long.
+fn side(value: Option<Json<'_>>) -> Result<Option<Side>, Error> {
+    let Some(value) = value else { return Ok(None) };
+    let name = value.string().unwrap_or_default();
+    let sides = [("left", Side::Left), ("right", Side::Right)];
+    let side = sides.into_iter().find(|(known, _)| name.eq_ignore_ascii_case(known)).map(|(_, side)| side);
+    let wrong = || Error::invalid(format!("truncation_direction must be 'Left' or 'Right', got {}", value.shown()));
+    side.ok_or_else(wrong).map(Some)
+}
+
+fn prompt_name(value: Json<'_>) -> Result<Arc<str>, Error> {
+    let name = value.string().map(|name| Arc::from(&*name));
+    name.ok_or_else(|| Error::invalid(format!("prompt_name must be a string, got {}", value.shown())))
 }
 
 #[cfg(test)]
@@ -200,7 +229,7 @@ mod tests {
         let numbers = [3.0, 4.0, 0.0, 0.0];
         let plain = json!({ "inputs": ["a", "b"], "normalize": false, "truncate": true });
         assert_eq!(written::<Embed>(&plain, &[2, 2], &numbers).unwrap(), json!([[3.0, 4.0], [0.0, 0.0]]));
-        assert_eq!(read::<Embed>(&plain).unwrap().truncate(), Some(true));
+        assert_eq!(read::<Embed>(&plain).unwrap().wish().truncate, Some(true));
         let unit = json!({ "inputs": ["a", "b"], "prompt_name": null, "truncation_direction": "Right" });
         assert_eq!(written::<Embed>(&unit, &[2, 2], &numbers).unwrap(), json!([[0.6, 0.8], [0.0, 0.0]]));
         let error = written::<Embed>(&plain, &[2, 2], &[0.0, 1.0, 1.0, 0.0]).unwrap_err();
@@ -226,6 +255,29 @@ mod tests {
     }
 
     #[test]
+    fn wishes_are_passed_on() {
+        let body = json!({ "inputs": "a", "prompt_name": "query", "truncation_direction": "left" });
+        let wish = read::<Embed>(&body).unwrap().wish();
+        assert_eq!((wish.prompt.as_deref(), wish.side, wish.scores), (Some("query"), Some(Side::Left), None));
+        for (raw, expected) in [(json!(null), Scores::Unit), (json!(false), Scores::Unit), (json!(true), Scores::Raw)] {
+            let body = json!({ "query": "q", "texts": ["a"], "truncation_direction": "Right", "raw_scores": raw });
+            let wish = read::<Rerank>(&body).unwrap().wish();
+            assert_eq!((wish.side, wish.scores), (Some(Side::Right), Some(expected)));
+        }
+    }
+
+    #[test]
+    fn what_becomes_long_is_known_beforehand() {
+        let ragged = json!({ "inputs": [[1, 2, 3, 4], [1], [1]] });
+        assert_eq!(read::<Embed>(&ragged).unwrap().held(), 3 * 4 * 8 * 2);
+        assert_eq!(read::<Embed>(&json!({ "inputs": "abc" })).unwrap().held(), 0);
+        let mut body = json!({ "query": "q", "texts": ["abc", "de"] });
+        assert_eq!(read::<Rerank>(&body).unwrap().told(), 0);
+        body["return_text"] = json!(true);
+        assert_eq!(read::<Rerank>(&body).unwrap().told(), 5);
+    }
+
+    #[test]
     fn pairs_have_the_query_in_front() {
         let body = json!({ "query": "q", "texts": ["a", "b"] });
         let tensors = read::<Rerank>(&body).unwrap().tensors(&Signature::default(), 1 << 20).unwrap();
@@ -236,18 +288,18 @@ mod tests {
     #[test]
     fn refusals_name_the_member() {
         let invalid = |message: &str| (Code::InvalidArgument, message.to_owned());
-        let absent = |message: &str| (Code::Unimplemented, message.to_owned());
         for (body, expected) in [
             (json!({}), invalid("the request has no 'inputs'")),
             (json!({ "inputs": "a", "truncate": 1 }), invalid("truncate must be true or false, got 1")),
             (json!({ "inputs": "a", "normalize": "no" }), invalid("normalize must be true or false, got \"no\"")),
             (
-                json!({ "inputs": "a", "prompt_name": "query" }),
-                absent("prompt_name must be absent, as the model's own prompt counts, got \"query\""),
+                json!({ "inputs": [1, 2], "prompt_name": "query" }),
+                invalid("prompt_name must be absent, as inputs are token ids, got 'query'"),
             ),
+            (json!({ "inputs": "a", "prompt_name": 7 }), invalid("prompt_name must be a string, got 7")),
             (
-                json!({ "inputs": "a", "truncation_direction": "Left" }),
-                absent("truncation_direction must be 'Right', got \"Left\""),
+                json!({ "inputs": "a", "truncation_direction": "up" }),
+                invalid("truncation_direction must be 'Left' or 'Right', got \"up\""),
             ),
         ] {
             assert_eq!(refused::<Embed>(&body), expected, "{body}");
@@ -262,8 +314,8 @@ mod tests {
             (json!({ "query": "q", "texts": "a" }), invalid("texts must be a list of strings, got \"a\"")),
             (json!({ "query": "q", "texts": ["a", [1]] }), invalid("texts[1] must be a string, got [1]")),
             (
-                json!({ "query": "q", "texts": ["a"], "raw_scores": true }),
-                absent("raw_scores must be false: scores are as the model's own settings say"),
+                json!({ "query": "q", "texts": ["a"], "raw_scores": 1 }),
+                invalid("raw_scores must be true or false, got 1"),
             ),
         ] {
             assert_eq!(refused::<Rerank>(&body), expected, "{body}");

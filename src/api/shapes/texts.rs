@@ -10,6 +10,7 @@ use crate::{
     backend::{Signature, TensorSpec},
     error::{Code, Error},
     tensor::{DType, Data, Shape, Tensor},
+    text,
 };
 
 #[cfg(test)]
@@ -47,8 +48,20 @@ pub trait Asked: Sized + Send + Sync + 'static {
     /// How many texts there are.
     fn rows(&self) -> usize;
 
-    /// Whether texts that are too long lose their end; `None` for what the model's settings say.
-    fn truncate(&self) -> Option<bool>;
+    /// What it wants of its texts.
+    fn wish(&self) -> text::Wish {
+        text::Wish::default()
+    }
+
+    /// Bytes of the tensors that are made of it, beyond those of texts, which are slices of its own.
+    fn held(&self) -> usize {
+        0
+    }
+
+    /// Bytes of its own that its answer repeats.
+    fn told(&self) -> usize {
+        0
+    }
 
     /// The inputs of a model with this signature.
     ///
@@ -142,6 +155,17 @@ impl Input {
         match self {
             Self::Texts(_) => 0,
             Self::Ids { lengths, .. } => lengths.iter().map(|&length| length as u64).sum(),
+        }
+    }
+
+    /// Bytes of the lists when they are padded, and of their mask.
+    pub(super) fn held(&self) -> usize {
+        match self {
+            Self::Texts(_) => 0,
+            Self::Ids { lengths, .. } => {
+                let width = lengths.iter().copied().max().unwrap_or_default();
+                lengths.len().saturating_mul(width).saturating_mul(2 * ID)
+            }
         }
     }
 

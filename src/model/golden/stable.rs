@@ -80,7 +80,7 @@ impl Stable {
         let mut tries = 0;
         loop {
             let urgency = Urgency { deadline: Some(Instant::now() + PATIENCE), ..Urgency::default() };
-            let error = match self.runtime.block_on(self.version.infer(inputs.clone(), &urgency, &text::Wish::NONE)) {
+            let error = match self.runtime.block_on(self.version.infer(inputs.clone(), &urgency, text::Wish::NONE)) {
                 Ok(outputs) => return Ok(outputs),
                 Err(Refused::Error(error)) => error,
                 Err(Refused::Draining(_)) => Error::new(Code::NotReady, "it went away meanwhile"),
