@@ -230,7 +230,7 @@ impl Engine {
             }
             target.succeed(&self.catalog.load())?;
         }
-        Err(Error::new(Code::NotReady, format!("model '{}' is being unloaded", target.version.name)).into())
+        Err(unloaded(&target.version).into())
     }
 }
 
@@ -252,6 +252,12 @@ fn fit(version: &ModelVersion, request: &Request<'_>, inputs: Vec<Tensor>) -> Re
     let chosen = choose(version, request.outputs)?;
     version.check_wish(request.text)?;
     Ok((chosen, version.signature.arrange(version.name.as_str(), inputs)?))
+}
+
+/// What a request is told whose version took no more of it, and had no successor.
+fn unloaded(version: &ModelVersion) -> Error {
+    let (name, version) = (&version.name, &version.version);
+    Error::new(Code::NotReady, format!("model '{name}' version '{version}' was unloaded before the request could run"))
 }
 
 /// A version that a request names.
@@ -315,12 +321,14 @@ impl Target {
     /// To whatever stands in for a version that takes no more requests: if it was asked for by name, the same name.
     fn succeed(&mut self, catalog: &Catalog) -> Result<(), Error> {
         let version = &self.version;
-        let deployment = catalog.deployment(version.name.as_str())?;
+        // When the request came, the model was there.
+        let known = |error: Error| if error.code == Code::NotFound { unloaded(version) } else { error };
+        let deployment = catalog.deployment(version.name.as_str()).map_err(known)?;
         let arms = deployment.route.iter().flat_map(|route| &route.arms);
         // Loaded anew, it still has its share.
         let same = self.way == Way::Pinned || arms.into_iter().any(|arm| arm.version == version.version);
         let named = same.then_some(version.version.as_str());
-        let successor = deployment.find(version.name.as_str(), named)?.clone();
+        let successor = deployment.find(version.name.as_str(), named).map_err(known)?.clone();
         if !same {
             (self.variant, self.way) = (Variant::Stable, Way::Stable);
             (self.shadow, self.stable) = (None, None);

@@ -191,7 +191,7 @@ mod tests {
             place: Place::default(),
             client: Client::default(),
         };
-        queue.submit(vec![input], cost).ok()
+        queue.submit(vec![input], cost, None).ok()
     }
 
     /// The policy of the thread that ran a request; `None` when the queue takes no more.

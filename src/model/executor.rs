@@ -30,6 +30,11 @@ pub(super) struct Job {
     relay: Option<Arc<Relay>>,
 }
 
+/// A request that brings its parts one after the other: a queue that is closed meanwhile takes the rest of them, too.
+pub(super) struct Visit<'a> {
+    queue: &'a Queue,
+}
+
 /// Why a request did not get into the queue.
 pub enum Refused {
     /// The version takes no more requests; the inputs come back for another try elsewhere.
@@ -52,6 +57,10 @@ pub(super) struct Queue {
 struct State {
     batcher: Batcher<Job>,
     closed: bool,
+    /// What waited was given up, and nothing is taken any more.
+    abandoned: bool,
+    /// Requests that bring their parts one after the other.
+    visits: usize,
     purged_at: Instant,
     /// The sessions of executors that wait for work.
     idle: Vec<Box<dyn Session>>,
@@ -84,7 +93,15 @@ impl Refused {
 impl Queue {
     pub fn new(model: ModelName, steady: bool, batcher: Batcher<Job>, metrics: Arc<VersionMetrics>) -> Self {
         Self {
-            state: Mutex::new(State { batcher, closed: false, purged_at: Instant::now(), idle: Vec::new(), shift: 0 }),
+            state: Mutex::new(State {
+                batcher,
+                closed: false,
+                abandoned: false,
+                visits: 0,
+                purged_at: Instant::now(),
+                idle: Vec::new(),
+                shift: 0,
+            }),
             work: Condvar::new(),
             model,
             steady,
@@ -92,10 +109,26 @@ impl Queue {
         }
     }
 
-    pub fn submit(self: &Arc<Self>, inputs: Vec<Tensor>, cost: Cost) -> Result<Ticket, Refused> {
-        let (sender, reply) = oneshot::channel();
+    /// Announces a request of which parts will be queued; `None` when no more requests are taken.
+    pub fn enter(&self) -> Option<Visit<'_>> {
         let mut state = self.state.lock();
         if state.closed {
+            return None;
+        }
+        state.visits += 1;
+        Some(Visit { queue: self })
+    }
+
+    /// Queues a request, or a part of the one that the `visit` is for.
+    pub fn submit(
+        self: &Arc<Self>,
+        inputs: Vec<Tensor>,
+        cost: Cost,
+        visit: Option<&Visit<'_>>,
+    ) -> Result<Ticket, Refused> {
+        let (sender, reply) = oneshot::channel();
+        let mut state = self.state.lock();
+        if state.abandoned || (state.closed && visit.is_none()) {
             return Err(Refused::Draining(inputs));
         }
         let now = Instant::now();
@@ -178,7 +211,7 @@ impl Queue {
         self.work.notify_all();
     }
 
-    /// Takes no more requests; executors end when the queue is empty.
+    /// Takes no more requests; executors end when the queue is empty and no visitor will bring more.
     pub fn close(&self) {
         let mut state = self.state.lock();
         state.closed = true;
@@ -192,7 +225,10 @@ impl Queue {
     pub fn abandon(&self, error: &Error) -> usize {
         let mut state = self.state.lock();
         state.closed = true;
+        state.abandoned = true;
         state.batcher.hurry();
+        // Whoever waits for what visitors still have is to end.
+        self.work.notify_all();
         let mut abandoned = 0;
         let mut answers = Outgoing::default();
         loop {
@@ -211,6 +247,11 @@ impl Queue {
 
     pub fn is_closed(&self) -> bool {
         self.state.lock().closed
+    }
+
+    /// Whether what waited was given up.
+    pub fn is_abandoned(&self) -> bool {
+        self.state.lock().abandoned
     }
 
     pub fn len(&self) -> usize {
@@ -270,7 +311,7 @@ impl Queue {
                 }
                 return Ok(Taken { session, start: now, batch: next.batch, work: next.work });
             }
-            let over = next.wake_at.is_none() && !dropped && state.closed;
+            let over = next.wake_at.is_none() && !dropped && state.is_over();
             if over {
                 return Err(Some(session));
             }
@@ -312,6 +353,25 @@ impl Queue {
                 _ => Error::new(Code::Cancelled, "the request was cancelled while it was queued"),
             };
             answers.add(entry.item, Err(error.of_model(self.model.as_str())));
+        }
+    }
+}
+
+impl State {
+    /// Whether nothing will be queued any more.
+    fn is_over(&self) -> bool {
+        self.closed && (self.visits == 0 || self.abandoned)
+    }
+}
+
+impl Drop for Visit<'_> {
+    fn drop(&mut self) {
+        let mut state = self.queue.state.lock();
+        state.visits -= 1;
+        let over = state.is_over();
+        drop(state);
+        if over {
+            self.queue.work.notify_all();
         }
     }
 }

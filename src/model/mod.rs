@@ -32,7 +32,7 @@ mod watch;
 use batcher::{Batcher, Cost, Lengths, Limits, ShapeKey};
 use crew::Crew;
 pub use executor::Refused;
-use executor::{Queue, Ticket};
+use executor::{Queue, Ticket, Visit};
 use load::{Facts, Loaded};
 use schedule::{Level, Place, TimeoutAction, Urgency};
 
@@ -131,7 +131,8 @@ pub struct ModelVersion {
     has_rows: bool,
     /// Rows one request may have when its author set no limit.
     max_rows: usize,
-    /// Bytes of tensors that may wait.
+    /// Requests that may wait, and bytes of tensors.
+    max_requests: usize,
     max_bytes: usize,
     /// What the schedule says of each level of priority.
     levels: Vec<Level>,
@@ -176,6 +177,7 @@ impl ModelVersion {
             has_rows: facts.signature.unbatchable().is_none(),
             tally: Tally::new(&facts.signature),
             max_rows: limits.max_rows,
+            max_requests: limits.max_requests,
             max_bytes: limits.max_bytes,
             levels: facts.schedule.levels(),
             facts,
@@ -203,7 +205,7 @@ impl ModelVersion {
     ) -> impl Future<Output = Result<Vec<Tensor>, Refused>> + Send + 'a {
         async move {
             match &self.text {
-                None => self.run(inputs, Lengths::NONE, urgency).await,
+                None => self.run(inputs, Lengths::NONE, urgency, None).await,
                 Some(front) if Front::is_text(&inputs) => Box::pin(self.run_text(front, inputs, urgency, wish)).await,
                 Some(front) => Box::pin(self.run_tokens(front, inputs, urgency)).await,
             }
@@ -229,12 +231,13 @@ impl ModelVersion {
         inputs: Vec<Tensor>,
         urgency: &Urgency,
     ) -> Result<Vec<Tensor>, Refused> {
+        let Some(visit) = self.queue.enter() else { return Err(Refused::Draining(inputs)) };
         let of_model = |error: Error| Refused::Error(error.of_model(self.name.as_str()));
         front.check(&inputs).map_err(of_model)?;
         self.check_texts(inputs.first().map_or(0, Tensor::rows)).map_err(of_model)?;
         let parts = front.split(front.complete(&inputs), &self.text_limits(urgency));
         // Its successor may not know of what was put in.
-        self.run_parts(&parts, urgency).await.map_err(|refused| refused.with(inputs))
+        self.run_parts(&parts, urgency, &visit).await.map_err(|refused| refused.with(inputs))
     }
 
     /// What texts of a request there is room and time for.
@@ -257,12 +260,26 @@ impl ModelVersion {
     }
 
     /// Runs parts of one request, and puts the answers together.
-    async fn run_parts(&self, parts: &Encoded, urgency: &Urgency) -> Result<Vec<Tensor>, Refused> {
-        let runs: Vec<_> =
-            parts.parts.iter().map(|part| self.run(part.inputs.clone(), part.lengths, urgency)).collect();
-        // More at a time would only fill the queue.
-        let runs = stream::iter(runs).buffered(2 * self.instances.max(1));
-        Ok(parts.assemble(runs.try_collect().await?))
+    async fn run_parts(&self, parts: &Encoded, urgency: &Urgency, visit: &Visit<'_>) -> Result<Vec<Tensor>, Refused> {
+        let run = |part: &text::Part| self.run(part.inputs.clone(), part.lengths, urgency, Some(visit));
+        let runs: Vec<_> = parts.parts.iter().map(run).collect();
+        let runs = stream::iter(runs).buffered(self.parts_at_once(urgency));
+        let outputs = runs.try_collect().await.map_err(|refused| match refused {
+            // Its successor has time for it.
+            Refused::Error(error) if error.code == Code::NotReady && self.queue.is_abandoned() => {
+                Refused::Draining(Vec::new())
+            }
+            refused => refused,
+        })?;
+        Ok(parts.assemble(outputs))
+    }
+
+    /// How many parts of a request are in the queue at a time. More than keep the executors busy would only fill it, and
+    /// those for which it has no room would be refused, and the request with them, though nobody else has anything there.
+    fn parts_at_once(&self, urgency: &Urgency) -> usize {
+        let level = &self.levels[self.schedule.level(urgency.priority)];
+        let of_level = if level.max_size == 0 { usize::MAX } else { level.max_size };
+        (2 * self.instances).min(self.max_requests).min(of_level).max(1)
     }
 
     /// Has text encoded, and the parts of it run, each with whatever else is of its length.
@@ -273,11 +290,12 @@ impl ModelVersion {
         urgency: &Urgency,
         wish: &Wish,
     ) -> Result<Vec<Tensor>, Refused> {
+        let Some(visit) = self.queue.enter() else { return Err(Refused::Draining(text)) };
         let of_model = |error: Error| Refused::Error(error.of_model(self.name.as_str()));
         let start = Instant::now();
         let encoded = self.encode(front, &text, wish, self.text_limits(urgency)).await.map_err(of_model)?;
         self.metrics.tokenized(start.elapsed());
-        match self.run_parts(&encoded, urgency).await {
+        match self.run_parts(&encoded, urgency, &visit).await {
             Ok(outputs) => {
                 if let Some(tokens) = &wish.tokens {
                     tokens.fetch_add(encoded.tokens as u64, Ordering::Relaxed);
@@ -326,11 +344,12 @@ impl ModelVersion {
         inputs: Vec<Tensor>,
         lengths: Lengths,
         urgency: &'a Urgency,
+        visit: Option<&'a Visit<'a>>,
     ) -> impl Future<Output = Result<Vec<Tensor>, Refused>> + Send + 'a {
         async move {
             let cost = self.cost(&inputs, lengths, urgency).map_err(Refused::Error)?;
             let place = cost.place;
-            let ticket = self.queue.submit(inputs, cost).map_err(|refused| match refused {
+            let ticket = self.queue.submit(inputs, cost, visit).map_err(|refused| match refused {
                 Refused::Error(error) => Refused::Error(error.of_model(self.name.as_str())),
                 draining => draining,
             })?;

@@ -34,7 +34,7 @@ DTYPES = {"F32": "<f4", "F16": "<f2", "I64": "<i8"}
 
 
 def add(repository, name, checkpoint=None, settings="", change=None, version="1"):
-    """A model that is one of the small checkpoints, after `change` has been made to its folder."""
+    """A model, or a version of it, that is one of the small checkpoints, after `change` has been made to its folder."""
 
     def write(folder):
         source = FOLDER / (checkpoint or name)

@@ -77,19 +77,11 @@ impl Line {
     }
 
     fn submit(&self, columns: usize) -> Ticket {
-        let data = Data::Plain(vec![0; 4 * columns].into());
-        let input = Tensor::new("x".into(), DType::Fp32, [1, columns].as_slice().into(), data).unwrap();
-        let shape = ShapeKey::from_slice(&[columns]);
-        let cost = Cost {
-            rows: 1,
-            lengths: Lengths::NONE,
-            bytes: 4,
-            shape,
-            alone: false,
-            place: Place::default(),
-            client: Client::default(),
-        };
-        self.queue.submit(vec![input], cost).ok().unwrap()
+        self.submit_for(None, columns).ok().unwrap()
+    }
+
+    fn submit_for(&self, visit: Option<&Visit<'_>>, columns: usize) -> Result<Ticket, Refused> {
+        submit(&self.queue, visit, columns)
     }
 
     /// Lets the executors finish what is queued.
@@ -97,6 +89,22 @@ impl Line {
         self.queue.close();
         self.executors.into_iter().for_each(|executor| executor.join().unwrap());
     }
+}
+
+fn submit(queue: &Arc<Queue>, visit: Option<&Visit<'_>>, columns: usize) -> Result<Ticket, Refused> {
+    let data = Data::Plain(vec![0; 4 * columns].into());
+    let input = Tensor::new("x".into(), DType::Fp32, [1, columns].as_slice().into(), data).unwrap();
+    let shape = ShapeKey::from_slice(&[columns]);
+    let cost = Cost {
+        rows: 1,
+        lengths: Lengths::NONE,
+        bytes: 4,
+        shape,
+        alone: false,
+        place: Place::default(),
+        client: Client::default(),
+    };
+    queue.submit(vec![input], cost, visit)
 }
 
 #[test]
@@ -329,4 +337,68 @@ fn abandoned_requests_hear_of_it() {
     assert_eq!(line.queue.abandon(&Error::internal("gone")), 1);
     assert_eq!(waiting.reply.blocking_recv().unwrap().unwrap_err().message, "gone");
     line.end();
+}
+
+/// The answer, though nobody may be left to give it.
+fn answered(mut ticket: Ticket) -> Option<Answer> {
+    let start = Instant::now();
+    while start.elapsed() < SOON {
+        match ticket.reply.try_recv() {
+            Ok(answer) => return Some(answer),
+            Err(oneshot::error::TryRecvError::Empty) => thread::yield_now(),
+            Err(oneshot::error::TryRecvError::Closed) => return None,
+        }
+    }
+    None
+}
+
+#[test]
+fn a_closed_queue_takes_the_rest_of_what_has_begun() {
+    let line = Line::new("", 8, 2);
+    let visit = line.queue.enter().unwrap();
+    line.queue.close();
+    assert!(line.queue.enter().is_none());
+    assert!(matches!(line.submit_for(None, 3), Err(Refused::Draining(_))));
+    for _ in 0..5 {
+        let part = line.submit_for(Some(&visit), 3).ok().unwrap();
+        answered(part).unwrap().unwrap();
+    }
+    drop(visit);
+    line.end();
+}
+
+#[test]
+fn whoever_comes_while_the_queue_closes_is_answered_or_turned_away() {
+    let mut answers = 0;
+    for round in 0..200 {
+        let line = Line::new("", 8, 2);
+        let queue = &line.queue;
+        answers += thread::scope(|scope| {
+            let visitors = [0, 1].map(|_| {
+                scope.spawn(|| {
+                    let Some(visit) = queue.enter() else { return 0 };
+                    let parts = (0..3).map(|_| submit(queue, Some(&visit), 3).ok().unwrap());
+                    parts.map(|part| answered(part).unwrap().unwrap()).count()
+                })
+            });
+            (0..round % 7).for_each(|_| thread::yield_now());
+            queue.close();
+            visitors.into_iter().map(|visitor| visitor.join().unwrap()).sum::<usize>()
+        });
+        line.end();
+    }
+    assert!(answers.is_multiple_of(3));
+}
+
+#[test]
+fn abandoned_requests_bring_no_more_parts() {
+    let line = Line::new("max_delay = '1h'", 8, 1);
+    let visit = line.queue.enter().unwrap();
+    let part = line.submit_for(Some(&visit), 3).ok().unwrap();
+    assert_eq!(line.queue.abandon(&Error::internal("gone")), 1);
+    assert_eq!(part.reply.blocking_recv().unwrap().unwrap_err().message, "gone");
+    assert!(matches!(line.submit_for(Some(&visit), 3), Err(Refused::Draining(_))));
+    // Nobody waits for whoever still holds on.
+    line.executors.into_iter().for_each(|executor| executor.join().unwrap());
+    drop(visit);
 }
