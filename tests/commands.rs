@@ -1,6 +1,7 @@
 //! Models are loaded and unloaded by request, and nobody is left waiting.
 
 use std::{
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -12,7 +13,7 @@ use serde_json::{Value, json};
 use tidegate::{api::pb, config::Config, control::ModelControl};
 
 use crate::{
-    support::{Reply, Repository, Running, config, eventually, start},
+    support::{LOADED, Reply, Repository, Running, config, diary, eventually, start},
     swap,
 };
 
@@ -27,6 +28,11 @@ pub async fn ask(running: &Running, verb: &str, model: &str) -> Reply {
 async fn load(running: &Running, model: &str) {
     let reply = ask(running, "load", model).await;
     assert_eq!(reply.status, 200, "{}", reply.body);
+}
+
+/// How often a script with this diary was loaded.
+fn loads(file: &Path) -> usize {
+    diary(file).iter().filter(|line| *line == LOADED).count()
 }
 
 fn grpc_load(model: &str) -> pb::RepositoryModelLoadRequest {
@@ -83,13 +89,20 @@ async fn a_load_answers_when_the_model_serves_and_an_unload_at_once() {
 async fn a_load_does_not_wait_for_files_to_settle_and_unchanged_ones_are_not_loaded_again() {
     let repository = Repository::new();
     let running = start(&explicit(&repository)).await;
-    repository.put("m", "1", "load_ms = 200");
-    let begin = Instant::now();
+    // Files settle for a second at least; a busy machine takes longer than that now and then, and not always.
+    let (start, mut took) = (Instant::now(), Vec::new());
+    while took.last().is_none_or(|took| *took >= Duration::from_millis(900)) {
+        assert!(start.elapsed() < Duration::from_secs(120), "{took:?}");
+        repository.put(&format!("m{}", took.len()), "1", "load_ms = 200");
+        let begin = Instant::now();
+        load(&running, &format!("m{}", took.len())).await;
+        took.push(begin.elapsed());
+    }
+    let file = repository.0.path().join(".diary");
+    repository.put("m", "1", &format!("diary = '{}'", file.display()));
     load(&running, "m").await;
-    assert!(begin.elapsed() < Duration::from_millis(900), "{:?}", begin.elapsed());
-    let begin = Instant::now();
     load(&running, "m").await;
-    assert!(begin.elapsed() < Duration::from_millis(200), "{:?}", begin.elapsed());
+    assert_eq!(loads(&file), 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -212,10 +225,13 @@ async fn loads_under_traffic_lose_no_request() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_unload_answers_before_the_drain_is_over_and_requests_that_run_are_answered() {
-    let repository = Repository::with("m", "sleep_ms = 1000");
+    let repository = Repository::new();
+    let gate = repository.0.path().join(".gate");
+    repository.put("m", "1", &format!("gate = '{}'", gate.display()));
     repository.settings("m", "batching = false");
     let running = Arc::new(start(&explicit(&repository)).await);
     load(&running, "m").await;
+    std::fs::write(&gate, "").unwrap();
     let requests: Vec<_> = (0..2)
         .map(|_| {
             let running = running.clone();
@@ -224,11 +240,12 @@ async fn an_unload_answers_before_the_drain_is_over_and_requests_that_run_are_an
         .collect();
     let pending = r#"tidegate_pending_requests{model="m",version="1"}"#;
     eventually("they wait", async || running.metric(pending).await == 2.0).await;
-    let begin = Instant::now();
+    // The gate is shut until the model has been loaded again.
     assert_eq!(ask(&running, "unload", "m").await.status, 200);
-    assert!(begin.elapsed() < Duration::from_millis(800), "{:?}", begin.elapsed());
     assert_eq!(running.infer("m", &[1.0]).await.status, 404);
+    repository.put("m", "1", "");
     load(&running, "m").await;
+    std::fs::remove_file(&gate).unwrap();
     for request in requests {
         assert_eq!(request.await.unwrap(), 200);
     }
@@ -310,18 +327,18 @@ async fn calls_for_one_model_at_the_same_time_are_all_answered() {
     assert_eq!(running.infer("m", &[1.0]).await.status, 200);
     // Loads that nothing comes between share one.
     assert_eq!(ask(&running, "unload", "m").await.status, 200);
-    repository.put("m", "1", "load_ms = 1000");
-    let begin = Instant::now();
-    let loads: Vec<_> = (0..5)
+    let file = repository.0.path().join(".diary");
+    repository.put("m", "1", &format!("load_ms = 1000\ndiary = '{}'", file.display()));
+    let together: Vec<_> = (0..5)
         .map(|_| {
             let running = running.clone();
             tokio::spawn(async move { load(&running, "m").await })
         })
         .collect();
-    for load in loads {
+    for load in together {
         load.await.unwrap();
     }
-    assert!(begin.elapsed() < Duration::from_millis(1900), "{:?}", begin.elapsed());
+    assert_eq!(loads(&file), 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

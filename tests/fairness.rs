@@ -3,10 +3,10 @@
 use std::{path::PathBuf, sync::Arc};
 
 use tidegate::error::Code;
-use tokio::{sync::mpsc, task::JoinHandle};
+use tokio::task::JoinHandle;
 
 use crate::support::{
-    GrpcClient, Repository, Running, config, eventually, grpc_client, infer_message, message_values, start,
+    GrpcClient, Repository, Running, config, diary, eventually, grpc_client, infer_message, message_values, start,
 };
 
 const PENDING: &str = r#"tidegate_pending_requests{model="m",version="1"}"#;
@@ -15,8 +15,9 @@ const TENANT: &str = "x-tenant";
 const FLOOD: usize = 9;
 /// Requests of a new client that run as they come.
 const SAVED: usize = 5;
-/// What the light client sends.
+/// What the light client sends, and what keeps the executor busy.
 const LIGHT: f32 = 100.0;
+const OCCUPANT: f32 = -1.0;
 
 /// How a request travels: REST on a connection that is free, or gRPC on one of its own.
 #[derive(Clone)]
@@ -29,20 +30,21 @@ enum Way {
 struct Gated {
     running: Arc<Running>,
     gate: PathBuf,
+    diary: PathBuf,
     _repository: Repository,
 }
 
 impl Gated {
     async fn start(max_requests: usize, client_header: Option<&str>) -> Self {
         let repository = Repository::new();
-        let gate = repository.0.path().join(".gate");
+        let [gate, diary] = [".gate", ".diary"].map(|name| repository.0.path().join(name));
         repository.settings("m", "batching = false");
-        repository.put("m", "1", &format!("gate = '{}'\nsleep_ms = 50", gate.display()));
+        repository.put("m", "1", &format!("gate = '{}'\ndiary = '{}'", gate.display(), diary.display()));
         let mut config = config(&repository);
         config.queue.max_requests = max_requests;
         config.queue.client_header = client_header.map(str::to_owned);
         let running = Arc::new(start(&config).await);
-        Self { running, gate, _repository: repository }
+        Self { running, gate, diary, _repository: repository }
     }
 
     fn connect(&self) -> Way {
@@ -52,9 +54,15 @@ impl Gated {
     /// Shuts the gate and has the executor wait behind it with a request of nobody else's.
     async fn occupy(&self) -> JoinHandle<Result<f32, Code>> {
         std::fs::write(&self.gate, "").unwrap();
-        let occupant = self.send(&self.connect(), 0.0, "occupant");
-        self.wait_for(1).await;
+        std::fs::write(&self.diary, "").unwrap();
+        let occupant = self.send(&self.connect(), OCCUPANT, "occupant");
+        eventually("it runs", async || self.order_of_runs() == [OCCUPANT]).await;
         occupant
+    }
+
+    /// The values that were asked for since the gate was shut, in the order in which they ran.
+    fn order_of_runs(&self) -> Vec<f32> {
+        diary(&self.diary).iter().map(|line| line.parse().unwrap()).collect()
     }
 
     async fn wait_for(&self, pending: usize) {
@@ -88,24 +96,21 @@ impl Gated {
     }
 
     /// Queues a flood over `flood`, then one request over `light`, and opens the gate; the values in the order in
-    /// which they were answered.
+    /// which they ran, for on a busy machine the answers may overtake each other.
     async fn order(&self, flood: &Way, light: &Way) -> Vec<f32> {
         let occupant = self.occupy().await;
-        let (answered, mut order) = mpsc::unbounded_channel();
+        let mut answers = Vec::new();
         for index in 0..=FLOOD {
             let (way, value, tenant) = if index < FLOOD { (flood, index as f32, "a") } else { (light, LIGHT, "b") };
-            let answer = self.send(way, value, tenant);
-            let answered = answered.clone();
-            tokio::spawn(async move { answered.send(answer.await.unwrap().unwrap()).unwrap() });
+            answers.push((value, self.send(way, value, tenant)));
             self.wait_for(index + 2).await;
         }
         std::fs::remove_file(&self.gate).unwrap();
         occupant.await.unwrap().unwrap();
-        let mut values = Vec::new();
-        for _ in 0..=FLOOD {
-            values.push(order.recv().await.unwrap());
+        for (value, answer) in answers {
+            assert_eq!(answer.await.unwrap(), Ok(value));
         }
-        values
+        self.order_of_runs().split_off(1)
     }
 
     async fn stop(self) {

@@ -13,11 +13,13 @@ use tokio::{
     net::TcpStream,
 };
 
-use crate::support::{Repository, config, infer_message, start};
+use crate::support::{Repository, config, diary, eventually, infer_message, start};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_queue_answers_at_once_over_both_protocols() {
-    let repository = Repository::with("m", "sleep_ms = 400");
+    let repository = Repository::new();
+    let [gate, file] = [".gate", ".diary"].map(|name| repository.0.path().join(name));
+    repository.put("m", "1", &format!("gate = '{}'\ndiary = '{}'", gate.display(), file.display()));
     repository.settings("m", "batching = false");
     let mut tight = config(&repository);
     tight.queue.max_requests = 2;
@@ -26,21 +28,23 @@ async fn a_full_queue_answers_at_once_over_both_protocols() {
         let running = running.clone();
         tokio::spawn(async move { running.infer("m", &[1.0]).await })
     };
-    // One runs and two wait.
+    // One runs and two wait, until the gate opens.
+    std::fs::write(&gate, "").unwrap();
+    std::fs::write(&file, "").unwrap();
     let mut accepted = vec![ask()];
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    eventually("one runs", async || diary(&file).len() == 1).await;
     accepted.extend([ask(), ask()]);
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    let pending = r#"tidegate_pending_requests{model="m",version="1"}"#;
+    eventually("two wait", async || running.metric(pending).await == 3.0).await;
 
-    let start = Instant::now();
     let reply = running.infer("m", &[1.0]).await;
-    assert!(start.elapsed() < Duration::from_millis(150), "a refusal does not wait");
     assert_eq!(reply.status, 429);
     let retry_after: u64 = reply.headers["retry-after"].to_str().unwrap().parse().unwrap();
     assert!(retry_after >= 1);
     assert!(reply.error().contains("queue.max_requests"), "{}", reply.error());
     let status = running.grpc.clone().model_infer(infer_message("m", &[1.0])).await.unwrap_err();
     assert_eq!(status.code(), tonic::Code::ResourceExhausted);
+    std::fs::remove_file(&gate).unwrap();
     for request in accepted {
         assert_eq!(request.await.unwrap().status, 200);
     }

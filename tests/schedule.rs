@@ -11,14 +11,17 @@ use tidegate::{
     },
     error::Code,
 };
-use tokio::{sync::mpsc, task::JoinHandle};
+use tokio::task::JoinHandle;
 
-use crate::support::{Repository, Running, config, eventually, infer_message, message_values, start};
+use crate::support::{Repository, Running, config, diary, eventually, infer_message, message_values, start};
 
 const PENDING: &str = r#"tidegate_pending_requests{model="m",version="1"}"#;
 const EXECUTIONS: &str = r#"tidegate_executions_total{model="m",version="1"}"#;
 /// The first level is for those that shall keep the executor busy.
 const LEVELS: &str = "batching = false\n[queue]\npriority_levels = 3\ndefault_priority = 3\n";
+
+/// The value of the request that keeps the executor busy.
+const OCCUPANT: f32 = -1.0;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Way {
@@ -36,6 +39,7 @@ type Answer = Result<f32, (Code, String)>;
 struct Gated {
     running: Arc<Running>,
     gate: PathBuf,
+    diary: PathBuf,
     repository: Repository,
 }
 
@@ -43,19 +47,25 @@ impl Gated {
     /// `script` is what the model does beside; `settings` is its model.toml.
     async fn start(script: &str, settings: &str) -> Self {
         let repository = Repository::new();
-        let gate = repository.0.path().join(".gate");
+        let [gate, diary] = [".gate", ".diary"].map(|name| repository.0.path().join(name));
         repository.settings("m", settings);
-        repository.put("m", "1", &format!("gate = '{}'\n{script}", gate.display()));
+        repository.put("m", "1", &format!("gate = '{}'\ndiary = '{}'\n{script}", gate.display(), diary.display()));
         let running = Arc::new(start(&config(&repository)).await);
-        Self { running, gate, repository }
+        Self { running, gate, diary, repository }
     }
 
     /// Shuts the gate and has a request of the highest level wait behind it, in the executor.
     async fn occupy(&self) -> JoinHandle<Answer> {
         std::fs::write(&self.gate, "").unwrap();
-        let occupant = self.send(Rest, 0.0, json!({ "priority": 1 }));
-        self.wait_for(1).await;
+        std::fs::write(&self.diary, "").unwrap();
+        let occupant = self.send(Rest, OCCUPANT, json!({ "priority": 1 }));
+        eventually("it runs", async || self.order_of_runs() == [OCCUPANT]).await;
         occupant
+    }
+
+    /// The first values of the runs since the gate was shut; answers may overtake each other.
+    fn order_of_runs(&self) -> Vec<f32> {
+        diary(&self.diary).iter().map(|line| line.parse().unwrap()).collect()
     }
 
     fn open(&self) {
@@ -112,22 +122,19 @@ async fn ask(running: &Running, way: Way, value: f32, parameters: Value) -> Answ
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_urgent_overtake_those_who_can_wait() {
-    let model = Gated::start("sleep_ms = 100", LEVELS).await;
+    let model = Gated::start("", LEVELS).await;
     let occupant = model.occupy().await;
-    let (answered, mut order) = mpsc::unbounded_channel();
+    let mut answers = Vec::new();
     let waiting = [(Rest, 0), (Grpc, 3), (Rest, 2), (Grpc, 2), (Grpc, 1), (Rest, 1)];
     for (index, (way, priority)) in waiting.into_iter().enumerate() {
-        let answer = model.send(way, index as f32, json!({ "priority": priority }));
-        let answered = answered.clone();
-        tokio::spawn(async move { answered.send(answer.await.unwrap().unwrap()).unwrap() });
+        answers.push(model.send(way, index as f32, json!({ "priority": priority })));
         model.wait_for(index + 2).await;
     }
     model.open();
-    let mut values = Vec::new();
-    for _ in waiting {
-        values.push(order.recv().await.unwrap());
+    for (index, answer) in answers.into_iter().enumerate() {
+        assert_eq!(answer.await.unwrap(), Ok(index as f32));
     }
-    assert_eq!(values, [4.0, 5.0, 2.0, 3.0, 0.0, 1.0]);
+    assert_eq!(model.order_of_runs(), [OCCUPANT, 4.0, 5.0, 2.0, 3.0, 0.0, 1.0]);
     occupant.await.unwrap().unwrap();
 }
 
@@ -195,23 +202,20 @@ async fn the_queue_timeout_rejects_while_the_executor_is_busy() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_late_step_back_and_are_answered() {
     let policy = "[queue.priority.2]\ntimeout_action = 'delay'\nallow_timeout_override = true\n";
-    let model = Gated::start("sleep_ms = 100", &format!("{LEVELS}{policy}")).await;
+    let model = Gated::start("", &format!("{LEVELS}{policy}")).await;
     let occupant = model.occupy().await;
-    let (answered, mut order) = mpsc::unbounded_channel();
+    let mut answers = Vec::new();
     // The second one does not mind when it is answered, as long as it is.
     let waiting = [(Rest, 2, 0), (Grpc, 2, 1), (Rest, 2, 1), (Grpc, 3, 0)];
     for (index, (way, priority, timeout)) in waiting.into_iter().enumerate() {
-        let answer = model.send(way, index as f32, json!({ "priority": priority, "timeout": timeout }));
-        let answered = answered.clone();
-        tokio::spawn(async move { answered.send(answer.await.unwrap().unwrap()).unwrap() });
+        answers.push(model.send(way, index as f32, json!({ "priority": priority, "timeout": timeout })));
         model.wait_for(index + 2).await;
     }
     model.open();
-    let mut values = Vec::new();
-    for _ in waiting {
-        values.push(order.recv().await.unwrap());
+    for (index, answer) in answers.into_iter().enumerate() {
+        assert_eq!(answer.await.unwrap(), Ok(index as f32));
     }
-    assert_eq!(values, [0.0, 3.0, 1.0, 2.0]);
+    assert_eq!(model.order_of_runs(), [OCCUPANT, 0.0, 3.0, 1.0, 2.0]);
     occupant.await.unwrap().unwrap();
 }
 

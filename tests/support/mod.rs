@@ -1,6 +1,7 @@
 //! A server in this process whose models are scripts, and the clients that talk to it.
 
 use std::{
+    io::Write,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -42,6 +43,8 @@ pub struct Script {
     pub load_ms: u64,
     /// A run waits while this file is there.
     pub gate: PathBuf,
+    /// Gets a line for each load and for each run when it begins, which is the run's first value.
+    pub diary: PathBuf,
     /// The name of the input.
     pub input: String,
     /// Answers the scheduling policy of the thread that runs it, as the kernel tells it: 5 is `SCHED_IDLE`.
@@ -59,10 +62,28 @@ impl Default for Script {
             fail_code: Code::InvalidArgument.as_str().to_owned(),
             load_ms: 0,
             gate: PathBuf::new(),
+            diary: PathBuf::new(),
             input: "x".to_owned(),
             tell_policy: false,
         }
     }
+}
+
+impl Script {
+    fn note(&self, line: &str) {
+        if !self.diary.as_os_str().is_empty() {
+            let diary = std::fs::OpenOptions::new().create(true).append(true).open(&self.diary);
+            writeln!(diary.unwrap(), "{line}").unwrap();
+        }
+    }
+}
+
+/// What a script's diary says of a load.
+pub const LOADED: &str = "loaded";
+
+/// The lines of a script's diary.
+pub fn diary(file: &Path) -> Vec<String> {
+    std::fs::read_to_string(file).unwrap_or_default().lines().map(str::to_owned).collect()
 }
 
 struct ScriptBackend;
@@ -87,6 +108,7 @@ impl Backend for ScriptBackend {
     fn load(&self, model: &Path, _: &Options, instances: usize) -> Result<Vec<Box<dyn Session>>, Error> {
         let text = std::fs::read_to_string(model).unwrap();
         let script: Script = toml::from_str(&text).map_err(|error| Error::invalid(error.to_string()))?;
+        script.note(LOADED);
         std::thread::sleep(Duration::from_millis(script.load_ms));
         if script.fail_load {
             let code = Code::ALL.into_iter().find(|code| code.as_str() == script.fail_code).unwrap();
@@ -111,12 +133,13 @@ impl Session for ScriptSession {
     }
 
     fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, Error> {
+        let Data::Plain(bytes) = &inputs[0].data else { unreachable!() };
+        let values: Vec<f32> = bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+        self.script.note(&values.first().map_or_else(String::new, f32::to_string));
         std::thread::sleep(Duration::from_millis(self.script.sleep_ms));
         while self.script.gate.exists() {
             std::thread::sleep(Duration::from_millis(2));
         }
-        let Data::Plain(bytes) = &inputs[0].data else { unreachable!() };
-        let values: Vec<f32> = bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
         if values.contains(&self.script.refuse) {
             return Err(Error::invalid("the script refuses this value"));
         }
@@ -238,11 +261,11 @@ fn connect(server: Server) -> Running {
     }
 }
 
-/// Waits for `condition`, at most 20 seconds.
+/// Waits for `condition`, at most a minute.
 pub async fn eventually(what: &str, condition: impl AsyncFn() -> bool) {
     let start = Instant::now();
     while !condition().await {
-        assert!(start.elapsed() < Duration::from_secs(20), "not within 20 seconds: {what}");
+        assert!(start.elapsed() < Duration::from_secs(60), "not within a minute: {what}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
