@@ -252,7 +252,7 @@ impl Linear {
     /// # Errors
     /// What candle says.
     pub fn product(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        x.matmul(&self.weight)
+        ops::product(x, &self.weight)
     }
 }
 
@@ -316,7 +316,7 @@ impl Layer {
         let bias = self.attention_out.bias.as_ref();
         let x = match &self.attention_norm {
             Some(norm) => ops::normalize(attended, bias, Some(&x), norm)?,
-            None => ops::add(attended, bias, &x)?,
+            None => ops::add(attended, bias, Some(&x))?,
         };
         let inner = self.feed_forward_in.product(&x)?;
         let inner = ops::activate(inner, self.feed_forward_in.bias.as_ref(), activation)?;
@@ -329,11 +329,11 @@ impl Layer {
             Some(norm) => self.attend(&ops::normalize(x.copy()?, None, None, norm)?, mask, dims)?,
             None => self.attend(&x, mask, dims)?,
         };
-        let x = ops::add(self.attention_out.product(&attended)?, self.attention_out.bias.as_ref(), &x)?;
+        let x = ops::add(self.attention_out.product(&attended)?, self.attention_out.bias.as_ref(), Some(&x))?;
         let inner = ops::normalize(x.copy()?, None, None, &self.feed_forward_norm)?;
         let inner = self.feed_forward_in.product(&inner)?;
         let inner = ops::gate(inner, self.feed_forward_in.bias.as_ref(), activation)?;
-        ops::add(self.feed_forward_out.product(&inner)?, self.feed_forward_out.bias.as_ref(), &x)
+        ops::add(self.feed_forward_out.product(&inner)?, self.feed_forward_out.bias.as_ref(), Some(&x))
     }
 
     /// What each token takes from those that it sees.

@@ -57,7 +57,7 @@ impl Head {
             Some(norm) => ops::normalize(x, None, None, norm)?,
             None => x,
         };
-        ops::shift(self.out.product(&x)?, self.out.bias.as_ref())
+        ops::add(self.out.product(&x)?, self.out.bias.as_ref(), None)
     }
 
     /// The mean over the tokens that are there; of none, it is zero.
