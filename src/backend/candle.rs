@@ -28,6 +28,7 @@ mod weights;
 use bodies::{Body, Parts};
 use config::Architecture;
 use heads::Head;
+use ops::Ops;
 use threads::{Spawner, Threads};
 use weights::Weights;
 
@@ -91,8 +92,7 @@ impl Backend for Candle {
     fn load(&self, path: &Path, options: &Options, instances: usize) -> Result<Vec<Box<dyn Session>>, Error> {
         check(options)?;
         let device = device(options.device)?;
-        let folder = path.parent().unwrap_or(Path::new("."));
-        let model = Arc::new(Model::read(path, folder, options.dtype, &device)?);
+        let model = Arc::new(Model::read(path, options.dtype, Ops::of(&device), &device)?);
 
         let instances = instances.max(1);
         let count = if device.is_cpu() { intra_threads(options, instances) } else { 1 };
@@ -108,7 +108,8 @@ impl Backend for Candle {
 }
 
 impl Model {
-    fn read(path: &Path, folder: &Path, dtype: ComputeType, device: &candle_core::Device) -> Result<Self, Error> {
+    fn read(path: &Path, dtype: ComputeType, ops: Ops, device: &candle_core::Device) -> Result<Self, Error> {
+        let folder = path.parent().unwrap_or(Path::new("."));
         let architecture = Architecture::read(folder)?;
         let named = |error: Error| Error { message: format!("{}: {}", folder.display(), error.message), ..error };
         let dtype = match dtype {
@@ -118,9 +119,9 @@ impl Model {
         };
         let mut weights = Weights::open(path, dtype, device).map_err(named)?;
         let mut parts = Parts::of(&mut weights, &architecture);
-        let body = parts.body(device).map_err(named)?;
+        let body = parts.body(ops, device).map_err(named)?;
         let head = match architecture.classifier {
-            Some(classifier) => Some(Head::read(&mut parts, classifier, device).map_err(named)?),
+            Some(classifier) => Some(Head::read(&mut parts, classifier, ops, device).map_err(named)?),
             None => None,
         };
         Ok(Self { architecture, body, head })

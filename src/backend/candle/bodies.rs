@@ -11,14 +11,10 @@ use candle_core::{Device, Tensor};
 
 use super::{
     config::{Activation, Architecture, Family},
-    ops::{self, Dims, Mask, Norm, Rotation},
+    ops::{self, Dims, Mask, Norm, Ops, Rotation},
     weights::Weights,
 };
 use crate::error::Error;
-
-/// Scores that are there at a time, on a CPU: they grow with the square of a text's length, and would take gigabytes.
-/// What fits into the processor's caches is faster besides. Tests have several blocks, however short their texts are.
-const BLOCK: usize = if cfg!(test) { 1000 } else { 2 << 20 };
 
 pub struct Body {
     words: Tensor,
@@ -32,6 +28,9 @@ pub struct Body {
     padding: Option<u32>,
     heads: usize,
     head_size: usize,
+    /// How far tokens see in the layers where they do not see all.
+    window: Option<usize>,
+    ops: Ops,
     device: Device,
 }
 
@@ -62,6 +61,14 @@ struct Layer {
     feed_forward_norm: Norm,
     feed_forward_in: Linear,
     feed_forward_out: Linear,
+}
+
+/// What all layers of one run share.
+struct Run {
+    ops: Ops,
+    dims: Dims,
+    mask: Mask,
+    activation: Activation,
 }
 
 /// Reads what an architecture consists of.
@@ -115,7 +122,7 @@ impl<'a> Parts<'a> {
 
     /// # Errors
     /// As `linear`, and `Internal` when the device fails.
-    pub fn body(&mut self, device: &Device) -> Result<Body, Error> {
+    pub fn body(&mut self, ops: Ops, device: &Device) -> Result<Body, Error> {
         let Architecture { family, hidden, heads, token_types, .. } = *self.architecture;
         let prefix = self.prefix;
         let is_modern = family == Family::ModernBert;
@@ -137,6 +144,7 @@ impl<'a> Parts<'a> {
                 None => self.layer(index)?,
             });
         }
+        let window = layers.iter().find_map(|layer| layer.window);
         let last = if is_modern { Some(self.norm(&format!("{prefix}final_norm"), norm_bias)?) } else { None };
         Ok(Body {
             words,
@@ -149,6 +157,8 @@ impl<'a> Parts<'a> {
             padding: (family == Family::Roberta).then_some(self.architecture.padding as u32),
             heads,
             head_size: hidden / heads,
+            window,
+            ops,
             device: device.clone(),
         })
     }
@@ -264,7 +274,9 @@ impl Body {
     pub fn run(&self, batch: &Batch) -> candle_core::Result<Tensor> {
         let Batch { rows, tokens, .. } = *batch;
         let dims = Dims { rows, tokens, heads: self.heads, head_size: self.head_size };
-        let mask = Mask::new(batch.present.clone(), dims, &self.device)?;
+        let ops = self.ops;
+        let mask = Mask::new(ops, batch.present.clone(), self.window, dims, &self.device)?;
+        let run = Run { ops, dims, mask, activation: self.activation };
         let mut tables = vec![(&self.words, batch.ids.clone())];
         if let Some(types) = &self.types {
             tables.push((types, batch.types.clone()));
@@ -272,12 +284,12 @@ impl Body {
         if let Some(positions) = &self.positions {
             tables.push((positions, self.places(batch)));
         }
-        let mut x = ops::normalize(ops::embed(&tables)?, None, None, &self.norm)?;
+        let mut x = ops.normalize(ops.embed(&tables)?, None, None, &self.norm)?;
         for layer in &self.layers {
-            x = layer.run(x, &mask, dims, self.activation)?;
+            x = layer.run(x, &run)?;
         }
         match &self.last {
-            Some(norm) => ops::normalize(x, None, None, norm),
+            Some(norm) => ops.normalize(x, None, None, norm),
             None => Ok(x),
         }
     }
@@ -303,70 +315,41 @@ impl Body {
 }
 
 impl Layer {
-    fn run(&self, x: Tensor, mask: &Mask, dims: Dims, activation: Activation) -> candle_core::Result<Tensor> {
-        if self.before {
-            self.run_modern(x, mask, dims, activation)
-        } else {
-            self.run_classic(x, mask, dims, activation)
-        }
+    fn run(&self, x: Tensor, run: &Run) -> candle_core::Result<Tensor> {
+        if self.before { self.run_modern(x, run) } else { self.run_classic(x, run) }
     }
 
-    fn run_classic(&self, x: Tensor, mask: &Mask, dims: Dims, activation: Activation) -> candle_core::Result<Tensor> {
-        let attended = self.attention_out.product(&self.attend(&x, mask, dims)?)?;
+    fn run_classic(&self, x: Tensor, run: &Run) -> candle_core::Result<Tensor> {
+        let ops = run.ops;
+        let attended = self.attention_out.product(&self.attend(&x, run)?)?;
         let bias = self.attention_out.bias.as_ref();
         let x = match &self.attention_norm {
-            Some(norm) => ops::normalize(attended, bias, Some(&x), norm)?,
-            None => ops::add(attended, bias, Some(&x))?,
+            Some(norm) => ops.normalize(attended, bias, Some(&x), norm)?,
+            None => ops.add(attended, bias, Some(&x))?,
         };
         let inner = self.feed_forward_in.product(&x)?;
-        let inner = ops::activate(inner, self.feed_forward_in.bias.as_ref(), activation)?;
+        let inner = ops.activate(inner, self.feed_forward_in.bias.as_ref(), run.activation)?;
         let outer = self.feed_forward_out.product(&inner)?;
-        ops::normalize(outer, self.feed_forward_out.bias.as_ref(), Some(&x), &self.feed_forward_norm)
+        ops.normalize(outer, self.feed_forward_out.bias.as_ref(), Some(&x), &self.feed_forward_norm)
     }
 
-    fn run_modern(&self, x: Tensor, mask: &Mask, dims: Dims, activation: Activation) -> candle_core::Result<Tensor> {
+    fn run_modern(&self, x: Tensor, run: &Run) -> candle_core::Result<Tensor> {
+        let ops = run.ops;
         let attended = match &self.attention_norm {
-            Some(norm) => self.attend(&ops::normalize(x.copy()?, None, None, norm)?, mask, dims)?,
-            None => self.attend(&x, mask, dims)?,
+            Some(norm) => self.attend(&ops.normalize(x.copy()?, None, None, norm)?, run)?,
+            None => self.attend(&x, run)?,
         };
-        let x = ops::add(self.attention_out.product(&attended)?, self.attention_out.bias.as_ref(), Some(&x))?;
-        let inner = ops::normalize(x.copy()?, None, None, &self.feed_forward_norm)?;
+        let x = ops.add(self.attention_out.product(&attended)?, self.attention_out.bias.as_ref(), Some(&x))?;
+        let inner = ops.normalize(x.copy()?, None, None, &self.feed_forward_norm)?;
         let inner = self.feed_forward_in.product(&inner)?;
-        let inner = ops::gate(inner, self.feed_forward_in.bias.as_ref(), activation)?;
-        ops::add(self.feed_forward_out.product(&inner)?, self.feed_forward_out.bias.as_ref(), Some(&x))
+        let inner = ops.gate(inner, self.feed_forward_in.bias.as_ref(), run.activation)?;
+        ops.add(self.feed_forward_out.product(&inner)?, self.feed_forward_out.bias.as_ref(), Some(&x))
     }
 
     /// What each token takes from those that it sees.
-    fn attend(&self, x: &Tensor, mask: &Mask, dims: Dims) -> candle_core::Result<Tensor> {
-        let is_on_cpu = x.device().is_cpu();
+    fn attend(&self, x: &Tensor, run: &Run) -> candle_core::Result<Tensor> {
         let x = self.attention_in.product(x)?;
-        let (queries, keys, values) = ops::split(&x, self.attention_in.bias.as_ref(), self.rotation.as_deref(), dims)?;
-        drop(x);
-        let Dims { rows, tokens, heads, head_size } = dims;
-        let pairs = rows * heads;
-        if !is_on_cpu || pairs * tokens * tokens <= BLOCK {
-            let scores = queries.matmul(&keys.transpose(2, 3)?)?;
-            let shares = ops::attend(scores, mask, self.window, dims, (0, 0))?;
-            return ops::merge(&shares.matmul(&values)?, dims);
-        }
-        let flat = |x: Tensor| x.reshape((pairs, tokens, head_size));
-        let (queries, keys, values) = (flat(queries)?, flat(keys)?.transpose(1, 2)?, flat(values)?);
-        // Heads of texts at a time, or so many tokens of one.
-        let (count, length) = match BLOCK / (tokens * tokens) {
-            0 => (1, (BLOCK / tokens).max(1)),
-            count => (count, tokens),
-        };
-        let mut blocks = Vec::new();
-        for pair in (0..pairs).step_by(count) {
-            let count = count.min(pairs - pair);
-            let (keys, values) = (keys.narrow(0, pair, count)?, values.narrow(0, pair, count)?);
-            for token in (0..tokens).step_by(length) {
-                let queries = queries.narrow(0, pair, count)?.narrow(1, token, length.min(tokens - token))?;
-                let scores = queries.matmul(&keys)?;
-                let shares = ops::attend(scores, mask, self.window, dims, (pair, token))?;
-                blocks.push(shares.matmul(&values)?.reshape(((), head_size))?);
-            }
-        }
-        ops::merge(&Tensor::cat(&blocks, 0)?, dims)
+        let heads = run.ops.split(x, self.attention_in.bias.as_ref(), self.rotation.as_deref(), run.dims)?;
+        run.ops.attend(&heads, &run.mask, self.window)
     }
 }

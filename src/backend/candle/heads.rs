@@ -5,7 +5,7 @@ use candle_core::{Device, Tensor};
 use super::{
     bodies::{Batch, Linear, Parts},
     config::{Activation, Classifier, Family, Pooling},
-    ops::{self, Norm},
+    ops::{Norm, Ops},
 };
 use crate::error::Error;
 
@@ -15,13 +15,14 @@ pub struct Head {
     out: Linear,
     pooling: Pooling,
     activation: Activation,
+    ops: Ops,
     device: Device,
 }
 
 impl Head {
     /// # Errors
     /// `InvalidArgument` naming a tensor that is missing or of another shape.
-    pub fn read(parts: &mut Parts<'_>, classifier: Classifier, device: &Device) -> Result<Self, Error> {
+    pub fn read(parts: &mut Parts<'_>, classifier: Classifier, ops: Ops, device: &Device) -> Result<Self, Error> {
         let hidden = parts.architecture.hidden;
         let Classifier { classes, pooling, activation, bias } = classifier;
         let pooler = format!("{}pooler.dense", parts.prefix);
@@ -37,7 +38,7 @@ impl Head {
             _ => None,
         };
         let out = parts.linear(out, hidden, classes, true)?;
-        Ok(Self { dense, norm, out, pooling, activation, device: device.clone() })
+        Ok(Self { dense, norm, out, pooling, activation, ops, device: device.clone() })
     }
 
     /// The logits of each text, given the hidden states of its tokens.
@@ -48,16 +49,16 @@ impl Head {
         let pooled = match self.pooling {
             Pooling::First => {
                 let firsts = (0..batch.rows).map(|row| (row * batch.tokens) as u32).collect();
-                ops::embed(&[(hidden, firsts)])?
+                self.ops.embed(&[(hidden, firsts)])?
             }
             Pooling::Mean => self.mean(hidden, batch)?,
         };
-        let x = ops::activate(self.dense.product(&pooled)?, self.dense.bias.as_ref(), self.activation)?;
+        let x = self.ops.activate(self.dense.product(&pooled)?, self.dense.bias.as_ref(), self.activation)?;
         let x = match &self.norm {
-            Some(norm) => ops::normalize(x, None, None, norm)?,
+            Some(norm) => self.ops.normalize(x, None, None, norm)?,
             None => x,
         };
-        ops::add(self.out.product(&x)?, self.out.bias.as_ref(), None)
+        self.ops.add(self.out.product(&x)?, self.out.bias.as_ref(), None)
     }
 
     /// The mean over the tokens that are there; of none, it is zero.

@@ -312,6 +312,36 @@ fn configuration_and_weights_must_agree() {
     }
 }
 
+/// What runs on a GPU, as far as a CPU can tell.
+#[test]
+fn candles_own_operators_give_the_same() {
+    let texts = [text(17, 1), text(4, 2), text(18, 3)];
+    for family in FAMILIES {
+        for is_classifier in [false, true] {
+            let folder = checkpoint(family, is_classifier).write();
+            let run = |ops: Ops, dtype: ComputeType| {
+                let path = folder.path().join(weights::FILE_NAME);
+                let model = Model::read(&path, dtype, ops, &candle_core::Device::Cpu).unwrap();
+                let batch = inputs::read(&padded(&texts, 18, 1), &model.architecture).unwrap();
+                let output = model.run(&batch).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                let width = output.len() / texts.len();
+                // What becomes of padding does not matter.
+                let kept = |(text, values): (&Vec<i64>, &[f32])| {
+                    values[..if is_classifier { width } else { width / 18 * text.len() }].to_vec()
+                };
+                texts.iter().zip(output.chunks(width)).flat_map(kept).collect::<Vec<f32>>()
+            };
+            let ours = run(Ops::Passes, ComputeType::Float32);
+            for (dtype, tolerance) in
+                [(ComputeType::Float32, 2e-5), (ComputeType::Float16, 0.03), (ComputeType::Bfloat16, 0.2)]
+            {
+                let what = format!("{family} {is_classifier} {dtype:?}");
+                assert_close(&run(Ops::Plain, dtype), &ours, tolerance, &what);
+            }
+        }
+    }
+}
+
 #[test]
 fn what_is_no_encoder_is_refused_with_a_list() {
     let mut other = checkpoint("bert", false);

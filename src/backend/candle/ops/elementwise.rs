@@ -5,7 +5,6 @@ use candle_core::{Device, Result, Tensor, bail};
 use super::{
     super::config::Activation,
     functions::{erf, exp, sum},
-    plain,
     rows::{for_chunks, for_rows},
     stored::numbers,
 };
@@ -20,9 +19,6 @@ pub struct Norm {
 
 /// `activation(x + bias)`, row by row; `x` is overwritten.
 pub fn activate(x: Tensor, bias: Option<&Tensor>, activation: Activation) -> Result<Tensor> {
-    if !x.device().is_cpu() {
-        return plain::activate(&plain::add(x, bias, None)?, activation);
-    }
     let bias = bias.map(Tensor::storage_and_layout);
     let bias = bias.as_ref().map(numbers).transpose()?;
     for_rows(&x, |_, row| {
@@ -35,11 +31,7 @@ pub fn activate(x: Tensor, bias: Option<&Tensor>, activation: Activation) -> Res
 }
 
 /// `activation(a) * b` for rows of `x + bias` that are `a` and `b`.
-pub fn gate(x: Tensor, bias: Option<&Tensor>, activation: Activation) -> Result<Tensor> {
-    if !x.device().is_cpu() {
-        let parts = plain::add(x, bias, None)?.chunk(2, 1)?;
-        return plain::activate(&parts[0].contiguous()?, activation)? * parts[1].contiguous()?;
-    }
+pub fn gate(x: &Tensor, bias: Option<&Tensor>, activation: Activation) -> Result<Tensor> {
     let (rows, both) = x.dims2()?;
     let size = both / 2;
     let x = x.storage_and_layout();
@@ -66,23 +58,8 @@ pub fn gate(x: Tensor, bias: Option<&Tensor>, activation: Activation) -> Result<
     Tensor::from_vec(gated, (rows, size), &Device::Cpu)
 }
 
-/// The normalized rows of `x + bias + residual`; `x` is overwritten.
-pub fn normalize(x: Tensor, bias: Option<&Tensor>, residual: Option<&Tensor>, norm: &Norm) -> Result<Tensor> {
-    if !x.device().is_cpu() {
-        return plain::normalize(&plain::add(x, bias, residual)?, norm);
-    }
-    combine(x, bias, residual, Some(norm))
-}
-
-/// `x + bias + residual`; `x` is overwritten.
-pub fn add(x: Tensor, bias: Option<&Tensor>, residual: Option<&Tensor>) -> Result<Tensor> {
-    if !x.device().is_cpu() {
-        return plain::add(x, bias, residual);
-    }
-    combine(x, bias, residual, None)
-}
-
-fn combine(x: Tensor, bias: Option<&Tensor>, residual: Option<&Tensor>, norm: Option<&Norm>) -> Result<Tensor> {
+/// `x + bias + residual`, normalized where there is a `norm`; `x` is overwritten.
+pub fn combine(x: Tensor, bias: Option<&Tensor>, residual: Option<&Tensor>, norm: Option<&Norm>) -> Result<Tensor> {
     if residual.is_some_and(|residual| residual.dims() != x.dims()) {
         bail!("what is to be added has another shape")
     }

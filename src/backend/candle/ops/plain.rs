@@ -5,7 +5,7 @@ use candle_nn::{ops, rotary_emb::rope};
 
 use super::{
     super::config::Activation,
-    attention::{Dims, FAR, Mask},
+    attention::{Block, Dims, Heads, Mask},
     elementwise::Norm,
     rotary::Rotation,
 };
@@ -45,7 +45,12 @@ pub fn normalize(x: &Tensor, norm: &Norm) -> Result<Tensor> {
     ops::layer_norm(&x.contiguous()?, &norm.weight, bias, norm.epsilon)
 }
 
-pub fn split(x: &Tensor, rotation: Option<&Rotation>, dims: Dims) -> Result<(Tensor, Tensor, Tensor)> {
+pub fn gate(x: &Tensor, activation: Activation) -> Result<Tensor> {
+    let parts = x.chunk(2, 1)?;
+    activate(&parts[0].contiguous()?, activation)? * parts[1].contiguous()?
+}
+
+pub fn split(x: &Tensor, rotation: Option<&Rotation>, dims: Dims) -> Result<Heads> {
     let Dims { rows, tokens, heads, head_size } = dims;
     let parts = x.reshape((rows, tokens, 3, heads, head_size))?.permute((2, 0, 3, 1, 4))?.contiguous()?;
     let (mut queries, mut keys, values) = (parts.get(0)?, parts.get(1)?, parts.get(2)?);
@@ -55,21 +60,21 @@ pub fn split(x: &Tensor, rotation: Option<&Rotation>, dims: Dims) -> Result<(Ten
         queries = rope(&queries.contiguous()?, &cosines, &sines)?;
         keys = rope(&keys.contiguous()?, &cosines, &sines)?;
     }
-    Ok(((queries / (head_size as f64).sqrt())?, keys, values))
+    Ok(Heads { queries: (queries / (head_size as f64).sqrt())?, keys, values })
 }
 
-pub fn attend(scores: &Tensor, mask: &Mask, window: Option<usize>, dims: Dims) -> Result<Tensor> {
-    let dtype = scores.dtype();
-    let mut scores = scores.to_dtype(DType::F32)?;
+/// Tokens that see none at all, which only padding does, get shares of it.
+pub fn share(scores: &Tensor, mask: &Mask, window: Option<usize>, block: &Block) -> Result<Tensor> {
+    let Block { pairs, tokens, seen } = block;
+    let mut biased = scores.to_dtype(DType::F32)?;
     if let Some(bias) = &mask.bias {
-        scores = scores.broadcast_add(bias)?;
+        biased =
+            biased.broadcast_add(&bias.narrow(0, pairs.start, pairs.len())?.narrow(2, seen.start, seen.len())?)?;
     }
-    if let Some(window) = window.filter(|window| window + 1 < dims.tokens) {
-        let place = |index: usize| (index / dims.tokens, index % dims.tokens);
-        let far =
-            (0..dims.tokens * dims.tokens).map(place).map(|(i, j)| if i.abs_diff(j) > window { FAR } else { 0.0 });
-        let far = Tensor::from_vec(far.collect::<Vec<f32>>(), (dims.tokens, dims.tokens), scores.device())?;
-        scores = scores.broadcast_add(&far)?;
+    if let (Some(window), Some(far)) = (window, &mask.far) {
+        // Its columns begin where the first token of a block sees first.
+        let start = seen.start + window - tokens.start;
+        biased = biased.broadcast_add(&far.narrow(0, 0, tokens.len())?.narrow(1, start, seen.len())?)?;
     }
-    ops::softmax_last_dim(&scores)?.to_dtype(dtype)
+    ops::softmax_last_dim(&biased)?.to_dtype(scores.dtype())
 }

@@ -7,7 +7,6 @@ use half::{bf16, f16, slice::HalfFloatSliceExt};
 
 use super::{
     elementwise::add_to,
-    plain,
     rows::{GRAIN, for_chunks},
 };
 
@@ -40,9 +39,6 @@ pub fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 /// The sums of the rows of `tables` that `indices` name: one list for each table.
 pub fn embed(tables: &[(&Tensor, Vec<u32>)]) -> Result<Tensor> {
     let Some((first, indices)) = tables.first() else { bail!("nothing to embed") };
-    if !first.device().is_cpu() {
-        return plain::embed(tables);
-    }
     let (rows, size) = (indices.len(), first.dim(1)?);
     let stored: Vec<_> = tables.iter().map(|(table, _)| table.storage_and_layout()).collect();
     let stored = stored.iter().map(Stored::of).collect::<Result<Vec<_>>>()?;

@@ -2,7 +2,6 @@ use candle_core::{DType, Device, Tensor};
 
 use super::{
     super::config::Activation,
-    attention::FAR,
     functions::{erf, exp},
     stored::FEW_ROWS,
     *,
@@ -51,69 +50,123 @@ fn functions_are_close_to_those_of_double_precision() {
 fn activations_are_those_of_candle() {
     for activation in [Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::Silu, Activation::Tanh] {
         let (x, bias) = (random(&[7, 38], 1), random(&[38], 2));
-        let expected = plain::activate(&x.broadcast_add(&bias).unwrap(), activation).unwrap();
-        let copy = || x.copy().unwrap();
-        assert_close(&activate(copy(), Some(&bias), activation).unwrap(), &expected, TOLERANCE);
-        let half = |start| expected.narrow(1, start, 19).unwrap();
-        let plainly = plain::activate(&x, activation).unwrap();
-        assert_close(&activate(copy(), None, activation).unwrap(), &plainly, TOLERANCE);
-        let gated = gate(copy(), Some(&bias), activation).unwrap();
-        let other = x.broadcast_add(&bias).unwrap().narrow(1, 19, 19).unwrap();
-        assert_close(&gated, &(half(0) * other).unwrap(), TOLERANCE * 8.0);
+        for bias in [None, Some(&bias)] {
+            let activated = |ops: Ops| ops.activate(x.copy().unwrap(), bias, activation).unwrap();
+            assert_close(&activated(Ops::Passes), &activated(Ops::Plain), TOLERANCE);
+            let gated = |ops: Ops| ops.gate(x.copy().unwrap(), bias, activation).unwrap();
+            assert_eq!(gated(Ops::Plain).dims(), [7, 19]);
+            assert_close(&gated(Ops::Passes), &gated(Ops::Plain), TOLERANCE * 8.0);
+        }
     }
 }
 
 #[test]
 fn rows_are_normalized_as_candle_does() {
     let (x, bias, residual) = (random(&[5, 37], 1), random(&[37], 2), random(&[5, 37], 3));
-    for shift in [None, Some(random(&[37], 5))] {
-        let norm = Norm { weight: random(&[37], 4), bias: shift, epsilon: 1e-5 };
-        let sum = (x.broadcast_add(&bias).unwrap() + &residual).unwrap();
-        let ours = normalize(x.copy().unwrap(), Some(&bias), Some(&residual), &norm).unwrap();
-        assert_close(&ours, &plain::normalize(&sum, &norm).unwrap(), TOLERANCE * 4.0);
-        assert_close(&add(x.copy().unwrap(), Some(&bias), Some(&residual)).unwrap(), &sum, TOLERANCE);
+    for (bias, residual) in [(None, None), (Some(&bias), None), (None, Some(&residual)), (Some(&bias), Some(&residual))]
+    {
+        let added = |ops: Ops| ops.add(x.copy().unwrap(), bias, residual).unwrap();
+        assert_close(&added(Ops::Passes), &added(Ops::Plain), TOLERANCE);
+        for shift in [None, Some(random(&[37], 5))] {
+            let norm = Norm { weight: random(&[37], 4), bias: shift, epsilon: 1e-5 };
+            let normalized = |ops: Ops| ops.normalize(x.copy().unwrap(), bias, residual, &norm).unwrap();
+            assert_close(&normalized(Ops::Passes), &normalized(Ops::Plain), TOLERANCE * 4.0);
+        }
     }
-    assert!(add(x, None, Some(&random(&[37, 5], 3))).unwrap_err().to_string().contains("another shape"));
+    let error = Ops::Passes.add(x, None, Some(&random(&[37, 5], 3))).unwrap_err();
+    assert!(error.to_string().contains("another shape"), "{error}");
 }
 
 #[test]
-fn heads_are_split_and_merged() {
+fn heads_are_those_of_candle() {
     let dims = Dims { rows: 3, tokens: 5, heads: 2, head_size: 6 };
     let (x, bias) = (random(&[15, 36], 1), random(&[36], 2));
     let rotation = Rotation::new(9, 6, 100.0, &Device::Cpu).unwrap();
     for rotation in [None, Some(&rotation)] {
-        let ours = split(&x, Some(&bias), rotation, dims).unwrap();
-        let theirs = plain::split(&x.broadcast_add(&bias).unwrap(), rotation, dims).unwrap();
-        assert_close(&ours.0, &theirs.0, TOLERANCE * 2.0);
-        assert_close(&ours.1, &theirs.1, TOLERANCE * 2.0);
-        assert_close(&ours.2, &theirs.2, TOLERANCE);
+        let split = |ops: Ops| ops.split(x.clone(), Some(&bias), rotation, dims).unwrap();
+        let (ours, theirs) = (split(Ops::Passes), split(Ops::Plain));
+        assert_close(&ours.queries, &theirs.queries, TOLERANCE * 2.0);
+        assert_close(&ours.keys, &theirs.keys, TOLERANCE * 2.0);
+        assert_close(&ours.values, &theirs.values, TOLERANCE);
     }
-    // Values have neither bias nor rotation here, and are the last third of each row.
-    let (_, _, heads) = split(&x, None, None, dims).unwrap();
-    assert_close(&merge(&heads, dims).unwrap(), &x.narrow(1, 24, 12).unwrap(), 0.0);
+}
+
+/// What each token takes, score by score.
+fn attended(heads: &Heads, present: &[bool], window: Option<usize>, dims: Dims) -> Vec<Vec<f32>> {
+    let Dims { rows, tokens, heads: count, head_size } = dims;
+    let [queries, keys, all] = [&heads.queries, &heads.keys, &heads.values].map(|part| values(part));
+    let place = |row: usize, head: usize, token: usize| ((row * count + head) * tokens + token) * head_size;
+    let mut rows_of_tokens = Vec::new();
+    for (row, token) in (0..rows).flat_map(|row| (0..tokens).map(move |token| (row, token))) {
+        let mut taken = vec![0.0; count * head_size];
+        for head in 0..count {
+            let query = &queries[place(row, head, token)..][..head_size];
+            let (mut whole, mut sums) = (0.0, vec![0.0; head_size]);
+            for seen in (0..tokens).filter(|&seen| present[row * tokens + seen]) {
+                if window.is_some_and(|window| seen.abs_diff(token) > window) {
+                    continue;
+                }
+                let start = place(row, head, seen);
+                let score: f64 = query.iter().zip(&keys[start..]).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum();
+                whole += score.exp();
+                sums.iter_mut().zip(&all[start..]).for_each(|(sum, value)| *sum += score.exp() * f64::from(*value));
+            }
+            if whole > 0.0 {
+                let parts = taken[head * head_size..].iter_mut().zip(sums);
+                parts.for_each(|(taken, sum)| *taken = (sum / whole) as f32);
+            }
+        }
+        rows_of_tokens.push(taken);
+    }
+    rows_of_tokens
 }
 
 #[test]
-fn padding_and_what_is_far_away_is_not_seen() {
-    let dims = Dims { rows: 3, tokens: 37, heads: 2, head_size: 1 };
-    let present: Vec<bool> = (0..3 * 37).map(|index| index % 37 < [37, 20, 0][index / 37]).collect();
-    let bias = present.iter().map(|&present| if present { 0.0 } else { FAR }).collect::<Vec<f32>>();
-    let bias = Tensor::from_vec(bias, (3, 1, 1, 37), &Device::Cpu).unwrap();
-    let scores = random(&[3, 2, 37, 37], 1);
-    for window in [None, Some(4), Some(100)] {
-        let mask = Mask { present: present.clone(), bias: Some(bias.clone()) };
-        let ours = attend(scores.copy().unwrap(), &mask, window, dims, (0, 0)).unwrap();
-        let theirs = plain::attend(&scores, &mask, window, dims).unwrap();
-        let first = |tensor: &Tensor, tokens| tensor.narrow(0, 0, 2).unwrap().narrow(2, 0, tokens).unwrap();
-        // What sees no token at all gets shares of padding from candle, and none here.
-        assert_close(&first(&ours, 20), &first(&theirs, 20), TOLERANCE);
-        let nothing = values(&ours.narrow(0, 2, 1).unwrap());
-        assert!(nothing.iter().all(|&share| share == 0.0));
-        assert!(values(&theirs).iter().all(|share| share.is_finite()));
+fn attention_is_the_same_in_blocks_of_any_size() {
+    // All at once, some heads at a time, some tokens at a time, and each token by itself.
+    for (rows, tokens, heads) in [(3, 7, 2), (2, 19, 3), (2, 61, 2), (1, 1001, 1)] {
+        let dims = Dims { rows, tokens, heads, head_size: 4 };
+        let part = |seed| random(&[rows, heads, tokens, 4], seed);
+        let parts = Heads { queries: part(1), keys: part(2), values: part(3) };
+        for lengths in [vec![tokens; rows], (0..rows).map(|row| tokens * (rows - 1 - row) / rows).collect()] {
+            let present: Vec<bool> = lengths.iter().flat_map(|&length| (0..tokens).map(move |i| i < length)).collect();
+            for window in [None, Some(0), Some(1), Some(4), Some(30), Some(5000)] {
+                let expected = attended(&parts, &present, window, dims);
+                for ops in [Ops::Passes, Ops::Plain] {
+                    let what = format!("{ops:?} {dims:?} {lengths:?} {window:?}");
+                    let mask = Mask::new(ops, present.clone(), window, dims, &Device::Cpu).unwrap();
+                    let given = ops.attend(&parts, &mask, window).unwrap();
+                    assert_eq!(given.dims(), [rows * tokens, heads * 4], "{what}");
+                    for (place, (given, expected)) in values(&given).chunks(heads * 4).zip(&expected).enumerate() {
+                        // Of what nobody looks at, candle makes shares of padding.
+                        let counts = ops == Ops::Passes || present[place];
+                        let close = given.iter().zip(expected).all(|(given, expected)| (given - expected).abs() < 2e-5);
+                        assert!(!counts || close, "{what}: token {place} is {given:?}, expected {expected:?}");
+                        assert!(given.iter().all(|value| value.is_finite()), "{what}");
+                    }
+                }
+            }
+        }
     }
-    let none = Mask::new(vec![true; 3 * 37], dims, &Device::Cpu).unwrap();
-    let ours = attend(scores.copy().unwrap(), &none, None, dims, (0, 0)).unwrap();
-    assert_close(&ours, &plain::attend(&scores, &none, None, dims).unwrap(), TOLERANCE);
+}
+
+#[test]
+fn blocks_have_no_more_scores_than_they_may() {
+    for tokens in [1, 2, 9, 64, 200, 1000, 4096, 100_000] {
+        for window in [None, Some(0), Some(3), Some(64), Some(1 << 20)] {
+            for most in [1, 50, 1000, 2 << 20] {
+                let dims = Dims { rows: 2, tokens, heads: 12, head_size: 64 };
+                let (pairs, length) = dims.block(window, most);
+                let width = window.map_or(tokens, |window| tokens.min(length + 2 * window));
+                assert!(pairs >= 1 && (1..=tokens).contains(&length), "{tokens} {window:?} {most}");
+                assert!(pairs * length * width <= most.max(width), "{tokens} {window:?} {most}: {pairs} {length}");
+            }
+        }
+    }
+    let dims = Dims { rows: 1, tokens: 4096, heads: 12, head_size: 64 };
+    assert_eq!(dims.block(None, 2 << 20), (1, 512));
+    // What is far away is not computed.
+    assert_eq!(dims.block(Some(64), 2 << 20), (64, 128));
 }
 
 #[test]
@@ -132,11 +185,11 @@ fn weights_of_halves_are_computed_with_in_32_bits() {
         let (bias, scale) = (half(&[37], 3), half(&[37], 4));
         let norm = |of: &dyn Fn(&Tensor) -> Tensor| {
             let norm = Norm { weight: of(&scale), bias: Some(of(&bias)), epsilon: 1e-5 };
-            normalize(x.copy().unwrap(), Some(&of(&bias)), Some(&x), &norm).unwrap()
+            Ops::Passes.normalize(x.copy().unwrap(), Some(&of(&bias)), Some(&x), &norm).unwrap()
         };
         assert_close(&norm(&|weights| weights.clone()), &norm(&wide), 0.0);
         let (first, second) = (half(&[9, 37], 5), half(&[4, 37], 6));
-        let look_up = |first, second| embed(&[(first, vec![8, 0, 3]), (second, vec![1, 3, 1])]).unwrap();
+        let look_up = |first, second| Ops::Passes.embed(&[(first, vec![8, 0, 3]), (second, vec![1, 3, 1])]).unwrap();
         let embedded = look_up(&first, &second);
         assert_eq!(embedded.dtype(), DType::F32);
         assert_close(&embedded, &look_up(&wide(&first), &wide(&second)), 0.0);
@@ -148,7 +201,7 @@ fn work_is_the_same_on_one_thread_and_on_many() {
     let x = random(&[600, 300], 1);
     let run = |threads| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| values(&activate(x.copy().unwrap(), None, Activation::Gelu).unwrap()))
+        pool.install(|| values(&Ops::Passes.activate(x.copy().unwrap(), None, Activation::Gelu).unwrap()))
     };
     assert_eq!(run(1), run(3));
 }
