@@ -104,13 +104,17 @@ fn activate_each(values: &mut [f32], activation: Activation) {
         values.iter_mut().for_each(|value| *value = of(*value));
     }
     match activation {
-        Activation::Gelu => each(values, |x| 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2))),
+        Activation::Gelu => each(values, |x| {
+            let value = 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2));
+            // There the sum is rounding, and x may be large.
+            if x < -5.6 { -0.0 } else { value }
+        }),
         Activation::GeluTanh => each(values, |x| {
             // 0.5 (1 + tanh y) is the logistic function of 2 y.
             let y = (2.0 / std::f32::consts::PI).sqrt() * x * (1.0 + 0.044715 * x * x);
             x / (1.0 + exp(-2.0 * y))
         }),
-        Activation::Relu => each(values, |x| if x > 0.0 { x } else { 0.0 }),
+        Activation::Relu => each(values, |x| if x < 0.0 { 0.0 } else { x }),
         Activation::Silu => each(values, |x| x / (1.0 + exp(-x))),
         Activation::Tanh => each(values, f32::tanh),
     }

@@ -50,14 +50,15 @@ pub(super) fn erf(x: f32) -> f32 {
 }
 
 /// e to the power of x, to within some units in the last place, without branches; 0 where that is less than the smallest
-/// number that is not subnormal, and large, but finite, where it is not.
+/// number that is not subnormal, and infinite from about the largest that there is.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
     /// What is this large is rounded to whole numbers, and these are its lowest bits.
     const ROUND: f32 = 12_582_912.0;
     const LN_2_HIGH: f32 = 0.693_359_4;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
-    let bounded = x.clamp(-87.0, 88.0);
+    // The exponent of 89 is that of infinity.
+    let bounded = x.clamp(-87.0, 89.0);
     let shifted = bounded * std::f32::consts::LOG2_E + ROUND;
     let power = shifted - ROUND;
     let rest = bounded - power * LN_2_HIGH - power * LN_2_LOW;

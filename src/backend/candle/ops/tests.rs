@@ -43,7 +43,55 @@ fn functions_are_close_to_those_of_double_precision() {
         assert!((f64::from(erf(x)) - expected).abs() < 4e-7, "erf {x}");
     }
     assert_eq!((exp(f32::NEG_INFINITY), exp(-88.0), exp(0.0)), (0.0, 0.0, 1.0));
-    assert!(exp(f32::MAX).is_finite());
+    assert_eq!((exp(89.0), exp(f32::MAX)), (f32::INFINITY, f32::INFINITY));
+    assert!(exp(f32::NAN).is_nan() && erf(f32::NAN).is_nan());
+}
+
+#[test]
+fn activations_of_extreme_numbers_are_those_of_double_precision() {
+    let erf = candle_core::cpu::erf::erf_f64;
+    let least = f32::from_bits(1);
+    let sizes =
+        [0.0, least, 1e-40, f32::MIN_POSITIVE, 1e-20, 1e-3, 1.0, 5.6, 5.7, 10.0, 88.0, 89.0, 100.0, 1000.0, 1e4];
+    let sizes = sizes.into_iter().chain([1e10, 1e20, 1e30, f32::MAX, f32::INFINITY]);
+    let numbers: Vec<f32> = sizes.flat_map(|size| [size, -size]).chain([f32::NAN]).collect();
+    let exact: [(Activation, fn(f64, fn(f64) -> f64) -> f64); 5] = [
+        (
+            Activation::Gelu,
+            |x, erf| if x < -100.0 { -0.0 } else { 0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2)) },
+        ),
+        (Activation::GeluTanh, |x, _| {
+            let y = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x * x * x);
+            0.5 * x * (1.0 + y.tanh())
+        }),
+        (Activation::Relu, |x, _| if x < 0.0 { 0.0 } else { x }),
+        (Activation::Silu, |x, _| x / (1.0 + (-x).exp())),
+        (Activation::Tanh, |x, _| x.tanh()),
+    ];
+    for (activation, exact) in exact {
+        let x = Tensor::from_slice(&numbers, (1, numbers.len()), &Device::Cpu).unwrap();
+        let given = values(&Ops::Passes.activate(x, None, activation).unwrap());
+        for (x, given) in numbers.iter().zip(given) {
+            let expected = exact(f64::from(*x), erf);
+            let what = format!("{activation:?} of {x} is {given}, expected {expected}");
+            if expected.is_nan() || expected.is_infinite() {
+                assert!(
+                    f64::from(given).total_cmp(&expected).is_eq() || (given.is_nan() && expected.is_nan()),
+                    "{what}"
+                );
+            } else {
+                let tolerance = 2e-6 * expected.abs() + 2e-6 * f64::from(x.abs().min(6.0)) + f64::from(least);
+                assert!((f64::from(given) - expected).abs() <= tolerance, "{what}");
+            }
+        }
+    }
+    let far = |x: f32| {
+        values(&Ops::Passes.activate(Tensor::full(x, (1, 1), &Device::Cpu).unwrap(), None, Activation::Gelu).unwrap())
+            [0]
+    };
+    for x in [-6.0, -1000.0, -1e4, -1e30, f32::MIN, f32::NEG_INFINITY] {
+        assert_eq!(far(x).to_bits(), (-0.0f32).to_bits(), "{x}: {}", far(x));
+    }
 }
 
 #[test]
