@@ -2,7 +2,7 @@
 //!
 //! Every layer answers in these terms; only `api/status.rs` knows what they mean in HTTP and gRPC.
 
-use std::{borrow::Cow, fmt, time::Duration};
+use std::{borrow::Cow, fmt, io, time::Duration};
 
 /// Why a call failed. Deliberately few; introduce a new one only when clients must act differently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -87,6 +87,16 @@ impl Error {
         Self::new(Code::InvalidArgument, message)
     }
 
+    /// A model's file that cannot be read: the model's fault where the file is missing or is not what is read of it, and
+    /// nobody's where the disk fails, the process lacks something or may not read it.
+    pub fn unread(error: &io::Error, message: impl Into<String>) -> Self {
+        use io::ErrorKind::{InvalidFilename, IsADirectory, NotADirectory, NotFound};
+        let is_of_model = matches!(error.kind(), NotFound | NotADirectory | IsADirectory | InvalidFilename);
+        // What the system did not say was found out by who read it.
+        let is_found = error.raw_os_error().is_none() && error.kind() != io::ErrorKind::OutOfMemory;
+        Self::new(if is_of_model || is_found { Code::InvalidArgument } else { Code::Internal }, message)
+    }
+
     pub fn not_found(message: impl Into<String>) -> Self {
         Self::new(Code::NotFound, message)
     }
@@ -167,6 +177,19 @@ mod tests {
             assert!(is_unseen(unseen), "{unseen:?}");
         }
         assert!(!"Ada’s – größer 版本 \u{301} 🚀 \u{a0}%".chars().any(is_unseen));
+    }
+
+    #[test]
+    fn what_the_disk_does_is_not_the_models_fault() {
+        let code = |error: io::Error| Error::unread(&error, "m").code;
+        let errno = |number| code(io::Error::from_raw_os_error(number));
+        // No such file, not a folder, a folder.
+        assert!([2, 20, 21].into_iter().all(|number| errno(number) == Code::InvalidArgument));
+        // May not be read, failed, too many open files, no memory.
+        assert!([1, 5, 12, 13, 23, 24].into_iter().all(|number| errno(number) == Code::Internal));
+        assert_eq!(code(io::Error::other("not a file")), Code::InvalidArgument);
+        assert_eq!(code(io::ErrorKind::UnexpectedEof.into()), Code::InvalidArgument);
+        assert_eq!(code(io::ErrorKind::OutOfMemory.into()), Code::Internal);
     }
 
     #[test]

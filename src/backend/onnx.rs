@@ -205,7 +205,7 @@ impl Backend for OnnxRuntime {
         let named = |error: Error| Error { message: format!("{}: {}", path.display(), error.message), ..error };
         let files = path.parent().unwrap_or(Path::new("."));
 
-        let bytes = Content::read(path).map_err(|error| named(Error::invalid(error.to_string())))?;
+        let bytes = Content::read(path).map_err(|error| named(Error::unread(&error, error.to_string())))?;
         let model =
             Model::decode(&*bytes).map_err(|error| named(Error::invalid(format!("not an ONNX model: {error}"))))?;
         let weights = external::read(&model, files).map_err(named)?;

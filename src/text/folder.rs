@@ -316,18 +316,50 @@ fn parse<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, Error> {
     serde_json::from_slice(&bytes).map(Some).map_err(|error| wrong(path, error))
 }
 
+fn unread(path: &Path, error: &io::Error) -> Error {
+    Error::unread(error, format!("{}: {error}", path.display()))
+}
+
 fn read(path: &Path, most: u64) -> Result<Option<Vec<u8>>, Error> {
     let size = match fs::metadata(path) {
         Ok(metadata) if metadata.is_file() => metadata.len(),
         // A device has no length, and a pipe no end.
         Ok(_) => return Err(wrong(path, "not a file")),
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(wrong(path, error)),
+        Err(error) => return Err(unread(path, &error)),
     };
     if size > most {
         return Err(wrong(path, format!("it has {size} bytes; at most {most} are read")));
     }
     let mut bytes = Vec::new();
     let read = fs::File::open(path).and_then(|file| file.take(most).read_to_end(&mut bytes));
-    read.map(|_| Some(bytes)).map_err(|error| wrong(path, error))
+    read.map(|_| Some(bytes)).map_err(|error| unread(path, &error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Code;
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn what_cannot_be_read_is_told_from_what_is_wrong() {
+        use rustix::fs::{CWD, FileType, Mode, mknodat};
+        let folder = tempfile::tempdir().unwrap();
+        for name in [TOKENIZER, CONFIG] {
+            let path = folder.path().join(name);
+            let error = || tokenizer(folder.path()).err().or_else(|| Folder::read(folder.path()).err()).unwrap();
+            mknodat(CWD, &path, FileType::Fifo, Mode::RUSR, 0).unwrap();
+            let expected = format!("{}: not a file", path.display());
+            assert_eq!((error().code, error().message), (Code::InvalidArgument, expected));
+            std::fs::remove_file(&path).unwrap();
+            // Reading the memory at address 0 fails as a disk does.
+            std::os::unix::fs::symlink("/proc/self/mem", &path).unwrap();
+            let error = error();
+            assert_eq!(error.code, Code::Internal, "{error}");
+            assert!(error.message.starts_with(&format!("{}: ", path.display())), "{error}");
+            std::fs::remove_file(&path).unwrap();
+        }
+        assert!(tokenizer(folder.path()).unwrap().is_none() && Folder::read(folder.path()).is_ok());
+    }
 }

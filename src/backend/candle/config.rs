@@ -112,11 +112,12 @@ impl Architecture {
     ///
     /// # Errors
     /// `InvalidArgument` naming the key and what is expected; with the list of what is supported when the model is
-    /// something else.
+    /// something else. `Internal` when the disk fails.
     pub fn read(folder: &Path) -> Result<Self, Error> {
         let path = folder.join(FILE_NAME);
         let named = |reason: String| Error::invalid(format!("{}: {reason}", path.display()));
-        let content = bounded(&path).map_err(named)?;
+        let content = bounded(&path)
+            .map_err(|error| Error { message: format!("{}: {}", path.display(), error.message), ..error })?;
         let value: Value = serde_json::from_slice(&content).map_err(|error| named(format!("not JSON: {error}")))?;
         let Value::Object(keys) = value else { return Err(named("must be a JSON object".to_owned())) };
         Self::parse(&Keys(keys)).map_err(named)
@@ -364,19 +365,20 @@ fn theta(keys: &Keys, kind: &str, key: &str) -> Result<Option<f64>, String> {
 }
 
 /// The content of a file of ordinary size.
-pub fn bounded(path: &Path) -> Result<Vec<u8>, String> {
-    let metadata = std::fs::metadata(path).map_err(|error| error.to_string())?;
+pub fn bounded(path: &Path) -> Result<Vec<u8>, Error> {
+    let unread = |error: std::io::Error| Error::unread(&error, error.to_string());
+    let metadata = std::fs::metadata(path).map_err(unread)?;
     if !metadata.is_file() {
         // A device has no length, and a pipe no end.
-        return Err("not a file".to_owned());
+        return Err(Error::invalid("not a file"));
     }
     let length = metadata.len();
     if length > MAX_BYTES {
-        return Err(format!("has {length} bytes; at most {MAX_BYTES} are expected"));
+        return Err(Error::invalid(format!("has {length} bytes; at most {MAX_BYTES} are expected")));
     }
     let mut content = Vec::new();
-    let file = std::fs::File::open(path).map_err(|error| error.to_string())?;
-    file.take(MAX_BYTES).read_to_end(&mut content).map_err(|error| error.to_string())?;
+    let file = std::fs::File::open(path).map_err(unread)?;
+    file.take(MAX_BYTES).read_to_end(&mut content).map_err(unread)?;
     Ok(content)
 }
 
@@ -444,6 +446,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::error::Code;
 
     fn parse(value: Value) -> Result<Architecture, String> {
         let Value::Object(keys) = value else { panic!("not an object") };
@@ -503,6 +506,51 @@ mod tests {
             message(json!({"model_type": "roberta", "architectures": null, "pad_token_id": 511}))
                 .starts_with("max_position_embeddings must be above pad_token_id + 1, which is 512")
         );
+    }
+
+    #[test]
+    fn tables_of_angles_have_a_bound() {
+        let message = |changes: Value| {
+            let mut config = bert(json!({"model_type": "modernbert", "architectures": null}));
+            config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+            parse(config).map(|_| ()).unwrap_err()
+        };
+        assert_eq!(
+            message(json!({"max_position_embeddings": 1 << 28})),
+            "max_position_embeddings must be at most 1048576, is 268435456"
+        );
+        assert_eq!(
+            message(json!({"max_position_embeddings": 1 << 20, "hidden_size": 1 << 28, "num_attention_heads": 1})),
+            "max_position_embeddings × hidden_size ÷ num_attention_heads must be at most 134217728, is 281474976710656"
+        );
+        assert_eq!(
+            message(json!({"num_hidden_layers": 1 << 28})),
+            "num_hidden_layers must be at most 262144, is 268435456"
+        );
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn what_cannot_be_read_is_told_from_what_is_wrong() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(FILE_NAME);
+        for (target, code, expected) in [
+            ("/dev/zero", Code::InvalidArgument, "not a file"),
+            ("/nowhere", Code::InvalidArgument, "(os error 2)"),
+            // Reading the memory at address 0 fails as a disk does.
+            ("/proc/self/mem", Code::Internal, "(os error 5)"),
+        ] {
+            std::os::unix::fs::symlink(target, &path).unwrap();
+            let error = Architecture::read(folder.path()).unwrap_err();
+            assert!(
+                error.message.starts_with(&path.display().to_string()) && error.message.ends_with(expected),
+                "{error}"
+            );
+            assert_eq!(error.code, code, "{error}");
+            std::fs::remove_file(&path).unwrap();
+        }
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR, 0).unwrap();
+        assert!(Architecture::read(folder.path()).unwrap_err().message.ends_with("not a file"));
     }
 
     #[test]

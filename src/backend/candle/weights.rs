@@ -64,50 +64,52 @@ impl Weights {
     /// on `device`.
     ///
     /// # Errors
-    /// `InvalidArgument` naming the file and what is wrong with it.
+    /// `InvalidArgument` naming the file and what is wrong with it; `Internal` when the disk fails.
     pub fn open(path: &Path, dtype: DType, device: &Device) -> Result<Self, Error> {
         let mut weights = Self { files: Vec::new(), tensors: HashMap::new(), dtype, device: device.clone() };
         let folder = path.parent().unwrap_or(Path::new("."));
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         if name.ends_with(".json") {
-            weights.add_listed(path, folder).map_err(|reason| named(&name, reason))?;
+            weights.add_listed(path, folder).map_err(|error| within(&name, error))?;
         } else {
-            weights.add(path, &name, |_| true).map_err(|reason| named(&name, reason))?;
+            weights.add(path, &name, |_| true).map_err(|error| within(&name, error))?;
         }
         Ok(weights)
     }
 
-    fn add_listed(&mut self, path: &Path, folder: &Path) -> Result<(), String> {
+    fn add_listed(&mut self, path: &Path, folder: &Path) -> Result<(), Error> {
         let content = bounded(path)?;
-        let Index { weight_map } =
-            serde_json::from_slice(&content).map_err(|error| format!("not an index of safetensors files: {error}"))?;
+        let Index { weight_map } = serde_json::from_slice(&content)
+            .map_err(|error| Error::invalid(format!("not an index of safetensors files: {error}")))?;
         let mut names: Vec<&String> = weight_map.values().collect();
         names.sort();
         names.dedup();
         if names.len() > MAX_SHARDS {
-            return Err(format!("lists {} files; at most {MAX_SHARDS} are opened", names.len()));
+            return Err(Error::invalid(format!("lists {} files; at most {MAX_SHARDS} are opened", names.len())));
         }
         for name in &names {
             check_name(name)?;
             let in_this = |tensor: &str| weight_map.get(tensor) == Some(*name);
             self.add(&folder.join(name), name, in_this)
-                .map_err(|reason| format!("file '{}': {reason}", shorten(name)))?;
+                .map_err(|error| within(&format!("file '{}'", shorten(name)), error))?;
         }
         match weight_map.iter().find(|(tensor, _)| !self.tensors.contains_key(*tensor)) {
-            Some((tensor, file)) => Err(format!("tensor '{}' is not in '{}'", shorten(tensor), shorten(file))),
+            Some((tensor, file)) => {
+                Err(Error::invalid(format!("tensor '{}' is not in '{}'", shorten(tensor), shorten(file))))
+            }
             None => Ok(()),
         }
     }
 
     /// Adds the tensors of one file that `wanted` is true of.
-    fn add(&mut self, path: &Path, name: &str, wanted: impl Fn(&str) -> bool) -> Result<(), String> {
+    fn add(&mut self, path: &Path, name: &str, wanted: impl Fn(&str) -> bool) -> Result<(), Error> {
         // Opening a pipe would wait for whoever writes into it.
-        let metadata = std::fs::metadata(path).map_err(|error| error.to_string())?;
+        let metadata = std::fs::metadata(path).map_err(unread)?;
         if !metadata.is_file() {
-            return Err("not a file".to_owned());
+            return Err(Error::invalid("not a file"));
         }
-        let mut file = File::open(path).map_err(|error| error.to_string())?;
-        let metadata = file.metadata().map_err(|error| error.to_string())?;
+        let mut file = File::open(path).map_err(unread)?;
+        let metadata = file.metadata().map_err(unread)?;
         let (start, header) = header(&mut file, metadata.len())?;
         let shard = self.files.len();
         for (tensor, info) in header.tensors() {
@@ -154,19 +156,17 @@ impl Weights {
             self.check(name, shape)?;
         }
         let length = shape.iter().product::<usize>();
-        let mut elements = Vec::new();
-        elements
-            .try_reserve_exact(length.saturating_mul(names.len()))
-            .map_err(|error| Error::internal(format!("tensor '{}': no memory for it: {error}", names.join("', '"))))?;
+        let mut elements = room(length.saturating_mul(names.len()))
+            .map_err(|error| within(&format!("tensor '{}'", names.join("', '")), error))?;
         for name in names {
             let Some((shard, info)) = self.tensors.get(name) else { return Err(missing(name, shape)) };
             let shard = &mut self.files[*shard];
             shard.read(info, &mut elements, of).map_err(|error| {
-                let reason = match error.kind() {
-                    ErrorKind::UnexpectedEof => "the file has become shorter while it was read".to_owned(),
-                    _ => error.to_string(),
+                let error = match error.kind() {
+                    ErrorKind::UnexpectedEof => Error::invalid("the file has become shorter while it was read"),
+                    _ => unread(error),
                 };
-                named(&shard.name, format!("tensor '{name}': {reason}"))
+                within(&shard.name, within(&format!("tensor '{name}'"), error))
             })?;
         }
         let mut whole = shape.to_vec();
@@ -215,39 +215,55 @@ impl Shard {
 }
 
 /// Where the data of a file of `length` bytes begins, and what its header says.
-fn header(file: &mut File, length: u64) -> Result<(u64, Metadata), String> {
+fn header(file: &mut File, length: u64) -> Result<(u64, Metadata), Error> {
     let mut prefix = [0u8; PREFIX];
-    let short = |_| format!("not a safetensors file: it has {length} bytes, and no whole header");
-    file.read_exact(&mut prefix).map_err(short)?;
+    let failed = |error: std::io::Error| match error.kind() {
+        ErrorKind::UnexpectedEof => {
+            Error::invalid(format!("not a safetensors file: it has {length} bytes, and no whole header"))
+        }
+        _ => unread(error),
+    };
+    file.read_exact(&mut prefix).map_err(failed)?;
     let size = u64::from_le_bytes(prefix);
     if size > MAX_HEADER {
-        return Err(format!("not a safetensors file: its header would take {size} bytes"));
+        return Err(Error::invalid(format!("not a safetensors file: its header would take {size} bytes")));
     }
     let start = PREFIX as u64 + size;
     if start > length {
-        return Err(format!("truncated: it has {length} bytes, and its header ends at {start}"));
+        return Err(Error::invalid(format!("truncated: it has {length} bytes, and its header ends at {start}")));
     }
-    let mut text = vec![0u8; usize::try_from(size).map_err(|error| error.to_string())?];
-    file.read_exact(&mut text).map_err(short)?;
+    let mut text = vec![0u8; usize::try_from(size).map_err(|error| Error::invalid(error.to_string()))?];
+    file.read_exact(&mut text).map_err(failed)?;
     // Also checks that tensors lie one after the other and are as long as their shapes say.
-    let header: Metadata = serde_json::from_slice(&text).map_err(|error| format!("its header is wrong: {error}"))?;
+    let header: Metadata =
+        serde_json::from_slice(&text).map_err(|error| Error::invalid(format!("its header is wrong: {error}")))?;
     let end = start + header.data_len() as u64;
+    let reason = format!("it has {length} bytes, and its tensors end at {end}");
     match end.cmp(&length) {
-        std::cmp::Ordering::Greater => Err(format!("truncated: it has {length} bytes, and its tensors end at {end}")),
-        std::cmp::Ordering::Less => Err(format!("it has {length} bytes, and its tensors end at {end}")),
+        std::cmp::Ordering::Greater => Err(Error::invalid(format!("truncated: {reason}"))),
+        std::cmp::Ordering::Less => Err(Error::invalid(reason)),
         std::cmp::Ordering::Equal => Ok((start, header)),
     }
 }
 
+/// An empty vector with room for `count` elements; without it the process would end where there is no memory.
+fn room<T>(count: usize) -> Result<Vec<T>, Error> {
+    let mut elements = Vec::new();
+    match elements.try_reserve_exact(count) {
+        Ok(()) => Ok(elements),
+        Err(error) => Err(Error::internal(format!("no memory for it: {error}"))),
+    }
+}
+
 /// Refuses names that lead out of the folder, and files of other formats.
-fn check_name(name: &str) -> Result<(), String> {
+fn check_name(name: &str) -> Result<(), Error> {
     let shown = shorten(name);
     let is_inside = Path::new(name).components().all(|part| matches!(part, Component::Normal(_)));
     if !is_inside || name.contains("//") || name.contains("/./") {
-        return Err(format!("file '{shown}' must lie in the model's folder"));
+        return Err(Error::invalid(format!("file '{shown}' must lie in the model's folder")));
     }
     if !name.ends_with(".safetensors") {
-        return Err(format!("file '{shown}' must be a safetensors file"));
+        return Err(Error::invalid(format!("file '{shown}' must be a safetensors file")));
     }
     Ok(())
 }
@@ -256,14 +272,22 @@ fn missing(name: &str, shape: &[usize]) -> Error {
     Error::invalid(format!("tensor '{name}' is missing; by config.json it has shape {shape:?}"))
 }
 
-fn named(file: &str, reason: String) -> Error {
-    Error::invalid(format!("{file}: {reason}"))
+fn unread(error: std::io::Error) -> Error {
+    Error::unread(&error, error.to_string())
+}
+
+/// The same failure with what it is in named in front.
+fn within(what: &str, error: Error) -> Error {
+    Error { message: format!("{what}: {}", error.message), ..error }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::candle::testing::{self, Stored};
+    use crate::{
+        backend::candle::testing::{self, Stored},
+        error::Code,
+    };
 
     fn open(folder: &Path, name: &str) -> Result<Weights, String> {
         Weights::open(&folder.join(name), DType::F32, &Device::Cpu).map_err(|error| error.message)
@@ -353,6 +377,78 @@ mod tests {
         std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(80).unwrap();
         let message = weights.tensor("a", &[2, 3]).unwrap_err().message;
         assert_eq!(message, "model.safetensors: tensor 'a': the file has become shorter while it was read");
+    }
+
+    #[test]
+    fn what_there_is_no_memory_for_is_an_error() {
+        // More than any address space has, whatever the system promises.
+        for count in [usize::MAX, isize::MAX as usize / size_of::<f32>()] {
+            let error = room::<f32>(count).unwrap_err();
+            assert_eq!(error.code, Code::Internal);
+            assert!(error.message.starts_with("no memory for it: "), "{error}");
+        }
+        assert!(room::<f32>(7).unwrap().capacity() >= 7);
+    }
+
+    /// Neither waits, as for whoever writes into a pipe, nor reads without end, as a device would be.
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn what_is_no_file_is_not_read() {
+        use rustix::fs::{CWD, FileType, Mode, mknodat};
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        mknodat(CWD, path("pipe.safetensors"), FileType::Fifo, Mode::RUSR, 0).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", path("device.safetensors")).unwrap();
+        std::fs::create_dir(path("folder.safetensors")).unwrap();
+        for name in ["pipe.safetensors", "device.safetensors", "folder.safetensors"] {
+            assert_eq!(open(folder.path(), name).err().unwrap(), format!("{name}: not a file"));
+            std::fs::write(path(INDEX_NAME), serde_json::json!({"weight_map": {"a": name}}).to_string()).unwrap();
+            let message = open(folder.path(), INDEX_NAME).err().unwrap();
+            assert_eq!(message, format!("{INDEX_NAME}: file '{name}': not a file"));
+            std::fs::remove_file(path(INDEX_NAME)).unwrap();
+            std::fs::rename(path(name), path(INDEX_NAME)).unwrap();
+            assert_eq!(open(folder.path(), INDEX_NAME).err().unwrap(), format!("{INDEX_NAME}: not a file"));
+            std::fs::rename(path(INDEX_NAME), path(name)).unwrap();
+        }
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn disks_that_fail_are_not_the_models_fault() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in [FILE_NAME, INDEX_NAME] {
+            // Reading the memory at address 0 fails as a disk does.
+            std::os::unix::fs::symlink("/proc/self/mem", folder.path().join(name)).unwrap();
+            let error = Weights::open(&folder.path().join(name), DType::F32, &Device::Cpu).err().unwrap();
+            assert_eq!(error.code, Code::Internal, "{error}");
+            assert!(
+                error.message.starts_with(&format!("{name}: ")) && error.message.contains("(os error 5)"),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_index_may_list_many_tensors_and_not_too_many_files() {
+        let folder = tempfile::tempdir().unwrap();
+        let count = 20_000;
+        let tensors: Vec<_> = (0..count).map(|index| (format!("t{index}"), Stored::counting(&[1]))).collect();
+        let (first, second) = tensors.split_at(count / 2);
+        testing::write(&folder.path().join("one.safetensors"), first);
+        testing::write(&folder.path().join("two.safetensors"), second);
+        let index = |file: &dyn Fn(usize) -> String| {
+            let map: HashMap<String, String> = (0..count).map(|index| (format!("t{index}"), file(index))).collect();
+            std::fs::write(folder.path().join(INDEX_NAME), serde_json::json!({ "weight_map": map }).to_string())
+                .unwrap();
+            open(folder.path(), INDEX_NAME)
+        };
+        let right = |index: usize| if index < count / 2 { "one.safetensors" } else { "two.safetensors" }.to_owned();
+        let mut weights = index(&right).unwrap();
+        assert_eq!(weights.files.len(), 2, "each file is opened once");
+        assert_eq!(weights.tensor("t0", &[1]).unwrap().dims(), [1]);
+        assert_eq!(weights.tensor(&format!("t{}", count - 1), &[1]).unwrap().dims(), [1]);
+        let message = index(&|index| format!("{index}.safetensors")).err().unwrap();
+        assert_eq!(message, format!("{INDEX_NAME}: lists {count} files; at most {MAX_SHARDS} are opened"));
     }
 
     #[test]

@@ -40,7 +40,8 @@ pub fn read(model: &Model, directory: &Path) -> Result<Vec<Weights>, Error> {
             let path = directory.join(location);
             let content = content(&path).map_err(|error| {
                 let name = shorten(&tensors[0].name);
-                Error::invalid(format!("tensor '{name}': cannot read external data {}: {error}", path.display()))
+                let message = format!("tensor '{name}': cannot read external data {}: {error}", path.display());
+                Error::unread(&error, message)
             })?;
             for tensor in tensors {
                 check_length(tensor, &path, content.len())?;
