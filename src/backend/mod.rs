@@ -154,8 +154,8 @@ pub enum ComputeType {
 pub struct Options {
     /// Where sessions run: "cpu" or "cuda:N". A device that cannot be had fails the model.
     pub device: Device,
-    /// The type that candle computes with, whatever the weights are stored in: "float32", "float16" or "bfloat16". An
-    /// ONNX model's is in its graph.
+    /// The type that candle keeps weights in, whatever they are stored in, and computes with on a GPU: "float32", "float16"
+    /// or "bfloat16". On a CPU it computes in 32 bits. An ONNX model's is in its graph.
     pub dtype: ComputeType,
     /// Threads that share the work of one operator. Default: cores ÷ instances, at least 1.
     pub intra_op_threads: Option<usize>,
