@@ -112,6 +112,22 @@ fn neither_company_nor_padding_changes_a_text() {
     }
 }
 
+/// Else warm-up would find that texts must not share runs.
+#[test]
+fn company_changes_no_text_in_any_type() {
+    let texts: Vec<Vec<i64>> = (0..20).map(|seed| text(18 - seed % 3, seed)).collect();
+    for family in FAMILIES {
+        for dtype in [ComputeType::Float16, ComputeType::Bfloat16] {
+            let mut session = open_with(&checkpoint(family, true), &Options { dtype, ..Options::default() });
+            let together = floats(&session.run(&padded(&texts, 18, 1)).unwrap()[0]);
+            for (together, text) in together.chunks(3).zip(&texts) {
+                let alone = session.run(&[input("input_ids", &[1, text.len()], text)]).unwrap().remove(0);
+                assert_close(together, &floats(&alone), 1e-5, &format!("{family} {dtype:?}"));
+            }
+        }
+    }
+}
+
 #[test]
 fn a_row_of_padding_spoils_no_other() {
     for family in FAMILIES {

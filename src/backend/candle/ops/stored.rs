@@ -2,17 +2,13 @@
 
 use std::borrow::Cow;
 
-use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, StorageRef, Tensor, bail};
+use candle_core::{CpuStorage, Device, Layout, Result, Storage, StorageRef, Tensor, bail};
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 
 use super::{
     elementwise::add_to,
     rows::{GRAIN, for_chunks},
 };
-
-/// Rows that are multiplied with a matrix of 16-bit floats as they are, which is faster than to write it in 32 bits: by
-/// half for 16 rows, and no longer for 128. There is no such way for bfloat16.
-pub(super) const FEW_ROWS: usize = 64;
 
 /// The elements of a tensor that lie one behind the other, as they are stored.
 enum Stored<'a> {
@@ -26,9 +22,7 @@ pub fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     if x.dtype() == weight.dtype() {
         return x.matmul(weight);
     }
-    if weight.dtype() == DType::F16 && x.dim(0)? <= FEW_ROWS {
-        return x.to_dtype(DType::F16)?.matmul(weight)?.to_dtype(x.dtype());
-    }
+    // gemm would multiply 16-bit floats itself, faster where rows are few; but a text's answer would depend on its company.
     let stored = weight.storage_and_layout();
     let stored = Stored::of(&stored)?;
     let mut widened = vec![0.0; weight.elem_count()];

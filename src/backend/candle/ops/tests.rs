@@ -3,7 +3,6 @@ use candle_core::{DType, Device, Tensor};
 use super::{
     super::config::Activation,
     functions::{erf, exp},
-    stored::FEW_ROWS,
     *,
 };
 
@@ -220,16 +219,12 @@ fn blocks_have_no_more_scores_than_they_may() {
 #[test]
 fn weights_of_halves_are_computed_with_in_32_bits() {
     let x = random(&[5, 37], 1);
-    let rows = random(&[FEW_ROWS + 1, 37], 7);
     for dtype in [DType::F16, DType::BF16] {
         let half = |shape: &[usize], seed| random(shape, seed).to_dtype(dtype).unwrap();
         let wide = |tensor: &Tensor| tensor.to_dtype(DType::F32).unwrap();
         // Of more than one chunk.
         let weight = half(&[37, 1000], 2);
-        assert_close(&product(&rows, &weight).unwrap(), &rows.matmul(&wide(&weight)).unwrap(), 0.0);
-        let few = product(&x, &weight).unwrap();
-        assert_eq!(few.dtype(), DType::F32);
-        assert_close(&few, &x.matmul(&wide(&weight)).unwrap(), 0.1);
+        assert_close(&product(&x, &weight).unwrap(), &x.matmul(&wide(&weight)).unwrap(), 0.0);
         let (bias, scale) = (half(&[37], 3), half(&[37], 4));
         let norm = |of: &dyn Fn(&Tensor) -> Tensor| {
             let norm = Norm { weight: of(&scale), bias: Some(of(&bias)), epsilon: 1e-5 };
