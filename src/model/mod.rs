@@ -41,7 +41,7 @@ use crate::{
     metrics::VersionMetrics,
     observe::Tally,
     tensor::Tensor,
-    text::{self, Encoded, Front, Wish},
+    text::{self, Encoded, Front, Part, Wish},
 };
 
 /// Bounds of each version's queue, and who shares it. A request for which it has no room is answered at once with
@@ -205,7 +205,7 @@ impl ModelVersion {
     ) -> impl Future<Output = Result<Vec<Tensor>, Refused>> + Send + 'a {
         async move {
             match &self.text {
-                None => self.run(inputs, Lengths::NONE, urgency, None).await,
+                None => self.run(inputs, urgency, None).await,
                 Some(front) if Front::is_text(&inputs) => Box::pin(self.run_text(front, inputs, urgency, wish)).await,
                 Some(front) => Box::pin(self.run_tokens(front, inputs, urgency)).await,
             }
@@ -261,8 +261,9 @@ impl ModelVersion {
 
     /// Runs parts of one request, and puts the answers together.
     async fn run_parts(&self, parts: &Encoded, urgency: &Urgency, visit: &Visit<'_>) -> Result<Vec<Tensor>, Refused> {
-        let run = |part: &text::Part| self.run(part.inputs.clone(), part.lengths, urgency, Some(visit));
-        let runs: Vec<_> = parts.parts.iter().map(run).collect();
+        let pieces: Vec<Piece<'_>> = parts.parts.iter().map(|part| Piece { part, visit }).collect();
+        let run = |piece| self.run(Piece::inputs(piece), urgency, Some(piece));
+        let runs: Vec<_> = pieces.iter().map(run).collect();
         let runs = stream::iter(runs).buffered(self.parts_at_once(urgency));
         let outputs = runs.try_collect().await.map_err(|refused| match refused {
             // Its successor has time for it.
@@ -342,17 +343,18 @@ impl ModelVersion {
     fn run<'a>(
         &'a self,
         inputs: Vec<Tensor>,
-        lengths: Lengths,
         urgency: &'a Urgency,
-        visit: Option<&'a Visit<'a>>,
+        piece: Option<&'a Piece<'a>>,
     ) -> impl Future<Output = Result<Vec<Tensor>, Refused>> + Send + 'a {
         async move {
+            let lengths = piece.map_or(Lengths::NONE, |piece| piece.part.lengths);
             let cost = self.cost(&inputs, lengths, urgency).map_err(Refused::Error)?;
             let place = cost.place;
-            let ticket = self.queue.submit(inputs, cost, visit).map_err(|refused| match refused {
-                Refused::Error(error) => Refused::Error(error.of_model(self.name.as_str())),
-                draining => draining,
-            })?;
+            let ticket =
+                self.queue.submit(inputs, cost, piece.map(|piece| piece.visit)).map_err(|refused| match refused {
+                    Refused::Error(error) => Refused::Error(error.of_model(self.name.as_str())),
+                    draining => draining,
+                })?;
             let _pending = Pending::new(self);
             let answer = self.answer(ticket, place);
             let answer = match place.deadline {
@@ -478,6 +480,18 @@ impl ModelVersion {
 impl Drop for ModelVersion {
     fn drop(&mut self) {
         self.queue.close();
+    }
+}
+
+/// A part of a request, and the request's announcement.
+struct Piece<'a> {
+    part: &'a Part,
+    visit: &'a Visit<'a>,
+}
+
+impl Piece<'_> {
+    fn inputs(&self) -> Vec<Tensor> {
+        self.part.inputs.clone()
     }
 }
 
