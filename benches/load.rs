@@ -12,7 +12,7 @@ mod closed;
 mod generator;
 mod open;
 
-pub use closed::{Saturation, closed, exactly};
+pub use closed::{Saturation, closed, closed_of, exactly};
 pub use generator::ask;
 pub use open::{Arrivals, Phase, beside, between, open, poisson};
 
@@ -68,6 +68,15 @@ mod tests {
             let full = closed(&target, Duration::from_millis(20), Duration::from_millis(200)).unwrap();
             assert!(full.rate > 10.0 && full.usage.seconds >= 0.2, "{protocol:?}: {full:?}");
 
+            let (mut looks, weights) = (0, [2.0]);
+            let look = || {
+                looks += 1;
+                Ok(())
+            };
+            let window = Duration::from_millis(50);
+            let counted = closed_of(&target, Duration::ZERO, window, |message| weights[message], look).unwrap();
+            assert!(counted.rate > 10.0 && looks == 2, "{protocol:?}: {counted:?}, looked {looks} times");
+
             let mut done = 0;
             exactly(&target, &[10, 0, 100], || {
                 done += 1;
@@ -110,7 +119,7 @@ mod tests {
         let [rest, grpc] = echo();
         let broken = [
             (rest, Request::Http1("POST /nowhere HTTP/1.1\r\nhost: h\r\ncontent-length: 0\r\n\r\n".into())),
-            (grpc, Request::Grpc { path: SERVER_LIVE, message: Bytes::new(), deadline: None }),
+            (grpc, Request::Grpc { path: SERVER_LIVE, messages: vec![Bytes::new()], deadline: None }),
         ];
         for (address, request) in &broken {
             let target =

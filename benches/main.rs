@@ -12,6 +12,7 @@ mod answers;
 mod counters;
 mod counting;
 mod echo;
+mod encoder;
 mod figures;
 mod ideal;
 mod inprocess;
@@ -24,6 +25,7 @@ mod requests;
 mod statistics;
 mod stub;
 mod targets;
+mod texts;
 mod wire;
 
 use figures::{Bench, Family, Models, Pace, Peer};
@@ -63,6 +65,9 @@ enum Command {
         /// The model file of `magika`; without it, its figures are left out.
         #[arg(long)]
         magika: Option<PathBuf>,
+        /// The folder of `all-MiniLM-L6-v2`, as Hugging Face has it; without it, the figures of texts are left out.
+        #[arg(long)]
+        minilm: Option<PathBuf>,
         /// The ONNX Runtime library, or the folder that holds it.
         #[arg(long, env = "ORT_DYLIB_PATH", default_value = ".onnxruntime")]
         onnxruntime: PathBuf,
@@ -152,7 +157,7 @@ fn main() -> Result<()> {
             Peer { rest, grpc, model }.measure(pace(quick), &mut report)?;
             finish(&report, &out, "peer", keep.as_deref())
         }
-        Command::Measure { server, models, made, magika, onnxruntime, out, keep, figures, quick } => {
+        Command::Measure { server, models, made, magika, minilm, onnxruntime, out, keep, figures, quick } => {
             process::end_children_on_signals()?;
             let cores = machine::Cores::choose()?;
             let programs = Programs {
@@ -163,7 +168,7 @@ fn main() -> Result<()> {
                 both: false,
             };
             machine::pin(&[cores.generator])?;
-            let models = Models { shipped: models, made, magika };
+            let models = Models { shipped: models, made, magika, minilm };
             let mut bench = Bench::new(programs, *pace(quick), &models, Report::new(quick))?;
             bench.measure(&figures)?;
             if figures.is_empty() {

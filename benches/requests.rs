@@ -63,7 +63,7 @@ impl Protocol {
     /// A request for `model`.
     ///
     /// # Errors
-    /// For texts, which no benchmark sends, and over JSON for half floats, which it has no number for.
+    /// Over JSON for half floats, which it has no number for, and for texts that are no UTF-8.
     pub fn request_of(self, model: &str, inputs: &[Tensor]) -> Result<Request> {
         let raw = inputs.iter().map(raw).collect::<Result<Vec<_>>>()?;
         if self == Protocol::Grpc {
@@ -76,10 +76,10 @@ impl Protocol {
             let message = pb::ModelInferRequest {
                 model_name: model.to_owned(),
                 inputs: inputs.iter().map(tensor).collect(),
-                raw_input_contents: raw.into_iter().cloned().collect(),
+                raw_input_contents: raw,
                 ..Default::default()
             };
-            return Ok(Request::Grpc { path: INFER, message: message.encode_to_vec().into(), deadline: None });
+            return Ok(Request::Grpc { path: INFER, messages: vec![message.encode_to_vec().into()], deadline: None });
         }
         let binary = self == Protocol::Binary;
         let mut described = Vec::new();
@@ -88,7 +88,7 @@ impl Protocol {
             if binary {
                 one["parameters"] = json!({ "binary_data_size": raw.len() });
             } else {
-                one["data"] = numbers(input.dtype, raw)?;
+                one["data"] = elements(input)?;
             }
             described.push(one);
         }
@@ -98,7 +98,7 @@ impl Protocol {
         let header = json!({ "parameters": { "binary_data_output": true }, "inputs": described });
         let mut body = header.to_string().into_bytes();
         let length = format!("{HEADER_LENGTH}: {}\r\n", body.len());
-        raw.into_iter().for_each(|raw| body.extend_from_slice(raw));
+        raw.iter().for_each(|raw| body.extend_from_slice(raw));
         Ok(post(model, &length, body))
     }
 
@@ -174,10 +174,28 @@ struct ReplyParameters {
     binary_data_size: Option<usize>,
 }
 
-fn raw(input: &Tensor) -> Result<&Bytes> {
+/// The contents as bytes: of texts each behind its length.
+fn raw(input: &Tensor) -> Result<Bytes> {
+    let texts = match &input.data {
+        Data::Plain(raw) => return Ok(raw.clone()),
+        Data::Strings(texts) => texts,
+    };
+    let mut raw = Vec::new();
+    for text in texts {
+        raw.extend_from_slice(&u32::try_from(text.len()).context("a text is too long")?.to_le_bytes());
+        raw.extend_from_slice(text);
+    }
+    Ok(raw.into())
+}
+
+fn elements(input: &Tensor) -> Result<Value> {
     match &input.data {
-        Data::Plain(raw) => Ok(raw),
-        Data::Strings(_) => anyhow::bail!("input '{}' holds texts", input.name),
+        Data::Plain(raw) => numbers(input.dtype, raw),
+        Data::Strings(texts) => texts
+            .iter()
+            .map(|text| Ok(Value::from(std::str::from_utf8(text)?)))
+            .collect::<Result<Vec<_>>>()
+            .map(Value::from),
     }
 }
 
@@ -232,8 +250,8 @@ mod tests {
             tensor("a", DType::Fp32, &[1, 2], &[0.2_f32, 3.0].map(f32::to_le_bytes).concat()),
             tensor("b", DType::Int16, &[1], &(-2_i16).to_le_bytes()),
         ];
-        let Request::Grpc { message, .. } = Protocol::Grpc.request_of("m", &inputs).unwrap() else { panic!() };
-        let message = pb::ModelInferRequest::decode(message).unwrap();
+        let Request::Grpc { messages, .. } = Protocol::Grpc.request_of("m", &inputs).unwrap() else { panic!() };
+        let message = pb::ModelInferRequest::decode(messages[0].clone()).unwrap();
         assert_eq!((message.inputs.len(), message.raw_input_contents.len()), (2, 2));
 
         let body = |protocol: Protocol| {
@@ -250,6 +268,24 @@ mod tests {
         let header: Value = serde_json::Deserializer::from_str(&binary).into_iter().next().unwrap().unwrap();
         assert_eq!(header["inputs"][0]["parameters"]["binary_data_size"], 8);
         assert!(Protocol::Json.request_of("m", &[tensor("h", DType::Fp16, &[1], &[0, 0])]).is_err());
+    }
+
+    #[test]
+    fn texts_are_sent_with_their_lengths() {
+        let data = Data::Strings([&b"a"[..], "\u{e9}".as_bytes()].map(Bytes::from_static).to_vec());
+        let texts = Tensor::new("t".into(), DType::Bytes, [2].as_slice().into(), data).unwrap();
+        let Request::Grpc { messages, .. } = Protocol::Grpc.request("m", &texts).unwrap() else { panic!() };
+        let message = pb::ModelInferRequest::decode(messages[0].clone()).unwrap();
+        assert_eq!(message.raw_input_contents[0][..], *b"\x01\0\0\0a\x02\0\0\0\xc3\xa9");
+        let Request::Http1(bytes) = Protocol::Json.request("m", &texts).unwrap() else { panic!() };
+        let text = String::from_utf8_lossy(&bytes);
+        assert!(text.contains("\"data\":[\"a\",\"\u{e9}\"]"), "{text}");
+        // However many are sent in turn, all are asked the same way.
+        let both = || vec![Protocol::Grpc.request("m", &texts).unwrap(), Protocol::Grpc.request("n", &texts).unwrap()];
+        assert_eq!(Request::in_turn(both()).unwrap().messages(), 2);
+        let [one, other] = both().try_into().unwrap();
+        assert!(Request::in_turn(vec![one, other.with_deadline(std::time::Duration::from_secs(1))]).is_err());
+        assert!(Request::in_turn(Vec::new()).is_err());
     }
 
     #[test]

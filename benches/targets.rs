@@ -11,7 +11,7 @@ pub struct Goal {
 const WORKLOADS: [&str; 2] = ["_w4", "_magika"];
 
 /// Names, targets and stretches.
-const GOALS: [(&str, f64, f64); 36] = [
+const GOALS: [(&str, f64, f64); 41] = [
     ("w1_grpc_vs_echo", 0.80, 0.90),
     ("w1_json_vs_echo", 0.75, 0.85),
     ("w1_binary_vs_json", 1.0, 1.2),
@@ -48,6 +48,11 @@ const GOALS: [(&str, f64, f64); 36] = [
     ("idle_mb", 40.0, 28.0),
     ("start_ms", 100.0, 30.0),
     ("cycles_memory", 1.05, 1.01),
+    ("text_vs_inprocess", 0.95, 0.98),
+    ("text_budget_vs_fixed", 1.3, 1.5),
+    ("text_padding", 10.0, 5.0),
+    ("text_memory", 1.3, 1.15),
+    ("text_tokenization", 5.0, 2.0),
 ];
 
 /// Below zero these say that noise is larger than what is added, and not how little that is.

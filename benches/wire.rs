@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use bytes::Bytes;
 
 mod http1;
@@ -22,15 +22,45 @@ pub use outbox::Outbox;
 pub enum Request {
     /// Everything, head and body.
     Http1(Bytes),
-    /// A path and the message behind the five bytes that gRPC puts first.
-    Grpc { path: &'static str, message: Bytes, deadline: Option<Duration> },
+    /// A path and the messages that are sent in turn, each behind the five bytes that gRPC puts first.
+    Grpc { path: &'static str, messages: Vec<Bytes>, deadline: Option<Duration> },
 }
 
 impl Request {
+    /// One that asks, in turn, what each of `requests` over gRPC does; they have one path and one deadline.
+    ///
+    /// # Errors
+    /// When there are none, or they are not alike.
+    pub fn in_turn(requests: Vec<Request>) -> Result<Self> {
+        let mut all = requests.into_iter();
+        let Some(Request::Grpc { path, mut messages, deadline }) = all.next() else {
+            bail!("only requests over gRPC are sent in turn");
+        };
+        for request in all {
+            match request {
+                Request::Grpc { path: other, messages: more, deadline: limit }
+                    if other == path && limit == deadline =>
+                {
+                    messages.extend(more);
+                }
+                _ => bail!("only requests with one path and one deadline are sent in turn"),
+            }
+        }
+        Ok(Request::Grpc { path, messages, deadline })
+    }
+
+    /// How many messages are sent in turn.
+    pub fn messages(&self) -> usize {
+        match self {
+            Request::Http1(_) => 1,
+            Request::Grpc { messages, .. } => messages.len(),
+        }
+    }
+
     /// The same over gRPC with a deadline, which counts from when the server receives it.
     pub fn with_deadline(self, limit: Duration) -> Self {
         match self {
-            Request::Grpc { path, message, .. } => Request::Grpc { path, message, deadline: Some(limit) },
+            Request::Grpc { path, messages, .. } => Request::Grpc { path, messages, deadline: Some(limit) },
             http => http,
         }
     }
@@ -42,6 +72,8 @@ pub struct Reply {
     /// When the request was meant to be sent, as `begin` was told.
     pub intended: Duration,
     pub succeeded: bool,
+    /// The place of its message among those that are sent in turn.
+    pub message: usize,
 }
 
 /// Replies since the last look.
@@ -73,15 +105,16 @@ pub enum Wire {
 }
 
 impl Wire {
-    /// `streams` is the number of requests that may be open at a time; over HTTP/1.1 it is always one.
+    /// `streams` is the number of requests that may be open at a time; over HTTP/1.1 it is always one. Of messages that are
+    /// sent in turn the one at `first` is the first.
     ///
     /// # Errors
     /// When the request is larger than this client can send.
-    pub fn new(request: &Request, streams: usize) -> Result<Self> {
+    pub fn new(request: &Request, streams: usize, first: usize) -> Result<Self> {
         Ok(match request {
             Request::Http1(bytes) => Wire::Http1(Http1::new(bytes.clone())),
-            Request::Grpc { path, message, deadline } => {
-                let wire = Http2::new(path, message, streams)?;
+            Request::Grpc { path, messages, deadline } => {
+                let wire = Http2::new(path, messages, streams)?.beginning_at(first);
                 Wire::Http2(match *deadline {
                     Some(deadline) => wire.with_deadline(deadline)?,
                     None => wire,

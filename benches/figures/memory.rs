@@ -87,7 +87,7 @@ impl Bench {
     }
 
     /// Bytes that a server of `models` holds when it is ready.
-    fn held(&self, models: &TempDir) -> Result<f64> {
+    pub(super) fn held(&self, models: &TempDir) -> Result<f64> {
         let sizes = (0..self.pace.memory_starts)
             .map(|_| memory(self.programs.serve(models.path())?.id()))
             .collect::<Result<Vec<_>>>()?;

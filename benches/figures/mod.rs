@@ -33,6 +33,7 @@ mod shadow;
 mod shared_memory;
 mod start;
 mod swap;
+mod text;
 mod throughput;
 mod workload;
 
@@ -72,12 +73,16 @@ pub struct Pace {
     memory_starts: usize,
     /// Loads and unloads after which memory must be what it was.
     cycles: usize,
+    /// Of texts, each of which takes some ten milliseconds.
+    text_pairs: usize,
+    text_window: Duration,
+    text_latency_window: Duration,
     /// Whether there is time for variants of figures that have no target of their own.
     thorough: bool,
 }
 
 impl Pace {
-    /// By the sum of its windows, pauses and starts 260 s on two cores, of 300 that a quick run may take.
+    /// By the sum of its windows, pauses and starts 325 s on two cores, of 360 that a quick run may take.
     pub const QUICK: Self = Self {
         pairs: 5,
         second_pairs: 3,
@@ -95,9 +100,12 @@ impl Pace {
         loads: 3,
         memory_starts: 1,
         cycles: 100,
+        text_pairs: 2,
+        text_window: Duration::from_secs(4),
+        text_latency_window: Duration::from_secs(6),
         thorough: false,
     };
-    /// By the same sum 52 minutes, of an hour.
+    /// By the same sum 57 minutes, of an hour.
     pub const FULL: Self = Self {
         pairs: 10,
         second_pairs: 6,
@@ -115,6 +123,9 @@ impl Pace {
         loads: 15,
         memory_starts: 3,
         cycles: 1000,
+        text_pairs: 5,
+        text_window: Duration::from_secs(16),
+        text_latency_window: Duration::from_secs(60),
         thorough: true,
     };
 }
@@ -127,6 +138,8 @@ pub struct Models {
     pub made: PathBuf,
     /// The model file of `magika`.
     pub magika: Option<PathBuf>,
+    /// The folder of `all-MiniLM-L6-v2`.
+    pub minilm: Option<PathBuf>,
 }
 
 /// Figures that are found together.
@@ -148,6 +161,8 @@ pub enum Family {
     Memory,
     /// `iris` while another model is loaded.
     Loading,
+    /// Texts of many lengths through `all-MiniLM-L6-v2`.
+    Text,
     /// `iris` with both cores.
     BothCores,
 }
@@ -161,6 +176,8 @@ pub struct Bench {
     iris: PathBuf,
     /// The folder of `magika`'s version.
     magika: Option<PathBuf>,
+    /// The folder of all-MiniLM-L6-v2.
+    minilm: Option<PathBuf>,
     pub report: Report,
     /// The cores' shares that other processes took, a number for each window.
     foreign: Vec<f64>,
@@ -175,7 +192,8 @@ impl Bench {
         let iris = there(&shipped.join("iris/1"))?;
         let magika = models.magika.as_deref().map(there).transpose()?;
         let magika = magika.and_then(|file| Some(file.parent()?.to_owned()));
-        Ok(Self { programs, pace, models: shipped, made, iris, magika, report, foreign: Vec::new() })
+        let minilm = models.minilm.as_deref().map(there).transpose()?;
+        Ok(Self { programs, pace, models: shipped, made, iris, magika, minilm, report, foreign: Vec::new() })
     }
 
     /// Measures the `families` of figures, or all of them when none is named.
@@ -201,6 +219,7 @@ impl Bench {
                 Family::Start => self.start()?,
                 Family::Memory => self.memory(self.magika.clone().as_deref())?,
                 Family::Loading => self.loading(iris.model.row(), rate * 0.3)?,
+                Family::Text => self.texts()?,
                 Family::BothCores => self.on_both_cores()?,
             }
         }

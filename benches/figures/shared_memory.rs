@@ -86,7 +86,7 @@ fn registration(key: &str, byte_size: usize) -> Request {
         offset: 0,
         byte_size: byte_size as u64,
     };
-    Request::Grpc { path: REGISTER, message: message.encode_to_vec().into(), deadline: None }
+    Request::Grpc { path: REGISTER, messages: vec![message.encode_to_vec().into()], deadline: None }
 }
 
 /// The request for `row`, whose `byte_size` bytes lie at the start of the region; the output goes behind them.
@@ -113,7 +113,7 @@ fn placed(model: &str, row: &Tensor, byte_size: usize) -> Request {
         outputs: vec![InferRequestedOutputTensor { name: OUTPUT.to_owned(), parameters: at(byte_size) }],
         ..Default::default()
     };
-    Request::Grpc { path: INFER, message: message.encode_to_vec().into(), deadline: None }
+    Request::Grpc { path: INFER, messages: vec![message.encode_to_vec().into()], deadline: None }
 }
 
 fn second_half(object: &File, byte_size: usize) -> Result<Vec<u8>> {

@@ -25,9 +25,24 @@ pub struct Saturation {
 /// # Errors
 /// When the server cannot be reached, stalls, or fails a single request.
 pub fn closed(target: &Target<'_>, warm: Duration, window: Duration) -> Result<Saturation> {
+    closed_of(target, warm, window, |_| 1.0, || Ok(()))
+}
+
+/// The same where requests differ: a reply counts as much as `weight` says of the place of its message, and `look` is
+/// called before the window begins and after it ends.
+///
+/// # Errors
+/// As `closed`, and what `look` fails with.
+pub fn closed_of(
+    target: &Target<'_>,
+    warm: Duration,
+    window: Duration,
+    weight: impl Fn(usize) -> f64,
+    mut look: impl FnMut() -> Result<()>,
+) -> Result<Saturation> {
     let mut generator = Generator::connect(target)?;
     let mut begun: Option<Moment> = None;
-    let mut replied = 0;
+    let mut replied = 0.0;
     let usage = loop {
         let now = generator.now();
         for connection in &mut generator.connections {
@@ -38,22 +53,26 @@ pub fn closed(target: &Target<'_>, warm: Duration, window: Duration) -> Result<S
         generator.turn(Some(STALL))?;
         let replies = &mut generator.replies.all;
         let (count, failed) = (replies.len(), replies.iter().filter(|reply| !reply.succeeded).count());
-        replies.clear();
+        let counted: f64 = replies.drain(..).map(|reply| weight(reply.message)).sum();
         ensure!(failed == 0, "{failed} of {count} requests failed under full load");
         // The window begins and ends with replies, so that a batch is in it with all of its time or not at all.
         match &begun {
-            None if count > 0 && now >= warm => begun = Some(Moment::beside(target.pid)?),
+            None if count > 0 && now >= warm => {
+                look()?;
+                begun = Some(Moment::beside(target.pid)?);
+            }
             Some(start) => {
-                replied += count;
+                replied += counted;
                 if count > 0 && start.elapsed() >= window {
-                    break start.until(&Moment::beside(target.pid)?);
+                    let usage = start.until(&Moment::beside(target.pid)?);
+                    look()?;
+                    break usage;
                 }
             }
             None => {}
         }
     };
     generator.drain()?;
-    let replied = replied as f64;
     Ok(Saturation { rate: replied / usage.seconds, cpu: usage.server / replied, usage })
 }
 

@@ -67,7 +67,8 @@ impl Generator {
             socket.set_nonblocking(true)?;
             let mut socket = TcpStream::from_std(socket);
             poll.registry().register(&mut socket, Token(index), Interest::READABLE | Interest::WRITABLE)?;
-            let wire = Wire::new(target.request, target.streams)?;
+            let wire =
+                Wire::new(target.request, target.streams, target.request.messages() * index / target.connections)?;
             let mut out = Outbox::default();
             out.push(wire.opening());
             connections.push(Connection { socket, wire, out, input: vec![0; READ], filled: 0 });

@@ -43,7 +43,7 @@ impl Http1 {
         let intended = self.open.take().context("a reply without a request")?;
         replies.body.clear();
         replies.keep(&bytes[head.len() + 4..end]);
-        replies.all.push(Reply { intended, succeeded: head.get(9..12) == Some(b"200") });
+        replies.all.push(Reply { intended, succeeded: head.get(9..12) == Some(b"200"), message: 0 });
         Ok(end)
     }
 }
@@ -73,7 +73,7 @@ mod tests {
             assert!(!wire.has_room());
             assert_eq!(wire.receive(&reply[..cut], &mut replies).unwrap(), 0);
             assert_eq!(wire.receive(reply, &mut replies).unwrap(), reply.len());
-            assert_eq!(replies.all, [Reply { intended: Duration::from_secs(3), succeeded: true }]);
+            assert_eq!(replies.all, [Reply { intended: Duration::from_secs(3), succeeded: true, message: 0 }]);
             assert_eq!((replies.body.as_slice(), wire.has_room()), (&b"hello"[..], true));
         }
     }

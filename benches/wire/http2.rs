@@ -45,8 +45,10 @@ const DYNAMIC: u8 = 62;
 pub struct Http2 {
     first: Vec<u8>,
     next: Vec<u8>,
-    /// With the five bytes before it.
-    message: Bytes,
+    /// With the five bytes before each; never none.
+    messages: Vec<Bytes>,
+    /// The place of the one that is sent next.
+    turn: usize,
     /// Requests by stream: those of stream `s` are at `s / 2`, modulo the length.
     slots: Vec<Slot>,
     streams: usize,
@@ -63,22 +65,31 @@ pub struct Http2 {
 #[derive(Clone, Copy, Default)]
 struct Slot {
     intended: Duration,
+    message: usize,
     stream: Option<u32>,
     has_message: bool,
 }
 
 impl Http2 {
-    pub fn new(path: &str, message: &[u8], streams: usize) -> Result<Self> {
-        let mut prefixed = vec![0];
-        prefixed.extend_from_slice(&u32::try_from(message.len()).context("the message is too large")?.to_be_bytes());
-        prefixed.extend_from_slice(message);
+    /// Sends `messages` in turn.
+    ///
+    /// # Errors
+    /// When there are none, or one is too large.
+    pub fn new(path: &str, messages: &[Bytes], streams: usize) -> Result<Self> {
+        ensure!(!messages.is_empty(), "there is no message to send");
+        let prefixed = |message: &Bytes| -> Result<Bytes> {
+            let length = u32::try_from(message.len()).context("the message is too large")?;
+            Ok([&[0], &length.to_be_bytes()[..], message].concat().into())
+        };
+        let messages = messages.iter().map(prefixed).collect::<Result<Vec<_>>>()?;
         // Twice as many slots as streams: those of finished streams come free in any order.
         let slots = vec![Slot::default(); (streams * 2).next_power_of_two()];
         let mut wire = Self {
             // POST and http are in the static table.
             first: vec![0x83, 0x86],
             next: vec![0x83, 0x86],
-            message: prefixed.into(),
+            messages,
+            turn: 0,
             slots,
             streams,
             stream: 1,
@@ -95,6 +106,12 @@ impl Http2 {
         wire.header(31, "", "application/grpc")?;
         wire.header(58, "", "tidegate-bench")?;
         Ok(wire)
+    }
+
+    /// The first message is the one at `place`, counted on beyond the last.
+    pub fn beginning_at(mut self, place: usize) -> Self {
+        self.turn = place % self.messages.len();
+        self
     }
 
     /// Every request is given up by the server after so long.
@@ -127,7 +144,7 @@ impl Http2 {
     pub fn has_room(&self) -> bool {
         self.open < self.streams
             && self.slots[self.slot(self.stream)].stream.is_none()
-            && self.message.len() <= self.window.min(self.stream_window)
+            && self.messages[self.turn].len() <= self.window.min(self.stream_window)
     }
 
     fn slot(&self, stream: u32) -> usize {
@@ -137,7 +154,10 @@ impl Http2 {
     pub fn begin(&mut self, intended: Duration, out: &mut Outbox) {
         let block = if self.stream == 1 { &self.first } else { &self.next };
         frame(out, HEADERS, END_HEADERS, self.stream, block);
-        let mut rest = self.message.clone();
+        let message = self.turn;
+        self.turn = (message + 1) % self.messages.len();
+        let mut rest = self.messages[message].clone();
+        self.window -= rest.len();
         while rest.len() > self.frame {
             head(out, DATA, 0, self.stream, self.frame);
             out.push_shared(&rest.split_to(self.frame));
@@ -145,8 +165,7 @@ impl Http2 {
         head(out, DATA, END_STREAM, self.stream, rest.len());
         out.push_shared(&rest);
         let slot = self.slot(self.stream);
-        self.slots[slot] = Slot { intended, stream: Some(self.stream), has_message: false };
-        self.window -= self.message.len();
+        self.slots[slot] = Slot { intended, message, stream: Some(self.stream), has_message: false };
         self.open += 1;
         self.stream += 2;
     }
@@ -212,7 +231,7 @@ impl Http2 {
         let slot = &mut self.slots[slot];
         ensure!(slot.stream.take() == Some(stream), "the end of a reply without a request");
         self.open -= 1;
-        replies.all.push(Reply { intended: slot.intended, succeeded });
+        replies.all.push(Reply { intended: slot.intended, succeeded, message: slot.message });
         Ok(())
     }
 }
@@ -254,7 +273,7 @@ mod tests {
         stream.extend(reply(1, Some(b"first")));
         for cut in 0..stream.len() {
             let (mut wire, mut out, mut replies) =
-                (Http2::new("/p", b"m", 2).unwrap(), Outbox::default(), Replies::default());
+                (Http2::new("/p", &[Bytes::from_static(b"m")], 2).unwrap(), Outbox::default(), Replies::default());
             wire.begin(Duration::from_secs(1), &mut out);
             wire.begin(Duration::from_secs(2), &mut out);
             assert!(!wire.has_room());
@@ -268,7 +287,10 @@ mod tests {
 
     #[test]
     fn headers_of_later_requests_point_at_those_of_the_first() {
-        let mut wire = Http2::new("/p", b"m", 2).unwrap().with_deadline(Duration::from_millis(100)).unwrap();
+        let mut wire = Http2::new("/p", &[Bytes::from_static(b"m")], 2)
+            .unwrap()
+            .with_deadline(Duration::from_millis(100))
+            .unwrap();
         let mut out = Outbox::default();
         wire.begin(Duration::ZERO, &mut out);
         let first = out.take();
@@ -279,8 +301,27 @@ mod tests {
     }
 
     #[test]
+    fn messages_are_sent_in_turn_and_replies_tell_which_it_was() {
+        let messages = [&b"aa"[..], b"bbb", b"c"].map(Bytes::from_static);
+        let mut wire = Http2::new("/p", &messages, 4).unwrap().beginning_at(4);
+        let (mut out, mut replies) = (Outbox::default(), Replies::default());
+        (0..4).for_each(|_| wire.begin(Duration::ZERO, &mut out));
+        let sent = out.take();
+        let places = messages.each_ref().map(|message| {
+            let prefixed = [&[0, 0, 0, 0, message.len() as u8], &message[..]].concat();
+            sent.windows(prefixed.len()).filter(|window| *window == prefixed).count()
+        });
+        assert_eq!(places, [1, 2, 1]);
+        for stream in [7, 1, 3] {
+            wire.receive(&reply(stream, Some(b"x")), &mut out, &mut replies).unwrap();
+        }
+        assert_eq!(replies.all.iter().map(|reply| reply.message).collect::<Vec<_>>(), [1, 1, 2]);
+        assert!(Http2::new("/p", &[], 4).is_err());
+    }
+
+    #[test]
     fn trailers_alone_and_resets_are_failures() {
-        let (mut wire, mut replies) = (Http2::new("/p", b"m", 4).unwrap(), Replies::default());
+        let (mut wire, mut replies) = (Http2::new("/p", &[Bytes::from_static(b"m")], 4).unwrap(), Replies::default());
         wire.begin(Duration::ZERO, &mut Outbox::default());
         wire.begin(Duration::ZERO, &mut Outbox::default());
         wire.receive(&reply(1, None), &mut Outbox::default(), &mut replies).unwrap();
@@ -295,7 +336,7 @@ mod tests {
     fn no_more_is_sent_than_the_server_takes() {
         let message = vec![0; 40_000];
         let (mut wire, mut out, mut replies) =
-            (Http2::new("/p", &message, 4).unwrap(), Outbox::default(), Replies::default());
+            (Http2::new("/p", &[Bytes::from(message)], 4).unwrap(), Outbox::default(), Replies::default());
         assert!(wire.has_room(), "a window of 65,535 bytes");
         let mut settings = Outbox::default();
         frame(&mut settings, SETTINGS, 0, 0, &[0, 5, 0, 0, 0x80, 0]);
