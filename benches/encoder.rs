@@ -41,6 +41,8 @@ pub enum Batching {
 pub struct Pass {
     /// Texts per second.
     pub rate: f64,
+    /// CPU seconds for each text.
+    pub cpu: f64,
     /// The share of the tokens that ran which were padding.
     pub padding: f64,
 }
@@ -123,7 +125,8 @@ impl Encoder {
             }
             let usage = start.until(&Moment::here()?);
             let padding = 1.0 - lengths.iter().sum::<usize>() as f64 / ran as f64;
-            Ok(Measured::new(Pass { rate: texts.len() as f64 / usage.seconds, padding }, usage))
+            let count = texts.len() as f64;
+            Ok(Measured::new(Pass { rate: count / usage.seconds, cpu: usage.own / count, padding }, usage))
         })
     }
 

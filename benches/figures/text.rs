@@ -57,6 +57,8 @@ const PADDING: &str = "tidegate_padding_tokens_total";
 struct Served {
     /// Texts of the mean length per second.
     rate: f64,
+    /// CPU seconds for each of them.
+    cpu: f64,
     /// The share of the tokens that ran which were padding; not a number when the server does not say.
     padding: f64,
 }
@@ -142,8 +144,8 @@ impl Bench {
         for &batching in batchings {
             say(format_args!("{MODEL} in-process on {runtime}, {}", batching.title()));
             let found = encoder.pass(texts, batching)?;
-            if found.usage.own < best.0 {
-                best = (found.usage.own, batching);
+            if found.value.cpu < best.0 {
+                best = (found.value.cpu, batching);
             }
             let prefix = if runtime == "candle" { "" } else { "onnx_" };
             let (name, title) = (batching.name(), format!("`{MODEL}` in-process on {runtime}, {}", batching.title()));
@@ -209,7 +211,7 @@ impl Bench {
             }
             _ => f64::NAN,
         };
-        Ok(found.map(|found| Served { rate: found.rate, padding }))
+        Ok(found.map(|found| Served { rate: found.rate, cpu: found.cpu, padding }))
     }
 
     fn report_texts(&mut self, pairs: &Pairs<Served, Inprocess>, encoders: &Encoders) {
@@ -233,6 +235,14 @@ impl Bench {
         add("text_sorted_vs_fixed", &title, "", Higher, &|_, theirs| theirs.candle.rate / theirs.fixed.rate);
         let title = "in-process: candle ÷ ONNX Runtime, each in its best batches";
         add("text_candle_vs_onnx", title, "", Higher, &|_, theirs| theirs.candle.rate / theirs.onnx.rate);
+        // Others on the machine do not lengthen CPU time as they do everything else.
+        add("text_cpu_ms", "gRPC: server CPU per text", "ms", Lower, &|ours, _| 1e3 * ours.cpu);
+        let title = format!("in-process, {sorted}: CPU per text");
+        add("text_inprocess_cpu_ms", &title, "ms", Lower, &|_, theirs| 1e3 * theirs.candle.cpu);
+        let title = format!("in-process, {fixed}: CPU per text");
+        add("text_fixed_cpu_ms", &title, "ms", Lower, &|_, theirs| 1e3 * theirs.fixed.cpu);
+        let title = format!("in-process on ONNX Runtime, {onnx}: CPU per text");
+        add("text_onnx_cpu_ms", &title, "ms", Lower, &|_, theirs| 1e3 * theirs.onnx.cpu);
         // What is counted and what is not is the same however busy the machine is.
         let silent = |share: f64| share.is_nan().then(|| format!("the server has no series {PADDING}"));
         let shares = pairs.values(|ours: &Served, _| 100.0 * ours.padding).into_iter();

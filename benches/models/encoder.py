@@ -23,6 +23,16 @@ from onnx import TensorProto, helper, numpy_helper
 OPSET, IR_VERSION = 17, 8
 INPUTS = ["input_ids", "attention_mask", "token_type_ids"]
 DTYPES = {"F32": "<f4", "F16": "<f2", "I64": "<i8"}
+# What says how texts become tokens, and embeddings of what comes out.
+FILES = [
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
+]
 # What padding gets before the softmax, so that nothing is left of it.
 HIDDEN = np.finfo(np.float32).min
 # How far from the reference an embedding may be.
@@ -37,8 +47,7 @@ def main(source, folder, expected=None):
     if kind != ("bert", "gelu", "absolute"):
         raise SystemExit(f"{source}: only BERT with gelu and absolute positions is made, not {', '.join(map(str, kind))}")
     version = folder / "minilm" / "1"
-    for file in ["config.json", "tokenizer.json", "tokenizer_config.json", "modules.json", "sentence_bert_config.json",
-                 "config_sentence_transformers.json", "1_Pooling/config.json"]:
+    for file in FILES:
         (version / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / file, version / file)
     path = version / "onnx" / "model.onnx"
