@@ -7,7 +7,7 @@ use bytes::Bytes;
 use tidegate::{
     backend::{Backend, Options, Session, candle::Candle, onnx::OnnxRuntime},
     tensor::{DType, Data, Tensor},
-    text::{Front, Limits, Settings},
+    text::{Front, Limits, Settings, Wish},
 };
 
 use crate::{
@@ -152,7 +152,7 @@ impl Encoder {
     }
 
     fn row(&self, text: &str) -> Result<Row> {
-        let encoded = self.front.encode(&input(text)?, None, &Limits::default())?;
+        let encoded = self.front.encode(&input(text)?, Wish::NONE, &Limits::default())?;
         let tokens = encoded.tokens;
         let [part] = <[_; 1]>::try_from(encoded.parts).ok().context("a text was cut into several parts")?;
         Ok(Row { inputs: part.inputs, tokens })

@@ -41,14 +41,15 @@ const LOAD: f64 = 0.5;
 /// Tokens that a run is said to cost beside its own, of which those that lead to the best batches are the ceiling.
 const RUNS: [usize; 4] = [4, 16, 64, 256];
 const FEW_RUNS: [usize; 2] = [16, 64];
-/// Texts of a batch, of which the best is what a server can do that counts texts.
-const ROWS: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
-const FEW_ROWS: [usize; 3] = [1, 4, 16];
+/// Texts of a batch, of which the best is what a server can do that counts texts. One text is none, and measured beside them.
+const ROWS: [usize; 6] = [2, 4, 8, 16, 32, 64];
+const FEW_ROWS: [usize; 2] = [2, 8];
+const ALONE: Batching = Batching::Fixed(1);
 /// Texts whose embeddings are compared, and how far apart they may be.
 const COMPARED: usize = 8;
 const AGREEMENT: f32 = 1e-4;
 
-/// Tokens of texts that the server has made, and tokens of padding that it has run.
+/// Tokens that the server has run, and padding beside them.
 const TOKENS: &str = "tidegate_tokens_total";
 const PADDING: &str = "tidegate_padding_tokens_total";
 
@@ -68,6 +69,7 @@ struct Served {
 struct Inprocess {
     candle: Pass,
     fixed: Pass,
+    alone: Pass,
     onnx: Pass,
 }
 
@@ -140,7 +142,7 @@ impl Bench {
         batchings: &[Batching],
     ) -> Result<Batching> {
         encoder.pass(&texts[..COMPARED], Batching::Fixed(COMPARED))?;
-        let mut best = (f64::INFINITY, Batching::Fixed(1));
+        let mut best = (f64::INFINITY, ALONE);
         for &batching in batchings {
             say(format_args!("{MODEL} in-process on {runtime}, {}", batching.title()));
             let found = encoder.pass(texts, batching)?;
@@ -179,8 +181,10 @@ impl Bench {
             let theirs = || {
                 let candle = encoders.candle.pass(&all, encoders.sorted)?;
                 let fixed = encoders.candle.pass(&all, encoders.fixed)?;
+                let alone = encoders.candle.pass(&all, ALONE)?;
                 let onnx = encoders.onnx.pass(&all, encoders.onnx_sorted)?;
-                Ok(candle.and(fixed).and(onnx).map(|((candle, fixed), onnx)| Inprocess { candle, fixed, onnx }))
+                let all = candle.and(fixed).and(alone).and(onnx);
+                Ok(all.map(|(((candle, fixed), alone), onnx)| Inprocess { candle, fixed, alone, onnx }))
             };
             pairs.take(ours, theirs)?;
         }
@@ -225,12 +229,16 @@ impl Bench {
         add("text_inprocess_rps", &title, "texts/s", Higher, &|_, theirs| theirs.candle.rate);
         let title = format!("in-process, {fixed}");
         add("text_fixed_rps", &title, "texts/s", Higher, &|_, theirs| theirs.fixed.rate);
+        let title = format!("in-process, {}", ALONE.title());
+        add("text_alone_rps", &title, "texts/s", Higher, &|_, theirs| theirs.alone.rate);
         let title = format!("in-process on ONNX Runtime, {onnx}");
         add("text_onnx_rps", &title, "texts/s", Higher, &|_, theirs| theirs.onnx.rate);
         let title = format!("gRPC: served ÷ in-process, {sorted}");
         add("text_vs_inprocess", &title, "", Higher, &|ours, theirs| ours.rate / theirs.candle.rate);
         let title = format!("gRPC: served ÷ in-process, {fixed}");
         add("text_budget_vs_fixed", &title, "", Higher, &|ours, theirs| ours.rate / theirs.fixed.rate);
+        let title = format!("gRPC: served ÷ in-process, {}", ALONE.title());
+        add("text_vs_alone", &title, "", Higher, &|ours, theirs| ours.rate / theirs.alone.rate);
         let title = format!("in-process: {sorted} ÷ {fixed}");
         add("text_sorted_vs_fixed", &title, "", Higher, &|_, theirs| theirs.candle.rate / theirs.fixed.rate);
         let title = "in-process: candle ÷ ONNX Runtime, each in its best batches";
@@ -280,6 +288,7 @@ impl Batching {
 
     fn title(self) -> String {
         match self {
+            ALONE => "one at a time".to_owned(),
             Batching::Fixed(rows) => format!("batches of {rows} in order of arrival"),
             Batching::Sorted(run) => format!("sorted, a run taken for {run} tokens"),
         }
