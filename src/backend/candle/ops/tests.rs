@@ -46,32 +46,32 @@ fn functions_are_close_to_those_of_double_precision() {
     assert!(exp(f32::NAN).is_nan() && erf(f32::NAN).is_nan());
 }
 
+/// An activation in double precision.
+type Exact = (Activation, fn(f64) -> f64);
+
 #[test]
 fn activations_of_extreme_numbers_are_those_of_double_precision() {
-    let erf = candle_core::cpu::erf::erf_f64;
+    use candle_core::cpu::erf::erf_f64;
     let least = f32::from_bits(1);
     let sizes =
         [0.0, least, 1e-40, f32::MIN_POSITIVE, 1e-20, 1e-3, 1.0, 5.6, 5.7, 10.0, 88.0, 89.0, 100.0, 1000.0, 1e4];
     let sizes = sizes.into_iter().chain([1e10, 1e20, 1e30, f32::MAX, f32::INFINITY]);
     let numbers: Vec<f32> = sizes.flat_map(|size| [size, -size]).chain([f32::NAN]).collect();
-    let exact: [(Activation, fn(f64, fn(f64) -> f64) -> f64); 5] = [
-        (
-            Activation::Gelu,
-            |x, erf| if x < -100.0 { -0.0 } else { 0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2)) },
-        ),
-        (Activation::GeluTanh, |x, _| {
+    let exact: [Exact; 5] = [
+        (Activation::Gelu, |x| if x < -100.0 { -0.0 } else { 0.5 * x * (1.0 + erf_f64(x / std::f64::consts::SQRT_2)) }),
+        (Activation::GeluTanh, |x| {
             let y = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x * x * x);
             0.5 * x * (1.0 + y.tanh())
         }),
-        (Activation::Relu, |x, _| if x < 0.0 { 0.0 } else { x }),
-        (Activation::Silu, |x, _| x / (1.0 + (-x).exp())),
-        (Activation::Tanh, |x, _| x.tanh()),
+        (Activation::Relu, |x| if x < 0.0 { 0.0 } else { x }),
+        (Activation::Silu, |x| x / (1.0 + (-x).exp())),
+        (Activation::Tanh, |x| x.tanh()),
     ];
     for (activation, exact) in exact {
         let x = Tensor::from_slice(&numbers, (1, numbers.len()), &Device::Cpu).unwrap();
         let given = values(&Ops::Passes.activate(x, None, activation).unwrap());
         for (x, given) in numbers.iter().zip(given) {
-            let expected = exact(f64::from(*x), erf);
+            let expected = exact(f64::from(*x));
             let what = format!("{activation:?} of {x} is {given}, expected {expected}");
             if expected.is_nan() || expected.is_infinite() {
                 assert!(
@@ -141,7 +141,7 @@ fn heads_are_those_of_candle() {
 /// What each token takes, score by score.
 fn attended(heads: &Heads, present: &[bool], window: Option<usize>, dims: Dims) -> Vec<Vec<f32>> {
     let Dims { rows, tokens, heads: count, head_size } = dims;
-    let [queries, keys, all] = [&heads.queries, &heads.keys, &heads.values].map(|part| values(part));
+    let [queries, keys, all] = [&heads.queries, &heads.keys, &heads.values].map(values);
     let place = |row: usize, head: usize, token: usize| ((row * count + head) * tokens + token) * head_size;
     let mut rows_of_tokens = Vec::new();
     for (row, token) in (0..rows).flat_map(|row| (0..tokens).map(move |token| (row, token))) {
