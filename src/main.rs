@@ -6,7 +6,7 @@ use std::process::ExitCode;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    keep_telemetry_off();
+    set_variables();
     tidegate::heap::fix_thresholds();
     tidegate::cli::run().unwrap_or_else(|error| {
         #[expect(clippy::print_stderr, reason = "whoever typed the command reads standard error")]
@@ -17,13 +17,19 @@ fn main() -> ExitCode {
     })
 }
 
+/// What libraries are told by variables and in no other way.
+///
 /// ONNX Runtime's Linux builds keep a device id and send telemetry, whatever its API is told; only this variable, set
-/// before the library is loaded, keeps them from it.
+/// before the library is loaded, keeps them from it. candle reads /proc/cpuinfo before each product of matrices, 24 times in
+/// a run of four layers, where nobody says how many cores there are.
 #[expect(
     unsafe_code,
     clippy::disallowed_methods,
     reason = "no other thread exists yet that could read the environment"
 )]
-fn keep_telemetry_off() {
+fn set_variables() {
     unsafe { std::env::set_var("ORT_DISABLE_TELEMETRY", "1") };
+    if let (None, Ok(cores)) = (std::env::var_os("RAYON_NUM_THREADS"), std::thread::available_parallelism()) {
+        unsafe { std::env::set_var("RAYON_NUM_THREADS", cores.to_string()) };
+    }
 }
