@@ -129,6 +129,15 @@ enum Command {
 }
 
 fn main() -> Result<()> {
+    // As the server does: candle would else read /proc/cpuinfo before each product, and what runs in this process has one core.
+    #[expect(
+        unsafe_code,
+        clippy::disallowed_methods,
+        reason = "no other thread exists yet that could read the environment"
+    )]
+    if std::env::var_os("RAYON_NUM_THREADS").is_none() {
+        unsafe { std::env::set_var("RAYON_NUM_THREADS", "1") };
+    }
     match Cli::parse().command {
         Command::Echo => {
             let server = echo::Server::bind()?;

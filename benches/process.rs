@@ -153,6 +153,8 @@ pub fn start(mut command: Command, cores: &[usize], home: TempDir) -> Result<Pro
 
 /// Starts `command` on `cores`; its lines follow, and its log is in `home`.
 fn spawn(command: &mut Command, cores: &[usize], home: &Path) -> Result<(Running, Lines)> {
+    // Servers find out for themselves how many cores they have.
+    command.env_remove("RAYON_NUM_THREADS");
     for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("TIDEGATE_")) {
         command.env_remove(name);
     }

@@ -38,7 +38,9 @@ const TYPES: &str = "token_type_ids";
 const LOGITS: &str = "logits";
 
 /// Tokens of one run, padding included, where nobody knows better: more make no run faster.
-pub const MOST_TOKENS: usize = 16_384;
+const MOST_TOKENS: usize = 16_384;
+/// Bytes of text that one request has encoded before others have their turn: some milliseconds' worth.
+const BIT: usize = 8 << 10;
 /// The part of its longest row by which others of a part may be shorter. Runs of several parts may have twice as much.
 const SPREAD: usize = 20;
 /// Rows and tokens of each that warm-up is given.
@@ -111,6 +113,15 @@ impl Lengths {
     pub const NONE: Self = Self { shortest: 1, longest: 1, tokens: 0 };
 }
 
+/// The texts of a request on their way to become tokens, so that those of others come in between.
+pub struct Reading {
+    front: Arc<Front>,
+    text: Tensor,
+    wish: Wish,
+    limits: Limits,
+    rows: Vec<Row>,
+}
+
 /// Texts as tokens, in parts that may run by themselves.
 pub struct Encoded {
     pub parts: Vec<Part>,
@@ -138,7 +149,7 @@ pub struct Front {
     /// Tokens that a row may have, and ids that there are, as far as the files say.
     most: Option<usize>,
     vocabulary: Option<u32>,
-    /// Long texts are encoded by one thread at a time.
+    /// Long texts are encoded by one thread at a time, some of each request in turn.
     pub turns: Arc<Semaphore>,
     /// What the session behind it looks like from outside.
     signature: Signature,
@@ -256,15 +267,26 @@ impl Front {
     /// `InvalidArgument` naming the row that is no text, or too long a one; `TooLarge` for more tokens than `limits`
     /// allow, `DeadlineExceeded` when it took too long, `Unimplemented` for prompts that there are not.
     pub fn encode(&self, text: &Tensor, wish: &Wish, limits: &Limits) -> Result<Encoded, Error> {
-        let rows = self.tokens.rows(text, wish, limits.deadline)?;
-        let tokens: usize = rows.iter().map(|row| row.ids.len()).sum();
-        let bytes = tokens.saturating_mul(self.inputs.len() * size_of::<i64>());
-        if bytes > limits.bytes {
-            let most = limits.bytes;
-            let message =
-                format!("input '{TEXT}' has {tokens} tokens, which take {bytes} bytes; there is room for {most}");
-            return Err(Error::new(Code::TooLarge, message));
+        self.arrange(&self.tokens.rows(text, wish, limits.deadline)?, wish, limits)
+    }
+
+    /// The same for texts that are many or long, bit by bit.
+    pub fn reading(self: &Arc<Self>, text: Tensor, wish: Wish, limits: Limits) -> Reading {
+        Reading { front: Arc::clone(self), text, wish, limits, rows: Vec::new() }
+    }
+
+    fn check_room(&self, name: &str, tokens: usize, limits: &Limits) -> Result<(), Error> {
+        let (bytes, most) = (tokens.saturating_mul(self.inputs.len() * size_of::<i64>()), limits.bytes);
+        if bytes <= most {
+            return Ok(());
         }
+        let message = format!("input '{name}' has {tokens} tokens, which take {bytes} bytes; there is room for {most}");
+        Err(Error::new(Code::TooLarge, message))
+    }
+
+    fn arrange(&self, rows: &[Row], wish: &Wish, limits: &Limits) -> Result<Encoded, Error> {
+        let tokens: usize = rows.iter().map(|row| row.ids.len()).sum();
+        self.check_room(TEXT, tokens, limits)?;
         let lengths: Vec<usize> = rows.iter().map(|row| row.ids.len()).collect();
         let wants_logits = wish.scores == Some(Scores::Raw) && self.head.hides_logits();
         let parts = self.parts(&lengths, limits, |places, length| {
@@ -306,9 +328,10 @@ impl Front {
     /// Whether tokens that a client sent are some that the model knows.
     ///
     /// # Errors
-    /// `InvalidArgument` naming the input and what was expected.
-    pub fn check(&self, inputs: &[Tensor]) -> Result<(), Error> {
+    /// `InvalidArgument` naming the input and what was expected, `TooLarge` for more tokens than `limits` allow.
+    pub fn check(&self, inputs: &[Tensor], limits: &Limits) -> Result<(), Error> {
         let Some(ids) = inputs.iter().find(|tensor| &*tensor.name == IDS) else { return Ok(()) };
+        self.check_room(IDS, ids.shape.iter().product(), limits)?;
         if let Some(other) = inputs.iter().find(|other| other.shape != ids.shape) {
             let (name, shape, expected) = (&other.name, &other.shape[..], &ids.shape[..]);
             let message = format!("input '{name}' must have the shape of '{IDS}', {expected:?}, got {shape:?}");
@@ -362,10 +385,15 @@ impl Front {
             _ => vec![width; rows],
         };
         let tokens = lengths.iter().sum();
-        let whole = |places: &[usize], length| length == width && places.len() == rows;
         let parts = self.parts(&lengths, limits, |places, length| {
-            let of = |input: &Tensor| if whole(places, length) { input.clone() } else { cut(input, places, length) };
-            inputs.iter().map(of).collect()
+            let in_a_row = places.windows(2).all(|pair| pair[1] == pair[0] + 1);
+            match places.first() {
+                // As it came, without a copy.
+                Some(&first) if length == width && in_a_row => {
+                    inputs.iter().map(|input| input.slice(first, places.len())).collect()
+                }
+                _ => inputs.iter().map(|input| cut(input, places, length)).collect(),
+            }
         });
         Encoded { parts, tokens, rows }
     }
@@ -421,6 +449,30 @@ impl Front {
             Tensor { name: input.name.clone(), dtype: input.dtype, shape, data }
         };
         self.inputs.iter().map(of).collect()
+    }
+}
+
+impl Reading {
+    /// Makes tokens of some more texts, for a few milliseconds or one text; all of them once none is left.
+    ///
+    /// # Errors
+    /// As [`Front::encode`].
+    pub fn read_on(&mut self) -> Result<Option<Encoded>, Error> {
+        let (start, rows) = (self.rows.len(), self.text.rows());
+        let mut bytes = 0;
+        let within = |place: &usize| {
+            let before = bytes;
+            bytes += self.text.slice(*place, 1).byte_len();
+            *place == start || before < BIT
+        };
+        let end = (start..rows).take_while(within).last().map_or(start, |last| last + 1);
+        let more = self.front.tokens.rows_at(start..end, &self.text, &self.wish, self.limits.deadline)?;
+        self.rows.extend(more);
+        if end < rows {
+            let tokens = self.rows.iter().map(|row| row.ids.len()).sum();
+            return self.front.check_room(TEXT, tokens, &self.limits).map(|()| None);
+        }
+        self.front.arrange(&self.rows, &self.wish, &self.limits).map(Some)
     }
 }
 

@@ -35,6 +35,11 @@ use weights::Weights;
 /// More operator threads than any machine has cores are a typing error.
 const MAX_THREADS: usize = 1024;
 
+/// The threads over which candle divides a product, unless RAYON_NUM_THREADS says how many.
+pub fn threads_found() -> usize {
+    candle_core::utils::get_num_threads()
+}
+
 /// candle, which is compiled in.
 pub struct Candle {
     spawner: Spawner,

@@ -5,7 +5,7 @@
 //! cost, and each client's own run in the order of their arrival. A batch takes the shape of the request whose turn it
 //! is in the highest level that waits; others of that shape may join it from behind, and from lower levels after all
 //! that can of the higher ones. No request is passed over by more than [`MAX_PASSED_OVER`] batches that come after it
-//! in its own level; those of lower levels wait as long as higher ones have requests. A request is never split.
+//! in its own level, or [`MAX_PASSED_OVER_BY_LENGTH`] where rows have lengths; those of lower levels wait as long as higher ones have requests. A request is never split.
 //!
 //! Where rows have lengths, as texts have, a batch is measured in tokens, padding included, and takes requests of about
 //! the length of its first, so that less than a tenth of it is padding.
@@ -35,8 +35,8 @@ mod tests;
 
 /// How many batches may overtake a waiting request of another shape.
 pub const MAX_PASSED_OVER: u8 = 4;
-/// How many may overtake one of another length, where rows have lengths. Whoever waits longest leads a batch, so nobody is
-/// overtaken by more than one of each length before it; with fewer, texts of very many lengths would run one by one.
+/// How many may overtake one of another length, where rows have lengths. Each of them is led by one whose turn comes before;
+/// with fewer, texts of very many lengths would run one by one.
 pub const MAX_PASSED_OVER_BY_LENGTH: u8 = 64;
 
 /// Every dimension but the first of every input, in the order of the signature.
@@ -59,6 +59,8 @@ pub struct Limits {
 pub struct Cost {
     pub rows: usize,
     pub lengths: Lengths,
+    /// Whether it is a part of a request of which another part was queued before.
+    pub follows: bool,
     pub bytes: usize,
     pub shape: ShapeKey,
     /// Runs by itself, whatever its shape.
@@ -165,7 +167,7 @@ impl<T> Batcher<T> {
             Lead::Now(lane, index) => {
                 let room = self.room_of(lane, index, now, &gone);
                 // Those who will be too late even if they run now give way to those who will not.
-                let horizon = now.checked_add(self.run_time(0)).unwrap_or(now);
+                let horizon = now.checked_add(self.service.estimate(room.likely)).unwrap_or(now);
                 next.work = self.form(lane, index, &room, horizon, now, &gone, &mut next);
                 if next.batch.is_empty() {
                     // The estimate may be wrong, and an idle executor has nothing to lose.
@@ -203,6 +205,10 @@ impl<T> Batcher<T> {
     /// Whether as much waits as one run may take: nothing is won by waiting for more.
     pub fn fills_a_batch(&self) -> bool {
         self.waiting() >= self.group
+    }
+
+    fn has_lengths(&self) -> bool {
+        self.most_passed_over == MAX_PASSED_OVER_BY_LENGTH
     }
 
     /// The work that waits.

@@ -185,6 +185,7 @@ mod tests {
         let cost = Cost {
             rows: 1,
             lengths: Lengths::NONE,
+            follows: false,
             bytes: 4,
             shape,
             alone: false,

@@ -124,6 +124,9 @@ pub struct Batching {
     pub reason: String,
 }
 
+/// Bytes of tokens that an I/O thread checks and divides by itself.
+const QUICK_TOKENS: usize = 64 << 10;
+
 /// A version that serves: a queue and the executors behind it. What is known of it reads as its own.
 pub struct ModelVersion {
     facts: Facts,
@@ -233,9 +236,19 @@ impl ModelVersion {
     ) -> Result<Vec<Tensor>, Refused> {
         let Some(visit) = self.queue.enter() else { return Err(Refused::Draining(inputs)) };
         let of_model = |error: Error| Refused::Error(error.of_model(self.name.as_str()));
-        front.check(&inputs).map_err(of_model)?;
         self.check_texts(inputs.first().map_or(0, Tensor::rows)).map_err(of_model)?;
-        let parts = front.split(front.complete(&inputs), &self.text_limits(urgency));
+        let (limits, aside, given) = (self.text_limits(urgency), Arc::clone(front), inputs.clone());
+        let divide = move || {
+            aside.check(&given, &limits)?;
+            Ok(aside.split(aside.complete(&given), &limits))
+        };
+        let parts = if inputs.iter().map(Tensor::byte_len).sum::<usize>() <= QUICK_TOKENS {
+            divide()
+        } else {
+            let divided = tokio::task::spawn_blocking(divide);
+            divided.await.unwrap_or_else(|error| Err(Error::internal(format!("no parts: {error}"))))
+        };
+        let parts = parts.map_err(of_model)?;
         // Its successor may not know of what was put in.
         self.run_parts(&parts, urgency, &visit).await.map_err(|refused| refused.with(inputs))
     }
@@ -243,9 +256,9 @@ impl ModelVersion {
     /// What texts of a request there is room and time for.
     fn text_limits(&self, urgency: &Urgency) -> text::Limits {
         text::Limits {
-            // More are divided, where tensors of other models are refused.
-            rows: self.max_batch_size.unwrap_or(usize::MAX),
-            tokens: if self.batching.enabled { self.batching.group * self.batching.row } else { text::MOST_TOKENS },
+            // More are divided, where tensors of other models are refused; and where rows are not independent, each runs alone.
+            rows: if self.batching.enabled { self.max_batch_size.unwrap_or(usize::MAX) } else { 1 },
+            tokens: self.batching.group * self.batching.row,
             bytes: self.max_bytes,
             deadline: urgency.deadline,
         }
@@ -261,9 +274,10 @@ impl ModelVersion {
 
     /// Runs parts of one request, and puts the answers together.
     async fn run_parts(&self, parts: &Encoded, urgency: &Urgency, visit: &Visit<'_>) -> Result<Vec<Tensor>, Refused> {
-        let pieces: Vec<Piece<'_>> = parts.parts.iter().map(|part| Piece { part, visit }).collect();
-        let run = |piece| self.run(Piece::inputs(piece), urgency, Some(piece));
-        let runs: Vec<_> = pieces.iter().map(run).collect();
+        let piece = |(index, part)| Piece { part, visit, follows: index > 0 };
+        let pieces: Vec<Piece<'_>> = parts.parts.iter().enumerate().map(piece).collect();
+        let runs: Vec<_> =
+            pieces.iter().map(|piece| self.run(piece.part.inputs.clone(), urgency, Some(piece))).collect();
         let runs = stream::iter(runs).buffered(self.parts_at_once(urgency));
         let outputs = runs.try_collect().await.map_err(|refused| match refused {
             // Its successor has time for it.
@@ -321,15 +335,21 @@ impl ModelVersion {
         if front.is_quick(texts, wish) {
             return front.encode(texts, wish, &limits);
         }
-        let (front, texts, wish) = (Arc::clone(front), texts.clone(), wish.clone());
+        let (front, mut reading) = (Arc::clone(front), front.reading(texts.clone(), wish.clone(), limits));
         let encoding = async move {
-            let turn = Arc::clone(&front.turns).acquire_owned().await;
-            let encoded = tokio::task::spawn_blocking(move || {
-                let encoded = front.encode(&texts, &wish, &limits);
-                drop(turn);
-                encoded
-            });
-            encoded.await.unwrap_or_else(|error| Err(Error::internal(format!("no tokens: {error}"))))
+            loop {
+                let turn = Arc::clone(&front.turns).acquire_owned().await;
+                let read = tokio::task::spawn_blocking(move || {
+                    let read = reading.read_on();
+                    drop(turn);
+                    (reading, read)
+                });
+                let (rest, read) = read.await.map_err(|error| Error::internal(format!("no tokens: {error}")))?;
+                if let Some(encoded) = read? {
+                    return Ok(encoded);
+                }
+                reading = rest;
+            }
         };
         match limits.deadline {
             None => encoding.await,
@@ -347,8 +367,7 @@ impl ModelVersion {
         piece: Option<&'a Piece<'a>>,
     ) -> impl Future<Output = Result<Vec<Tensor>, Refused>> + Send + 'a {
         async move {
-            let lengths = piece.map_or(Lengths::NONE, |piece| piece.part.lengths);
-            let cost = self.cost(&inputs, lengths, urgency).map_err(Refused::Error)?;
+            let cost = self.cost(&inputs, piece, urgency).map_err(Refused::Error)?;
             let place = cost.place;
             let ticket =
                 self.queue.submit(inputs, cost, piece.map(|piece| piece.visit)).map_err(|refused| match refused {
@@ -385,7 +404,7 @@ impl ModelVersion {
         Error::new(Code::DeadlineExceeded, format!("model '{}': the deadline passed before the answer", self.name))
     }
 
-    fn cost(&self, inputs: &[Tensor], lengths: Lengths, urgency: &Urgency) -> Result<Cost, Error> {
+    fn cost(&self, inputs: &[Tensor], piece: Option<&Piece<'_>>, urgency: &Urgency) -> Result<Cost, Error> {
         let level = self.schedule.level(urgency.priority);
         let rows = if self.has_rows { inputs.first().map_or(1, Tensor::rows) } else { 1 };
         let uneven = inputs.iter().any(|input| input.rows() != rows);
@@ -403,7 +422,8 @@ impl ModelVersion {
         Ok(Cost {
             // An empty tensor may claim any number of rows.
             rows: if empty { 0 } else { rows },
-            lengths,
+            lengths: piece.map_or(Lengths::NONE, |piece| piece.part.lengths),
+            follows: piece.is_some_and(|piece| piece.follows),
             bytes: inputs.iter().map(Tensor::byte_len).sum(),
             shape,
             alone: !self.batching.enabled || uneven || empty,
@@ -487,12 +507,8 @@ impl Drop for ModelVersion {
 struct Piece<'a> {
     part: &'a Part,
     visit: &'a Visit<'a>,
-}
-
-impl Piece<'_> {
-    fn inputs(&self) -> Vec<Tensor> {
-        self.part.inputs.clone()
-    }
+    /// Whether another one was queued before.
+    follows: bool,
 }
 
 /// Counts a request as pending while it lives.

@@ -5,7 +5,7 @@
 //! what the signature says of outputs without naming them, which is what another model gave before it became this graph.
 
 use crate::{
-    backend::{Interface, Signature, TensorSpec},
+    backend::{Interface, Pairs, Signature, TensorSpec},
     error::{Error, shorten},
     source::{Field, Form, ModelSignature},
     tensor::DType,
@@ -133,7 +133,7 @@ fn check_columns(columns: &[Field], graph: &Signature, notes: &mut Vec<String>) 
     let fits = match spec.shape[..] {
         [_, -1] => true,
         [_, width] => usize::try_from(width).is_ok_and(|width| counts.contains(&width)),
-        [_] => counts.contains(&1),
+        [_] => counts.contains(&1) || (graph.text == Some(Pairs::Maybe) && counts.contains(&2)),
         _ => false,
     };
     if !fits {

@@ -359,7 +359,7 @@ fn tokens_that_the_model_does_not_know_are_refused() {
         let data = integers(DType::Int64, values.iter().copied());
         Tensor::new(name.into(), DType::Int64, shape.as_slice().into(), data).unwrap()
     };
-    let of = |tensors: &[Tensor]| front.check(tensors).map_err(|error| error.message);
+    let of = |tensors: &[Tensor]| front.check(tensors, &FREE).map_err(|error| error.message);
     let ids = tensor(IDS, [2, 2], &[0, 5, 179, 7]);
     of(&[ids.clone(), tensor(MASK, [2, 2], &[1, 1, 1, 0])]).unwrap();
     for (tensors, said) in [
@@ -583,4 +583,38 @@ fn logits_come_as_they_are_and_scores_from_0_to_1() {
         assert_eq!(of(Some(Scores::Unit)), (own.clone(), vec![1.0; 2]), "{name}");
         assert_eq!(own, if is_identity { lengths.to_vec() } else { vec![1.0; 2] });
     }
+}
+
+#[test]
+fn many_texts_are_read_bit_by_bit() {
+    let front = open(&encoder("bert-mean").0, &Settings::default(), &body());
+    let long = "the boat waits near the gate ".repeat(100);
+    let given = texts(&[&*long; 20]);
+    let whole = front.encode(&given, Wish::NONE, &FREE).unwrap();
+    let mut reading = front.reading(given.clone(), Wish::default(), FREE);
+    let mut times = 1;
+    let read = loop {
+        match reading.read_on().unwrap() {
+            Some(read) => break read,
+            None => times += 1,
+        }
+    };
+    assert!(times > 5, "{times}");
+    assert_eq!(read.tokens, whole.tokens);
+    let inputs = |encoded: &Encoded| encoded.parts.iter().map(|part| part.inputs.clone()).collect::<Vec<_>>();
+    assert_eq!(inputs(&read), inputs(&whole));
+    let mut broken = given.clone();
+    let Data::Strings(strings) = &mut broken.data else { panic!() };
+    strings[19] = Bytes::from_static(b"\xff");
+    let mut reading = front.reading(broken, Wish::default(), FREE);
+    let error = loop {
+        if let Err(error) = reading.read_on() {
+            break error;
+        }
+    };
+    assert!(error.message.starts_with("input 'text', row 19: it is no UTF-8"), "{}", error.message);
+    let mut reading = front.reading(given, Wish::default(), Limits { bytes: 1000, ..FREE });
+    assert_eq!(reading.read_on().err().unwrap().code, Code::TooLarge, "before all is read");
+    let nothing = front.reading(texts(&[]), Wish::default(), FREE).read_on();
+    assert_eq!(nothing.err().unwrap().message, "input 'text' holds no text");
 }

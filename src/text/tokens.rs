@@ -1,6 +1,6 @@
 //! Texts to tokens, by the model's own tokenizer.
 
-use std::{collections::BTreeMap, path::PathBuf, time::Instant};
+use std::{collections::BTreeMap, ops::Range, path::PathBuf, time::Instant};
 
 use bytes::Bytes;
 use tokenizers::{
@@ -151,6 +151,17 @@ impl Tokens {
     /// `InvalidArgument` naming the row that is no text, or too long a one; `DeadlineExceeded` when it took too long,
     /// `Unimplemented` for prompts that there are not.
     pub fn rows(&self, text: &Tensor, wish: &Wish, deadline: Option<Instant>) -> Result<Vec<Row>, Error> {
+        self.rows_at(0..text.rows(), text, wish, deadline)
+    }
+
+    /// The same for some of them.
+    pub fn rows_at(
+        &self,
+        places: Range<usize>,
+        text: &Tensor,
+        wish: &Wish,
+        deadline: Option<Instant>,
+    ) -> Result<Vec<Row>, Error> {
         let Data::Strings(texts) = &text.data else {
             return Err(Error::internal("texts that are no strings"));
         };
@@ -166,8 +177,8 @@ impl Tokens {
         let width = if text.shape.get(1) == Some(&2) { 2 } else { 1 };
         // A query comes with each text that it is held against.
         let mut last: Option<(&Bytes, Encoding)> = None;
-        let mut rows = Vec::with_capacity(texts.len() / width);
-        for (row, texts) in texts.chunks(width).enumerate() {
+        let mut rows = Vec::with_capacity(places.len());
+        for (row, texts) in texts.chunks(width).enumerate().skip(places.start).take(places.len()) {
             if row > 0 && deadline.is_some_and(|deadline| deadline <= Instant::now()) {
                 return Err(Error::new(Code::DeadlineExceeded, "the deadline passed before its texts were tokens"));
             }

@@ -307,7 +307,9 @@ def test_who_takes_longer_than_unloading_may_is_told(repository, serve):
     add(repository, "swapped", "bert-mean", IN_PARTS)
     server = serve(repository.path, flags=EXPLICIT, config='[shutdown]\ndrain_timeout = "100ms"\n')
     places = long_enough(server)
-    for found in unload_amid(server, places):
+    ended = unload_amid(server, places)
+    assert any(isinstance(found, Exception) for found in ended), "nobody was cut short"
+    for found in ended:
         if isinstance(found, Exception):
             assert refused_with(found, "not_ready"), found
             assert "'swapped'" in found.message(), found

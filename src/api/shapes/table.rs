@@ -3,7 +3,7 @@
 //! Columns go by name when there is one for every input that a request must give; columns more than that are passed over,
 //! as the servers that tables come from do. Else, for a model of one such input, its columns in their order are the rows
 //! of a matrix, or its only column the elements of a vector. Of a model that takes text or tokens, text is the one input
-//! unless there is a column of tokens.
+//! unless there is a column of tokens and none of text; two columns are pairs.
 
 use std::{borrow::Cow, collections::HashMap, fmt};
 
@@ -12,7 +12,7 @@ use bytes::Bytes;
 use super::{MAX_NAMES, listed};
 use crate::{
     api::codec::{Column, Json},
-    backend::{Signature, TensorSpec},
+    backend::{Pairs, Signature, TensorSpec},
     error::Error,
     id::shorten,
     tensor::{Shape, Tensor},
@@ -74,7 +74,9 @@ impl<'a> Table<'a> {
                 Mapping::Named(names.iter().map(index).collect())
             }
             (Some(_), [spec]) => {
-                check_matrix(spec, &names)?;
+                if signature.text != Some(Pairs::Maybe) || names.len() != 2 {
+                    check_matrix(spec, &names)?;
+                }
                 Mapping::Matrix
             }
             (Some(spec), specs) => {
@@ -152,7 +154,7 @@ impl<'a> Table<'a> {
         let shape = |spec: &TensorSpec, cell: Shape| -> Shape {
             let rank = spec.shape.len();
             match mapping {
-                Mapping::Matrix if rank == 2 => [rows, names.len()].into_iter().collect(),
+                Mapping::Matrix if rank == 2 || names.len() > 1 => [rows, names.len()].into_iter().collect(),
                 Mapping::Matrix => [rows].into_iter().collect(),
                 // One value a row is a row of one where the model has rows.
                 Mapping::Named(_) if cell.is_empty() => {

@@ -363,7 +363,9 @@ fn tables_of_texts_or_of_tokens() {
     assert_eq!(invoked(table, &encoder(Pairs::Never)), Ok((ids, Orient::Records)));
     // Pairs are two columns in their order, or a column of them.
     let pair = vec![texts("text", &[1, 2], &[b"q", b"a"])];
-    assert_eq!(invoked_csv("query,passage\nq,a\n", &encoder(Pairs::Always)), Ok(pair.clone()));
+    for pairs in [Pairs::Maybe, Pairs::Always] {
+        assert_eq!(invoked_csv("query,passage\nq,a\n", &encoder(pairs)), Ok(pair.clone()), "{pairs:?}");
+    }
     let table = r#"{"dataframe_split": {"columns": ["text"], "data": [[["q", "a"]]]}}"#;
     assert_eq!(invoked(table, &encoder(Pairs::Always)), Ok((pair, Orient::Records)));
     let message = invoked_csv("a,b\nq,a\n", &encoder(Pairs::Never)).unwrap_err().message;

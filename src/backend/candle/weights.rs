@@ -1,7 +1,7 @@
 //! `Weights`: tensors of safetensors files by name, read one by one into memory of their own.
 //!
 //! A file is never mapped, for whoever truncates a mapped file kills the server, and never held whole: what is resident
-//! after loading is the tensors that the model uses, in the type that it computes with. Headers are checked before
+//! after loading is the tensors that the model uses, in the type that `options.dtype` names. Headers are checked before
 //! anything is allocated by what they say.
 
 use std::{

@@ -81,7 +81,8 @@ impl<T> Batcher<T> {
         if !self.has_bytes(self.bytes, self.len, cost) {
             return Some(format!("the queue is full: {} bytes wait (queue.max_bytes)", self.bytes));
         }
-        if wait > limits.max_wait {
+        // The rest of a request that was let in waits for its own parts as well.
+        if wait > limits.max_wait && !cost.follows {
             return Some(format!("the queue is full: the estimated wait is {wait:.1?} (queue.max_wait)"));
         }
         if self.is_level_full(cost.place.level) {
@@ -111,7 +112,7 @@ impl<T> Batcher<T> {
     /// # Errors
     /// The reason again, when those at the end run before it, are its own client's, or would not make enough room.
     fn room(&self, full: String, cost: &Cost, round: u64, wait: Duration) -> Result<Room, String> {
-        if wait > self.limits.max_wait {
+        if wait > self.limits.max_wait && !cost.follows {
             // Nobody behind it makes that shorter.
             return Err(full);
         }

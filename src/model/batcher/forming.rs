@@ -27,10 +27,13 @@ struct Group {
 }
 
 /// What a batch may hold.
+#[derive(Clone)]
 pub(super) struct Room {
     work: usize,
     rows: usize,
     lengths: RangeInclusive<usize>,
+    /// The work that there most likely is for it.
+    pub likely: usize,
 }
 
 /// What a batch holds.
@@ -139,8 +142,8 @@ impl<T> Batcher<T> {
 
     /// What the batch may hold that the entry at `index` of `lane` leads.
     pub(super) fn room_of(&self, lane: usize, index: usize, now: Instant, gone: &impl Fn(&T) -> bool) -> Room {
-        let lengths = self.lengths_of(lane, index);
-        let room = Room { work: self.group, rows: self.most_rows, lengths };
+        let (lengths, likely) = self.lengths_of(lane, index);
+        let room = Room { work: self.group, rows: self.most_rows, lengths, likely };
         if self.preferred.is_empty() {
             return room;
         }
@@ -160,18 +163,21 @@ impl<T> Batcher<T> {
                 break;
             }
         }
-        let work = self.preferred.iter().rev().find(|&&size| size <= held.work()).copied().unwrap_or(self.group);
+        let size = self.preferred.iter().rev().find(|&&size| size <= held.work()).copied();
+        // Lengths seldom add up to a size: the row that goes beyond it still belongs to it.
+        let work = size.map_or(self.group, |size| (size + held.longest.max(1) - 1).min(self.group));
         Room { work, ..room }
     }
 
-    /// The lengths that may share a run with the entry at `index` of `lane`: as close to its own as fills the run.
-    fn lengths_of(&self, lane: usize, index: usize) -> RangeInclusive<usize> {
+    /// The lengths that may share a run with the entry at `index` of `lane`, as close to its own as fills the run; and how
+    /// much work there is of them, up to a full run.
+    fn lengths_of(&self, lane: usize, index: usize) -> (RangeInclusive<usize>, usize) {
         let mut waiting = self.lanes[lane].from(index);
-        let Some(first) = waiting.next() else { return 0..=usize::MAX };
+        let Some(first) = waiting.next() else { return (0..=usize::MAX, 0) };
         let ranges = SPREADS.map(|spread| around(first.cost.lengths, spread));
         let [only, .., widest] = &ranges;
-        if only == widest {
-            return only.clone();
+        if only == widest && !self.has_lengths() {
+            return (only.clone(), self.group.min(self.waiting()));
         }
         // What waits in each of them and in none before it.
         let mut work = [first.cost.work(), 0, 0, 0];
@@ -190,7 +196,7 @@ impl<T> Batcher<T> {
             total += more;
             total >= self.group
         });
-        narrowest.map_or(widest, |(range, _)| range).clone()
+        (narrowest.map_or(widest, |(range, _)| range).clone(), total.min(self.group).max(first.cost.work()))
     }
 
     /// Takes the entry at `index` of `lane`, and those that may join it where there is `room`, out of the queue; returns
@@ -207,6 +213,7 @@ impl<T> Batcher<T> {
         next: &mut Next<T>,
     ) -> usize {
         let last = if lane == self.late() { lane } else { self.late() - 1 };
+        let mut room = room.clone();
         let mut held = Held::default();
         let mut full = false;
         for lane in lane..=last {
@@ -225,13 +232,20 @@ impl<T> Batcher<T> {
                     _ if entry.cost.place.deadline.is_some_and(|deadline| deadline < horizon) => Fit::Yields,
                     None if leads => Fit::Joins,
                     None => Fit::Waits,
-                    Some(first) => self.fit(&first.cost, held, room, entry),
+                    Some(first) => self.fit(&first.cost, held, &room, entry),
                 };
                 match fit {
                     Fit::Joins => {
+                        if next.batch.is_empty() && !entry.cost.lengths.are_in(&room.lengths) {
+                            // It leads in the place of one that left or yields.
+                            room.lengths = around(entry.cost.lengths, 0.0);
+                        }
+                        let mut turn = turn;
+                        // Time does not go past those who still wait, or newcomers would wait for all of them.
+                        turn.round = passed.first().map_or(turn.round, |(first, _)| first.round);
                         let Some(entry) = self.remove(lane, turn, true) else { continue };
                         held = held.with(&entry.cost);
-                        full = entry.cost.alone || held.fills(room);
+                        full = entry.cost.alone || held.fills(&room);
                         next.batch.push(entry);
                         overtaken = passed.len();
                     }

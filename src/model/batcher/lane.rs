@@ -182,9 +182,9 @@ impl<T> Lane<T> {
         }
     }
 
-    /// Takes the request out whose turn was taken away: it `runs`, or leaves without.
+    /// Takes the request out whose turn was taken away: it `runs`, in the round that the turn says, or leaves without.
     pub fn take(&mut self, turn: Turn, runs: bool) -> Option<Entry<T>> {
-        let Slot { entry, older, newer, round } = self.slots.get_mut(turn.slot as usize)?.take()?;
+        let Slot { entry, older, newer, .. } = self.slots.get_mut(turn.slot as usize)?.take()?;
         self.free.push(turn.slot);
         match self.slot(older) {
             Some(slot) => slot.newer = newer,
@@ -196,7 +196,7 @@ impl<T> Lane<T> {
         }
         self.work -= entry.cost.work();
         if runs {
-            self.shares.run(entry.cost.client, round, self.turns.len());
+            self.shares.run(entry.cost.client, turn.round, self.turns.len());
         } else {
             self.shares.refund(entry.cost.client, entry.price);
         }

@@ -18,6 +18,7 @@ fn cost(rows: usize, shape: usize) -> Cost {
     Cost {
         rows,
         lengths: Lengths::NONE,
+        follows: false,
         bytes: rows,
         shape: ShapeKey::from_slice(&[shape]),
         alone: false,

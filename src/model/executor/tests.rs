@@ -98,6 +98,7 @@ fn submit(queue: &Arc<Queue>, visit: Option<&Visit<'_>>, columns: usize) -> Resu
     let cost = Cost {
         rows: 1,
         lengths: Lengths::NONE,
+        follows: false,
         bytes: 4,
         shape,
         alone: false,

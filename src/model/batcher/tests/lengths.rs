@@ -3,6 +3,10 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::error::Code;
+
+/// Longer than any run.
+const NEVER: Duration = Duration::from_secs(1 << 30);
 
 /// A request of `rows` texts of `length` tokens.
 fn texts(rows: usize, length: usize) -> Cost {
@@ -39,7 +43,6 @@ fn a_run_is_as_large_as_its_tokens() {
     push_all(&mut batcher, &[[128; 3].as_slice(), &[16; 20]].concat(), now);
     let sizes: Vec<usize> = batches(&mut batcher, now).iter().map(Vec::len).collect();
     assert_eq!(sizes, [2, 1, 16, 4], "as many rows as there is room for");
-    push_all(&mut batcher, &[16; 20], now);
     let mut few = budget(256, 8);
     push_all(&mut few, &[16; 20], now);
     let sizes: Vec<usize> = batches(&mut few, now).iter().map(Vec::len).collect();
@@ -153,6 +156,78 @@ fn clients_with_texts_take_turns() {
     let order = batches(&mut batcher, now).concat();
     let last = order.iter().position(|&item| item == 22).unwrap();
     assert!(last < 8, "{order:?}");
+}
+
+#[test]
+fn a_light_client_does_not_wait_for_a_flood_of_many_lengths() {
+    let now = Instant::now();
+    let limits = Limits { max_requests: 5000, max_bytes: usize::MAX, ..LIMITS };
+    let mut batcher =
+        Batcher::new(limits, &Schedule::default(), 4096, 1, ServiceTime::default()).with_lengths(64, usize::MAX);
+    for item in 0..4000 {
+        batcher.push(item, Cost { client: Client(1), ..texts(1, 8 + item * 37 % 249) }, now).unwrap();
+    }
+    for _ in 0..3 {
+        let next = batcher.next(now, |_| false);
+        batcher.finished(now, next.work, None);
+    }
+    batcher.push(4000, Cost { client: Client(2), ..texts(1, 60) }, now).unwrap();
+    let place = batches(&mut batcher, now).iter().position(|batch| batch.contains(&4000)).unwrap();
+    assert!(place < 5, "batch {place}");
+}
+
+#[test]
+fn who_leads_in_the_place_of_another_chooses_the_lengths() {
+    let now = Instant::now();
+    let service = ServiceTime::from_sweep(&[(64, ms(5)), (128, ms(10))]);
+    let mut batcher: Batcher<usize> =
+        Batcher::new(LIMITS, &Schedule::default(), 4096, 1, service).with_lengths(64, usize::MAX);
+    batcher
+        .push(0, Cost { place: Place { deadline: Some(now + ms(500)), ..Place::default() }, ..texts(1, 8) }, now)
+        .unwrap();
+    batcher.push(1, texts(1, 250), now).unwrap();
+    (2..22).for_each(|item| drop(batcher.push(item, texts(1, 8), now).unwrap()));
+    // The first can no longer be in time.
+    let late = now + ms(499);
+    assert_eq!(items(&batcher.next(late, |_| false)), [1]);
+}
+
+#[test]
+fn a_short_run_is_not_taken_for_a_full_one() {
+    let now = Instant::now();
+    let service = ServiceTime::from_sweep(&[(64, ms(64)), (128, ms(128))]);
+    let mut batcher: Batcher<usize> =
+        Batcher::new(Limits { max_wait: NEVER, ..LIMITS }, &Schedule::default(), 4096, 1, service)
+            .with_lengths(64, usize::MAX);
+    batcher
+        .push(0, Cost { place: Place { deadline: Some(now + ms(100)), ..Place::default() }, ..texts(1, 8) }, now)
+        .unwrap();
+    (1..50).for_each(|item| drop(batcher.push(item, texts(1, 250), now).unwrap()));
+    assert_eq!(items(&batcher.next(now, |_| false)), [0], "eight tokens are in time, whatever else waits");
+}
+
+#[test]
+fn lengths_that_add_up_to_no_preferred_size_still_share_runs() {
+    let now = Instant::now();
+    let schedule: Schedule = toml::from_str("preferred_batch_sizes = [2, 4]").unwrap();
+    let mut batcher: Batcher<usize> =
+        Batcher::new(LIMITS, &schedule, 256, 1, ServiceTime::default()).with_lengths(64, usize::MAX);
+    push_all(&mut batcher, &[65; 3], now);
+    assert_eq!(batches(&mut batcher, now), [vec![0, 1], vec![2]]);
+    push_all(&mut batcher, &[100; 3], now);
+    assert_eq!(batches(&mut batcher, now), [vec![0, 1], vec![2]]);
+}
+
+#[test]
+fn the_rest_of_a_request_is_let_in_though_its_own_parts_are_ahead() {
+    let now = Instant::now();
+    let service = ServiceTime::from_sweep(&[(64, Duration::from_secs(40)), (128, Duration::from_secs(80))]);
+    let mut batcher: Batcher<usize> =
+        Batcher::new(LIMITS, &Schedule::default(), 64, 1, service).with_lengths(64, usize::MAX);
+    batcher.push(0, texts(1, 64), now).unwrap();
+    batcher.next(now, |_| false);
+    assert_eq!(batcher.push(1, texts(1, 64), now).unwrap_err().1.code, Code::Overloaded);
+    batcher.push(1, Cost { follows: true, ..texts(1, 64) }, now).unwrap();
 }
 
 proptest! {
