@@ -376,12 +376,12 @@ impl Front {
     }
 
     /// Tokens that a client sent, complete, as parts like those of texts: without the padding at their ends, where that
-    /// makes no difference.
-    pub fn split(&self, inputs: Vec<Tensor>, limits: &Limits) -> Encoded {
+    /// makes no difference or is none of the client's.
+    pub fn split(&self, inputs: Vec<Tensor>, wish: &Wish, limits: &Limits) -> Encoded {
         let rows = inputs.first().map_or(0, Tensor::rows);
         let width = inputs.first().and_then(|ids| ids.shape.get(1)).copied().unwrap_or(1);
         let lengths = match self.mask(&inputs) {
-            Some(mask) if self.pads => without_padding(mask, width),
+            Some(mask) if self.pads || wish.padded => without_padding(mask, width),
             _ => vec![width; rows],
         };
         let tokens = lengths.iter().sum();

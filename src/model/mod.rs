@@ -210,7 +210,7 @@ impl ModelVersion {
             match &self.text {
                 None => self.run(inputs, urgency, None).await,
                 Some(front) if Front::is_text(&inputs) => Box::pin(self.run_text(front, inputs, urgency, wish)).await,
-                Some(front) => Box::pin(self.run_tokens(front, inputs, urgency)).await,
+                Some(front) => Box::pin(self.run_tokens(front, inputs, urgency, wish)).await,
             }
         }
     }
@@ -233,14 +233,16 @@ impl ModelVersion {
         front: &Arc<Front>,
         inputs: Vec<Tensor>,
         urgency: &Urgency,
+        wish: &Wish,
     ) -> Result<Vec<Tensor>, Refused> {
         let Some(visit) = self.queue.enter() else { return Err(Refused::Draining(inputs)) };
         let of_model = |error: Error| Refused::Error(error.of_model(self.name.as_str()));
         self.check_texts(inputs.first().map_or(0, Tensor::rows)).map_err(of_model)?;
         let (limits, aside, given) = (self.text_limits(urgency), Arc::clone(front), inputs.clone());
+        let wish = wish.clone();
         let divide = move || {
             aside.check(&given, &limits)?;
-            Ok(aside.split(aside.complete(&given), &limits))
+            Ok(aside.split(aside.complete(&given), &wish, &limits))
         };
         let parts = if inputs.iter().map(Tensor::byte_len).sum::<usize>() <= QUICK_TOKENS {
             divide()

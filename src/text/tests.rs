@@ -425,11 +425,11 @@ fn tokens_of_very_many_rows_are_cut_into_runs() {
     let ids = Tensor::new(IDS.into(), DType::Int64, [1000, 64].as_slice().into(), data).unwrap();
     let complete = front.complete(&[ids]);
     let whole_run = Echo(body()).run(&complete).unwrap();
-    let split = front.split(complete, &Limits { rows: 100, ..FREE });
+    let split = front.split(complete, Wish::NONE, &Limits { rows: 100, ..FREE });
     assert_eq!(split.parts.len(), 10);
     let outputs = split.parts.iter().map(|part| Echo(body()).run(&part.inputs).unwrap()).collect();
     assert_eq!(split.assemble(outputs), whole_run);
-    assert_eq!(front.split(split.parts[0].inputs.clone(), &FREE).parts.len(), 1);
+    assert_eq!(front.split(split.parts[0].inputs.clone(), Wish::NONE, &FREE).parts.len(), 1);
 }
 
 /// Tokens and a mask that ends so early in each row.
@@ -448,7 +448,7 @@ fn padding_that_a_client_sent_is_not_run() {
     let complete = front.complete(&ending(40, &[40, 3, 0, 39, 3, 20]));
     let whole_run = Echo(body()).run(&complete).unwrap();
     let expected = front.head.apply(&whole_run, 6, Some(&complete[1])).unwrap();
-    let split = front.split(complete.clone(), &FREE);
+    let split = front.split(complete.clone(), Wish::NONE, &FREE);
     let of = |part: &Part| (part.rows.clone(), part.inputs[0].shape[1], part.lengths.tokens);
     let found: Vec<_> = split.parts.iter().map(of).collect();
     assert_eq!(found, [(vec![2], 1, 1), (vec![1, 4], 3, 6), (vec![5], 20, 20), (vec![3, 0], 40, 79)]);
@@ -464,9 +464,12 @@ fn padding_that_a_client_sent_is_not_run() {
         pads: false,
         ..Front::read(&encoder("bert-mean").0, &Settings::default(), &body(), true).unwrap().unwrap()
     });
-    let split = raw.split(complete.clone(), &FREE);
+    let split = raw.split(complete.clone(), Wish::NONE, &FREE);
     assert_eq!(split.parts.len(), 1);
     assert_eq!(split.parts[0].inputs, complete);
+    let split = raw.split(complete, &Wish { padded: true, ..Wish::default() }, &FREE);
+    let lengths: Vec<usize> = split.parts.iter().map(|part| part.inputs[0].shape[1]).collect();
+    assert_eq!(lengths, [1, 3, 20, 39, 40], "unless somebody else put it there; then nothing is padded");
 }
 
 #[test]

@@ -18,6 +18,8 @@ pub struct Wish {
     pub prompt: Option<Arc<str>>,
     /// What the score of a pair is.
     pub scores: Option<Scores>,
+    /// Whether tokens were padded on their way here, so that no graph need see it: not by the client, who may mean it.
+    pub padded: bool,
     /// Counts the tokens that its texts are.
     pub tokens: Option<Arc<AtomicU64>>,
 }
@@ -40,7 +42,8 @@ pub enum Scores {
 
 impl Wish {
     /// What requests want that do not say.
-    pub const NONE: &'static Self = &Self { truncate: None, side: None, prompt: None, scores: None, tokens: None };
+    pub const NONE: &'static Self =
+        &Self { truncate: None, side: None, prompt: None, scores: None, padded: false, tokens: None };
 
     /// The same of a copy, whose tokens nobody pays for and whose scores are compared as the models give them.
     #[must_use]

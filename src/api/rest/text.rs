@@ -106,7 +106,7 @@ async fn try_answer<T: Asked>(app: &App, arrival: Arrival, record: &mut Record) 
     let named = choose(&app.engine.catalog().load(), T::KIND, asked.model())?;
     let asked = Arc::new(asked);
     let tokens = Arc::new(AtomicU64::new(0));
-    let text = text::Wish { tokens: Some(tokens.clone()), ..asked.wish() };
+    let text = text::Wish { tokens: Some(tokens.clone()), padded: true, ..asked.wish() };
     let wishes = Wishes { text, read: asked.held(), told: asked.told() };
     let tensors = {
         let asked = asked.clone();
