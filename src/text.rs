@@ -24,7 +24,7 @@ mod wish;
 
 use folder::Folder;
 use heads::Head;
-use tokens::{Row, Tokens};
+use tokens::{Query, Row, Tokens};
 pub use wish::{Scores, Side, Wish};
 
 /// The input that takes raw text.
@@ -120,6 +120,8 @@ pub struct Reading {
     wish: Wish,
     limits: Limits,
     rows: Vec<Row>,
+    tokens: usize,
+    query: Option<Query>,
 }
 
 /// Texts as tokens, in parts that may run by themselves.
@@ -272,7 +274,7 @@ impl Front {
 
     /// The same for texts that are many or long, bit by bit.
     pub fn reading(self: &Arc<Self>, text: Tensor, wish: Wish, limits: Limits) -> Reading {
-        Reading { front: Arc::clone(self), text, wish, limits, rows: Vec::new() }
+        Reading { front: Arc::clone(self), text, wish, limits, rows: Vec::new(), tokens: 0, query: None }
     }
 
     fn check_room(&self, name: &str, tokens: usize, limits: &Limits) -> Result<(), Error> {
@@ -453,33 +455,42 @@ impl Front {
 }
 
 impl Reading {
-    /// Makes tokens of some more texts, for a few milliseconds or one text; all of them once none is left.
+    /// Makes tokens of some more texts, for a few milliseconds or one text; whether none is left.
     ///
     /// # Errors
     /// As [`Front::encode`].
-    pub fn read_on(&mut self) -> Result<Option<Encoded>, Error> {
-        let (start, rows) = (self.rows.len(), self.text.rows());
+    pub fn read_on(&mut self) -> Result<bool, Error> {
+        let (start, rows, tokens) = (self.rows.len(), self.text.rows(), &self.front.tokens);
+        let mut costs = tokens.costs(&self.text, &self.wish, start)?;
         let mut bytes = 0;
-        let within = |place: &usize| {
-            let before = bytes;
-            bytes += self.text.slice(*place, 1).byte_len();
-            *place == start || before < BIT
-        };
-        let end = (start..rows).take_while(within).last().map_or(start, |last| last + 1);
-        let more = self.front.tokens.rows_at(start..end, &self.text, &self.wish, self.limits.deadline)?;
+        let end = (start..rows).find(|_| {
+            let is_full = bytes >= BIT;
+            bytes += costs.next().unwrap_or(0);
+            is_full
+        });
+        let end = end.unwrap_or(rows);
+        let more = tokens.rows_at(start..end, &self.text, &self.wish, self.limits.deadline, &mut self.query)?;
+        self.tokens += more.iter().map(|row| row.ids.len()).sum::<usize>();
         self.rows.extend(more);
-        if end < rows {
-            let tokens = self.rows.iter().map(|row| row.ids.len()).sum();
-            return self.front.check_room(TEXT, tokens, &self.limits).map(|()| None);
-        }
-        self.front.arrange(&self.rows, &self.wish, &self.limits).map(Some)
+        self.front.check_room(TEXT, self.tokens, &self.limits)?;
+        Ok(end == rows)
+    }
+
+    /// The tokens of all texts, once none is left.
+    ///
+    /// # Errors
+    /// As [`Front::encode`].
+    pub fn finish(self) -> Result<Encoded, Error> {
+        self.front.arrange(&self.rows, &self.wish, &self.limits)
     }
 }
 
 impl Encoded {
     /// The outputs of the whole request from those of its parts, in the parts' order.
     pub fn assemble(&self, mut outputs: Vec<Vec<Tensor>>) -> Vec<Tensor> {
-        if let ([_], [_]) = (&self.parts[..], &outputs[..]) {
+        if let ([part], [_]) = (&self.parts[..], &outputs[..])
+            && part.rows.is_sorted()
+        {
             return outputs.swap_remove(0);
         }
         let mut places = vec![(0, 0); self.rows];

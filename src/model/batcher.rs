@@ -35,9 +35,10 @@ mod tests;
 
 /// How many batches may overtake a waiting request of another shape.
 pub const MAX_PASSED_OVER: u8 = 4;
-/// How many may overtake one of another length, where rows have lengths. Each of them is led by one whose turn comes before;
-/// with fewer, texts of very many lengths would run one by one.
-pub const MAX_PASSED_OVER_BY_LENGTH: u8 = 64;
+/// How many may overtake one of another length, where rows have lengths. Unless batches wait for company, each of them is led
+/// by one whose turn comes before. With fewer, texts of very many lengths would run one by one; with 64, runs beside a flood
+/// and many other clients were a sixth full, and are two fifths so (simulated).
+pub const MAX_PASSED_OVER_BY_LENGTH: u8 = 250;
 
 /// Every dimension but the first of every input, in the order of the signature.
 pub type ShapeKey = smallvec::SmallVec<[usize; 8]>;
@@ -168,10 +169,10 @@ impl<T> Batcher<T> {
                 let room = self.room_of(lane, index, now, &gone);
                 // Those who will be too late even if they run now give way to those who will not.
                 let horizon = now.checked_add(self.service.estimate(room.likely)).unwrap_or(now);
-                next.work = self.form(lane, index, &room, horizon, now, &gone, &mut next);
+                next.work = self.form(lane, index, &room, Some(horizon), now, &gone, &mut next);
                 if next.batch.is_empty() {
                     // The estimate may be wrong, and an idle executor has nothing to lose.
-                    next.work = self.form(lane, index, &room, now, now, &gone, &mut next);
+                    next.work = self.form(lane, index, &room, None, now, &gone, &mut next);
                 }
                 if !next.batch.is_empty() {
                     self.running.push((now, next.work));

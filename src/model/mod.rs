@@ -41,7 +41,7 @@ use crate::{
     metrics::VersionMetrics,
     observe::Tally,
     tensor::Tensor,
-    text::{self, Encoded, Front, Part, Wish},
+    text::{self, Encoded, Front, Part, Reading, Wish},
 };
 
 /// Bounds of each version's queue, and who shares it. A request for which it has no room is answered at once with
@@ -238,17 +238,24 @@ impl ModelVersion {
         let Some(visit) = self.queue.enter() else { return Err(Refused::Draining(inputs)) };
         let of_model = |error: Error| Refused::Error(error.of_model(self.name.as_str()));
         self.check_texts(inputs.first().map_or(0, Tensor::rows)).map_err(of_model)?;
-        let (limits, aside, given) = (self.text_limits(urgency), Arc::clone(front), inputs.clone());
+        let (limits, reader, given) = (self.text_limits(urgency), Arc::clone(front), inputs.clone());
         let wish = wish.clone();
         let divide = move || {
-            aside.check(&given, &limits)?;
-            Ok(aside.split(aside.complete(&given), &wish, &limits))
+            reader.check(&given, &limits)?;
+            Ok(reader.split(reader.complete(&given), &wish, &limits))
         };
         let parts = if inputs.iter().map(Tensor::byte_len).sum::<usize>() <= QUICK_TOKENS {
             divide()
         } else {
-            let divided = tokio::task::spawn_blocking(divide);
-            divided.await.unwrap_or_else(|error| Err(Error::internal(format!("no parts: {error}"))))
+            let dividing = async move {
+                let turn = Arc::clone(&front.turns).acquire_owned().await;
+                aside(move || {
+                    let _turn = turn;
+                    divide()
+                })
+                .await
+            };
+            self.in_time(limits.deadline, dividing).await
         };
         let parts = parts.map_err(of_model)?;
         // Its successor may not know of what was put in.
@@ -337,28 +344,22 @@ impl ModelVersion {
         if front.is_quick(texts, wish) {
             return front.encode(texts, wish, &limits);
         }
-        let (front, mut reading) = (Arc::clone(front), front.reading(texts.clone(), wish.clone(), limits));
+        let (front, mut reading) = (Arc::clone(front), Box::new(front.reading(texts.clone(), wish.clone(), limits)));
         let encoding = async move {
             loop {
                 let turn = Arc::clone(&front.turns).acquire_owned().await;
-                let read = tokio::task::spawn_blocking(move || {
-                    let read = reading.read_on();
+                let read = move || {
+                    let all = reading.read_on();
                     drop(turn);
-                    (reading, read)
-                });
-                let (rest, read) = read.await.map_err(|error| Error::internal(format!("no tokens: {error}")))?;
-                if let Some(encoded) = read? {
-                    return Ok(encoded);
+                    Ok(if all? { Read::All(reading.finish()?) } else { Read::Some(reading) })
+                };
+                match aside(read).await? {
+                    Read::All(encoded) => return Ok(encoded),
+                    Read::Some(rest) => reading = rest,
                 }
-                reading = rest;
             }
         };
-        match limits.deadline {
-            None => encoding.await,
-            Some(deadline) => {
-                tokio::time::timeout_at(deadline.into(), encoding).await.unwrap_or_else(|_| Err(self.too_late()))
-            }
-        }
+        self.in_time(limits.deadline, encoding).await
     }
 
     #[expect(clippy::manual_async_fn, reason = "an async fn keeps what it is given twice")]
@@ -400,6 +401,20 @@ impl ModelVersion {
             }
         }
         ticket.reply.await.unwrap_or_else(gone)
+    }
+
+    /// What `work` comes to, unless a deadline passes before.
+    async fn in_time<T>(
+        &self,
+        deadline: Option<Instant>,
+        work: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        match deadline {
+            None => work.await,
+            Some(deadline) => {
+                tokio::time::timeout_at(deadline.into(), work).await.unwrap_or_else(|_| Err(self.too_late()))
+            }
+        }
     }
 
     fn too_late(&self) -> Error {
@@ -511,6 +526,18 @@ struct Piece<'a> {
     visit: &'a Visit<'a>,
     /// Whether another one was queued before.
     follows: bool,
+}
+
+/// Texts of which some or all are tokens.
+enum Read {
+    Some(Box<Reading>),
+    All(Encoded),
+}
+
+/// Does what would keep an I/O thread from its connections on another one.
+async fn aside<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|error| Err(Error::internal(format!("texts were given up: {error}"))))
 }
 
 /// Counts a request as pending while it lives.

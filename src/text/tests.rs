@@ -419,6 +419,19 @@ fn a_query_that_comes_with_each_text_is_read_once() {
 }
 
 #[test]
+fn a_query_is_no_reason_to_read_text_by_text() {
+    let scores = graph(&[IDS, MASK, TYPES], "logits", &[-1, 1]);
+    let front = open(&encoder("bert-reranker").0, &Settings::default(), &scores);
+    let query = "the boat waits near the gate ".repeat(1000);
+    let given = pairs(&[[&*query, "a"]; 50]);
+    let mut reading = front.reading(given.clone(), Wish::default(), FREE);
+    assert!(!reading.read_on().unwrap(), "the query itself is long");
+    assert!(reading.read_on().unwrap(), "and read once");
+    let whole = front.encode(&given, Wish::NONE, &FREE).unwrap();
+    assert_eq!(reading.finish().unwrap().parts[0].inputs, whole.parts[0].inputs);
+}
+
+#[test]
 fn tokens_of_very_many_rows_are_cut_into_runs() {
     let front = open(&encoder("bert-mean").0, &Settings::default(), &body());
     let data = integers(DType::Int64, (0..1000 * 64).map(|number| number % 170));
@@ -470,6 +483,19 @@ fn padding_that_a_client_sent_is_not_run() {
     let split = raw.split(complete, &Wish { padded: true, ..Wish::default() }, &FREE);
     let lengths: Vec<usize> = split.parts.iter().map(|part| part.inputs[0].shape[1]).collect();
     assert_eq!(lengths, [1, 3, 20, 39, 40], "unless somebody else put it there; then nothing is padded");
+}
+
+#[test]
+fn rows_of_one_part_come_back_in_order() {
+    let front = open(&encoder("bert-mean").0, &Settings::default(), &body());
+    let complete = front.complete(&ending(40, &[40, 39, 40]));
+    let mut session = front.before(Box::new(Echo(body())));
+    let whole = session.run(&complete).unwrap();
+    let split = front.split(complete, Wish::NONE, &FREE);
+    let [part] = &split.parts[..] else { panic!("several parts") };
+    assert_eq!(part.rows, [1, 0, 2]);
+    let outputs = vec![session.run(&part.inputs).unwrap()];
+    assert_eq!(split.assemble(outputs), whole);
 }
 
 #[test]
@@ -596,13 +622,11 @@ fn many_texts_are_read_bit_by_bit() {
     let whole = front.encode(&given, Wish::NONE, &FREE).unwrap();
     let mut reading = front.reading(given.clone(), Wish::default(), FREE);
     let mut times = 1;
-    let read = loop {
-        match reading.read_on().unwrap() {
-            Some(read) => break read,
-            None => times += 1,
-        }
-    };
+    while !reading.read_on().unwrap() {
+        times += 1;
+    }
     assert!(times > 5, "{times}");
+    let read = reading.finish().unwrap();
     assert_eq!(read.tokens, whole.tokens);
     let inputs = |encoded: &Encoded| encoded.parts.iter().map(|part| part.inputs.clone()).collect::<Vec<_>>();
     assert_eq!(inputs(&read), inputs(&whole));

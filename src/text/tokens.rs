@@ -18,6 +18,8 @@ use crate::{
 
 /// Bytes of texts that an I/O thread may encode by itself: some hundred microseconds at most.
 const QUICK_BYTES: usize = 256;
+/// What a row costs beside its text, in bytes of texts.
+const ROW_BYTES: usize = 32;
 /// Tokens of a text where no file says how many there may be.
 const DEFAULT_LENGTH: usize = 8192;
 /// Bytes for each token that the model takes, and bytes in any case, beyond which a text is not even looked at: words are
@@ -32,6 +34,12 @@ pub(super) struct Row {
     pub ids: Vec<u32>,
     /// 0 for tokens of the first text of a pair, 1 for those of the second.
     pub types: Vec<u32>,
+}
+
+/// The first text of a pair, which comes with each text that it is held against.
+pub(super) struct Query {
+    text: Bytes,
+    encoding: Encoding,
 }
 
 /// The tokenizer, and what the model wants of it.
@@ -145,22 +153,45 @@ impl Tokens {
         }
     }
 
+    /// Bytes that are tokenized for each row from the one at `start` on, and somewhat more.
+    ///
+    /// # Errors
+    /// As `prompt`.
+    pub fn costs<'a>(
+        &self,
+        text: &'a Tensor,
+        wish: &Wish,
+        start: usize,
+    ) -> Result<impl Iterator<Item = usize> + 'a, Error> {
+        let prompt = self.prompt(wish)?.len();
+        let strings: &[Bytes] = if let Data::Strings(strings) = &text.data { strings } else { &[] };
+        let width = if text.shape.get(1) == Some(&2) { 2 } else { 1 };
+        let cost = move |row: usize| {
+            let texts = strings.get(row * width..(row + 1) * width).unwrap_or_default();
+            // The query of the row before is not tokenized again.
+            let is_known = width == 2 && row > 0 && strings.get((row - 1) * width) == texts.first();
+            texts[usize::from(is_known).min(texts.len())..].iter().map(|text| text.len() + prompt + ROW_BYTES).sum()
+        };
+        Ok((start..).map(cost))
+    }
+
     /// The tokens of each text, or of each pair of texts.
     ///
     /// # Errors
     /// `InvalidArgument` naming the row that is no text, or too long a one; `DeadlineExceeded` when it took too long,
     /// `Unimplemented` for prompts that there are not.
     pub fn rows(&self, text: &Tensor, wish: &Wish, deadline: Option<Instant>) -> Result<Vec<Row>, Error> {
-        self.rows_at(0..text.rows(), text, wish, deadline)
+        self.rows_at(0..text.rows(), text, wish, deadline, &mut None)
     }
 
-    /// The same for some of them.
+    /// The same for some of them, of which the first may be held against the `query` of the ones before.
     pub fn rows_at(
         &self,
         places: Range<usize>,
         text: &Tensor,
         wish: &Wish,
         deadline: Option<Instant>,
+        query: &mut Option<Query>,
     ) -> Result<Vec<Row>, Error> {
         let Data::Strings(texts) = &text.data else {
             return Err(Error::internal("texts that are no strings"));
@@ -175,8 +206,6 @@ impl Tokens {
         let truncate = wish.truncate.unwrap_or(self.truncate);
         let manner = &Manner { truncate, direction, prompt: self.prompt(wish)? };
         let width = if text.shape.get(1) == Some(&2) { 2 } else { 1 };
-        // A query comes with each text that it is held against.
-        let mut last: Option<(&Bytes, Encoding)> = None;
         let mut rows = Vec::with_capacity(places.len());
         for (row, texts) in texts.chunks(width).enumerate().skip(places.start).take(places.len()) {
             if row > 0 && deadline.is_some_and(|deadline| deadline <= Instant::now()) {
@@ -184,12 +213,12 @@ impl Tokens {
             }
             let of_row = |reason: String| Error::invalid(format!("input '{}', row {row}: {reason}", text.name));
             let (first, second) = (&texts[0], texts.get(1));
-            let encoding = match last.take() {
-                Some((same, encoding)) if second.is_some() && same == first => encoding,
+            let encoding = match query.take() {
+                Some(Query { text, encoding }) if second.is_some() && text == first => encoding,
                 _ => self.encode(first, manner).map_err(of_row)?,
             };
             if second.is_some() {
-                last = Some((first, encoding.clone()));
+                *query = Some(Query { text: first.clone(), encoding: encoding.clone() });
             }
             let second = second.map(|text| self.encode(text, manner)).transpose().map_err(of_row)?;
             rows.push(self.row(encoding, second, manner).map_err(of_row)?);

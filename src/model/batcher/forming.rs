@@ -200,14 +200,15 @@ impl<T> Batcher<T> {
     }
 
     /// Takes the entry at `index` of `lane`, and those that may join it where there is `room`, out of the queue; returns
-    /// their work. Those with a deadline before `horizon` yield to others, and leave when there are others.
+    /// their work. Those whose deadline will have passed at its end, the `horizon`, yield to others, and leave when there are
+    /// others.
     #[expect(clippy::too_many_arguments, reason = "what a look at the queue needs, once")]
     pub(super) fn form(
         &mut self,
         lane: usize,
         mut index: usize,
         room: &Room,
-        horizon: Instant,
+        horizon: Option<Instant>,
         now: Instant,
         gone: &impl Fn(&T) -> bool,
         next: &mut Next<T>,
@@ -229,7 +230,7 @@ impl<T> Batcher<T> {
                 }
                 let Some(entry) = self.lanes[lane].entry(turn) else { continue };
                 let fit = match next.batch.first() {
-                    _ if entry.cost.place.deadline.is_some_and(|deadline| deadline < horizon) => Fit::Yields,
+                    _ if self.is_too_late(entry, &room, horizon, now) => Fit::Yields,
                     None if leads => Fit::Joins,
                     None => Fit::Waits,
                     Some(first) => self.fit(&first.cost, held, &room, entry),
@@ -272,6 +273,15 @@ impl<T> Batcher<T> {
             }
         }
         held.work()
+    }
+
+    /// Whether `entry` would miss its deadline in the batch, which ends at `horizon`; or, of other lengths, in a run of its own.
+    fn is_too_late(&self, entry: &Entry<T>, room: &Room, horizon: Option<Instant>, now: Instant) -> bool {
+        let (Some(of_batch), Some(deadline)) = (horizon, entry.cost.place.deadline) else { return false };
+        if entry.cost.lengths.are_in(&room.lengths) {
+            return deadline < of_batch;
+        }
+        now.checked_add(self.service.estimate(entry.cost.work())).is_some_and(|alone| deadline < alone)
     }
 
     /// What becomes of `entry` beside a batch that `first` leads and that holds so much of its `room`.

@@ -178,7 +178,7 @@ impl<T> Lane<T> {
     /// Notes that a request has been overtaken by a batch of its level.
     pub fn pass_over(&mut self, turn: Turn) {
         if let Some(slot) = self.slot(turn.slot) {
-            slot.entry.passed_over += 1;
+            slot.entry.passed_over = slot.entry.passed_over.saturating_add(1);
         }
     }
 

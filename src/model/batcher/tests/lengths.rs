@@ -207,6 +207,22 @@ fn a_short_run_is_not_taken_for_a_full_one() {
 }
 
 #[test]
+fn each_is_in_time_by_the_run_that_it_would_have() {
+    let now = Instant::now();
+    let service = ServiceTime::from_sweep(&[(64, ms(64)), (128, ms(128))]);
+    let limits = Limits { max_wait: NEVER, ..LIMITS };
+    let schedule: Schedule = toml::from_str("priority_levels = 2\ndefault_priority = 1").unwrap();
+    let mut batcher: Batcher<usize> = Batcher::new(limits, &schedule, 512, 1, service).with_lengths(64, usize::MAX);
+    let place = |level, after| Place { level, deadline: Some(now + ms(after)), ..Place::default() };
+    batcher.push(1, Cost { place: place(1, 300), ..texts(1, 8) }, now).unwrap();
+    batcher.push(2, Cost { place: place(1, 60_000), ..texts(1, 8) }, now).unwrap();
+    // The first to run no longer can be in time; the few tokens of the others are.
+    batcher.push(0, Cost { place: place(0, 8200), ..texts(1, 8192) }, now).unwrap();
+    let next = batcher.next(now + ms(100), |_| false);
+    assert_eq!(items(&next), [1, 2]);
+}
+
+#[test]
 fn lengths_that_add_up_to_no_preferred_size_still_share_runs() {
     let now = Instant::now();
     let schedule: Schedule = toml::from_str("preferred_batch_sizes = [2, 4]").unwrap();
