@@ -218,7 +218,8 @@ impl Front {
 
     /// Whether a row gets the same answer with padding behind it as without.
     fn tells_padding(&self, session: &mut dyn Session) -> Result<bool, Error> {
-        let row = self.tokens.made_up(0, PADDED.0);
+        // With room for padding, however short texts may be.
+        let row = self.tokens.made_up(0, PADDED.0.min(self.tokens.longest() / 2).max(1));
         let length = row.ids.len();
         let mut answer = |length: usize| {
             let inputs = self.tensors(&[&row], length);
@@ -289,7 +290,8 @@ impl Front {
     fn arrange(&self, rows: &[Row], wish: &Wish, limits: &Limits) -> Result<Encoded, Error> {
         let tokens: usize = rows.iter().map(|row| row.ids.len()).sum();
         self.check_room(TEXT, tokens, limits)?;
-        let lengths: Vec<usize> = rows.iter().map(|row| row.ids.len()).collect();
+        // A row without a token is one of padding: no graph takes rows of nothing.
+        let lengths: Vec<usize> = rows.iter().map(|row| row.ids.len().max(1)).collect();
         let wants_logits = wish.scores == Some(Scores::Raw) && self.head.hides_logits();
         let parts = self.parts(&lengths, limits, |places, length| {
             let mut inputs = self.tensors(&places.iter().map(|&place| &rows[place]).collect::<Vec<_>>(), length);

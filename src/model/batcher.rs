@@ -171,8 +171,9 @@ impl<T> Batcher<T> {
                 let horizon = now.checked_add(self.service.estimate(room.likely)).unwrap_or(now);
                 next.work = self.form(lane, index, &room, Some(horizon), now, &gone, &mut next);
                 if next.batch.is_empty() {
-                    // The estimate may be wrong, and an idle executor has nothing to lose.
-                    next.work = self.form(lane, index, &room, None, now, &gone, &mut next);
+                    // The estimate may be wrong, and an idle executor has nothing to lose. Those before the first one may have
+                    // left by now.
+                    next.work = self.form(lane, 0, &room, None, now, &gone, &mut next);
                 }
                 if !next.batch.is_empty() {
                     self.running.push((now, next.work));

@@ -264,12 +264,13 @@ impl ModelVersion {
 
     /// What texts of a request there is room and time for.
     fn text_limits(&self, urgency: &Urgency) -> text::Limits {
+        let level = self.schedule.level(urgency.priority);
         text::Limits {
             // More are divided, where tensors of other models are refused; and where rows are not independent, each runs alone.
             rows: if self.batching.enabled { self.max_batch_size.unwrap_or(usize::MAX) } else { 1 },
             tokens: self.batching.group * self.batching.row,
             bytes: self.max_bytes,
-            deadline: urgency.deadline,
+            deadline: self.levels[level].place(level, urgency, Instant::now()).deadline,
         }
     }
 

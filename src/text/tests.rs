@@ -407,6 +407,42 @@ fn a_graph_that_reads_padding_gets_none() {
 }
 
 #[test]
+fn graphs_are_tried_with_padding_however_short_texts_are() {
+    let (folder, _) = encoder("bert-mean");
+    let graph = graph(&[IDS, MASK], "sentence_embedding", &[-1, 2]);
+    let short = Settings { max_length: Some(16), ..Settings::default() };
+    let front = Front::open(&folder, &short, &mut Unmasked(graph), true).unwrap().unwrap();
+    assert!(!front.pads);
+}
+
+#[test]
+fn tokenizers_that_add_nothing_are_followed() {
+    let without = |name: &str| {
+        let folder = copied(name);
+        let path = folder.path().join("tokenizer.json");
+        let mut tokenizer: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        tokenizer["post_processor"] = Value::Null;
+        fs::write(&path, tokenizer.to_string()).unwrap();
+        let _ = fs::remove_file(folder.path().join("modules.json"));
+        folder
+    };
+    let folder = without("bert-mean");
+    let front = open(folder.path(), &Settings { normalize: Some(false), ..Settings::default() }, &body());
+    let given = texts(&["", "the boat"]);
+    let encoded = front.encode(&given, Wish::NONE, &FREE).unwrap();
+    assert_eq!(encoded.parts[0].inputs[0].shape[..], [1, 1], "one of padding");
+    assert_eq!((whole(&encoded.parts[0].inputs[1]), encoded.tokens), (vec![0], 2));
+    let answer = front.before(Box::new(Echo(body()))).run(&[given]).unwrap();
+    assert_eq!(reals(&answer[0])[..2], [0.0, 0.0], "of no text");
+
+    let folder = without("bert-reranker");
+    let scores = graph(&[IDS, MASK, TYPES], "logits", &[-1, 1]);
+    let front = open(folder.path(), &Settings::default(), &scores);
+    let row = &front.tokens.rows(&pairs(&[["the boat", "gate"]]), Wish::NONE, None).unwrap()[0];
+    assert_eq!(row.types, [0, 0, 1], "as transformers has it");
+}
+
+#[test]
 fn a_query_that_comes_with_each_text_is_read_once() {
     let scores = graph(&[IDS, MASK, TYPES], "logits", &[-1, 1]);
     let front = open(&encoder("bert-reranker").0, &Settings::default(), &scores);

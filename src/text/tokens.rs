@@ -220,7 +220,11 @@ impl Tokens {
             if second.is_some() {
                 *query = Some(Query { text: first.clone(), encoding: encoding.clone() });
             }
-            let second = second.map(|text| self.encode(text, manner)).transpose().map_err(of_row)?;
+            let mut second = second.map(|text| self.encode(text, manner)).transpose().map_err(of_row)?;
+            if let Some(second) = &mut second {
+                // Where no post-processor does it.
+                second.set_type_ids(vec![1; second.len()]);
+            }
             rows.push(self.row(encoding, second, manner).map_err(of_row)?);
         }
         Ok(rows)

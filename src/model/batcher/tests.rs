@@ -376,6 +376,19 @@ fn who_waited_too_long_is_rejected_or_steps_back() {
 }
 
 #[test]
+fn an_executor_does_not_sleep_over_who_left_at_its_first_look() {
+    let now = Instant::now();
+    let service = ServiceTime::from_sweep(&[(1, ms(20)), (2, ms(40))]);
+    let schedule: Schedule = toml::from_str("max_delay = '100ms'\ntimeout_action = 'delay'").unwrap();
+    let mut batcher = Batcher::new(LIMITS, &schedule, 4, 1, service);
+    batcher.push(0, cost(1, 1), now).unwrap();
+    batcher.push(1, in_level(0, 2, Some(now + ms(5))), now).unwrap();
+    batcher.push(2, Cost { rows: 4, shape: ShapeKey::from_slice(&[3]), ..until(Some(now + ms(60))) }, now).unwrap();
+    // The last one fills a batch, and would be too late; the second steps back.
+    assert_eq!(items(&batcher.next(now + ms(10), |_| false)), [0]);
+}
+
+#[test]
 fn the_late_are_dropped_when_they_are_dead() {
     let now = Instant::now();
     let mut batcher = scheduled("timeout_action = 'delay'", 1, 1);
