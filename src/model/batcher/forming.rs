@@ -172,13 +172,13 @@ impl<T> Batcher<T> {
     /// The lengths that may share a run with the entry at `index` of `lane`, as close to its own as fills the run; and how
     /// much work there is of them, up to a full run.
     fn lengths_of(&self, lane: usize, index: usize) -> (RangeInclusive<usize>, usize) {
+        if !self.has_lengths() {
+            return (0..=usize::MAX, self.group.min(self.waiting()));
+        }
         let mut waiting = self.lanes[lane].from(index);
         let Some(first) = waiting.next() else { return (0..=usize::MAX, 0) };
         let ranges = SPREADS.map(|spread| around(first.cost.lengths, spread));
-        let [only, .., widest] = &ranges;
-        if only == widest && !self.has_lengths() {
-            return (only.clone(), self.group.min(self.waiting()));
-        }
+        let [.., widest] = &ranges;
         // What waits in each of them and in none before it.
         let mut work = [first.cost.work(), 0, 0, 0];
         let below = self.lanes[lane + 1..self.late().max(lane + 1)].iter().flat_map(|lane| lane.iter());
