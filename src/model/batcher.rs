@@ -5,7 +5,8 @@
 //! cost, and each client's own run in the order of their arrival. A batch takes the shape of the request whose turn it
 //! is in the highest level that waits; others of that shape may join it from behind, and from lower levels after all
 //! that can of the higher ones. No request is passed over by more than [`MAX_PASSED_OVER`] batches that come after it
-//! in its own level, or [`MAX_PASSED_OVER_BY_LENGTH`] where rows have lengths; those of lower levels wait as long as higher ones have requests. A request is never split.
+//! in its own level, or [`MAX_PASSED_OVER_BY_LENGTH`] where rows have lengths; those of lower levels wait as long as
+//! higher ones have requests. A request is never split.
 //!
 //! Where rows have lengths, as texts have, a batch is measured in tokens, padding included, and takes requests of about
 //! the length of its first, so that less than a tenth of it is padding.
@@ -112,7 +113,8 @@ pub struct Batcher<T> {
     group: usize,
     /// Rows that a batch may have beside that.
     most_rows: usize,
-    most_passed_over: u8,
+    /// Whether rows have lengths.
+    has_lengths: bool,
     /// Sizes to which batches are cut when they can be, in ascending order.
     preferred: Vec<usize>,
     max_delay: Duration,
@@ -138,7 +140,7 @@ impl<T> Batcher<T> {
             limits,
             group,
             most_rows: usize::MAX,
-            most_passed_over: MAX_PASSED_OVER,
+            has_lengths: false,
             preferred,
             max_delay: schedule.max_delay,
             executors: executors.max(1),
@@ -154,7 +156,7 @@ impl<T> Batcher<T> {
         self.lanes.iter_mut().for_each(|lane| lane.take_turns_of(row));
         self.preferred.iter_mut().for_each(|size| *size *= row);
         self.preferred.retain(|&size| size <= self.group);
-        Self { most_rows: most_rows.max(1), most_passed_over: MAX_PASSED_OVER_BY_LENGTH, ..self }
+        Self { most_rows: most_rows.max(1), has_lengths: true, ..self }
     }
 
     /// The next batch for an idle executor, without the requests that are `gone` or have waited too long.
@@ -209,8 +211,9 @@ impl<T> Batcher<T> {
         self.waiting() >= self.group
     }
 
-    fn has_lengths(&self) -> bool {
-        self.most_passed_over == MAX_PASSED_OVER_BY_LENGTH
+    /// How many batches may overtake a waiting request that cannot join them.
+    fn most_passed_over(&self) -> u8 {
+        if self.has_lengths { MAX_PASSED_OVER_BY_LENGTH } else { MAX_PASSED_OVER }
     }
 
     /// The work that waits.

@@ -1,10 +1,10 @@
 //! Whose turn it is: deficit round robin between the clients of one level, by predicted cost.
 //!
-//! In every round each client may have as much run as one row of a full batch costs, or one token where rows have lengths,
-//! and saves up for what costs more. A waiting client's savings depend on its own requests only, so the round in which a request will run is known
-//! when it arrives; requests are kept in the order of their rounds, and nothing needs to go round. What a client has
-//! been granted is remembered until its rounds are over, or whoever sends one request after the other would always be
-//! first.
+//! In every round each client may have as much run as one row of a full batch costs, or one token where rows have
+//! lengths, and saves up for what costs more. A waiting client's savings depend on its own requests only, so the round in
+//! which a request will run is known when it arrives; requests are kept in the order of their rounds, and nothing needs
+//! to go round. What a client has been granted is remembered until its rounds are over, or whoever sends one request
+//! after the other would always be first.
 //!
 //! Who asks for less than its share has saved up a few rounds, so a few requests at once need not queue up behind a
 //! flooder's, and those of clients that are all alike run as they come. Without, a client with a tenth of the load has

@@ -113,7 +113,7 @@ impl<T> Batcher<T> {
                 if !matches!(self.standing_of(lane, entry, now, gone), Standing::Stays) {
                     continue;
                 }
-                if lane == top && entry.passed_over >= self.most_passed_over {
+                if lane == top && entry.passed_over >= self.most_passed_over() {
                     return Lead::Now(top, 0);
                 }
                 wake_at = earlier(wake_at, Some(self.held_until(entry)));
@@ -172,7 +172,7 @@ impl<T> Batcher<T> {
     /// The lengths that may share a run with the entry at `index` of `lane`, as close to its own as fills the run; and how
     /// much work there is of them, up to a full run.
     fn lengths_of(&self, lane: usize, index: usize) -> (RangeInclusive<usize>, usize) {
-        if !self.has_lengths() {
+        if !self.has_lengths {
             return (0..=usize::MAX, self.group.min(self.waiting()));
         }
         let mut waiting = self.lanes[lane].from(index);
@@ -292,7 +292,7 @@ impl<T> Batcher<T> {
         let is_alike = entry.cost.shape == first.shape && entry.cost.lengths.are_in(&room.lengths);
         if is_alike && !entry.cost.alone && held.with(&entry.cost).fits(room) {
             Fit::Joins
-        } else if is_alike || entry.passed_over >= self.most_passed_over {
+        } else if is_alike || entry.passed_over >= self.most_passed_over() {
             Fit::Ends
         } else {
             Fit::Waits
