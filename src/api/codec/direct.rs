@@ -157,6 +157,8 @@ impl<'a> Text<'a> {
         (rest[length] == b'"').then_some(&rest[..length])
     }
 
+    // Left to itself, the compiler makes it a call for each element: 1 % more instructions for a request of 4 KB.
+    #[inline(always)]
     fn number(&mut self) -> Option<Decimal<'a>> {
         self.peek()?;
         let number = Decimal::read(&self.bytes[self.at..])?;
