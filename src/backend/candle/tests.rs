@@ -21,6 +21,10 @@ fn open_with(checkpoint: &Checkpoint, options: &Options) -> Box<dyn Session> {
     load(checkpoint.write().path(), options, 1).unwrap().remove(0)
 }
 
+fn gpus() -> usize {
+    Candle::open().unwrap().gpus()
+}
+
 fn refusal(checkpoint: &Checkpoint) -> String {
     let folder = checkpoint.write();
     let error = load(folder.path(), &Options::default(), 1).err().unwrap();
@@ -378,10 +382,14 @@ fn what_is_no_encoder_is_refused_with_a_list() {
 fn options_that_cannot_be_had_are_errors() {
     let folder = checkpoint("bert", false).write();
     let error = |options: Options| load(folder.path(), &options, 1).err().unwrap();
-    if !cfg!(feature = "cuda") {
-        let error = error(Options { device: Device::Cuda(0), ..Options::default() });
-        assert_eq!(error.code, Code::NotReady);
-        assert!(error.message.contains("device 'cuda:0' cannot be had: the server was built without the feature cuda"));
+    // No machine has as many GPUs.
+    let gpu = error(Options { device: Device::Cuda(1000), ..Options::default() });
+    assert_eq!(gpu.code, Code::NotReady);
+    let reason = gpu.message.strip_prefix("device 'cuda:1000' cannot be had: ").unwrap();
+    match (cfg!(feature = "cuda"), gpus() > 0) {
+        (false, _) => assert!(reason.starts_with("the server was built without the feature cuda"), "{reason}"),
+        (true, false) => assert!(reason.contains("NVIDIA"), "{reason}"),
+        (true, true) => assert!(reason.contains("invalid device ordinal"), "{reason}"),
     }
     assert_eq!(
         error(Options { intra_op_threads: Some(0), ..Options::default() }).message,
@@ -417,6 +425,15 @@ struct Reference {
 
 #[test]
 fn numbers_are_those_of_transformers() {
+    assert_numbers(Device::Cpu, 1.0);
+    if gpus() > 0 {
+        // It adds up in another order, and has functions of its own.
+        assert_numbers(Device::Cuda(0), 10.0);
+    }
+}
+
+/// Holds all of `tests/encoders` against a device whose differences may be so many times a CPU's.
+fn assert_numbers(device: Device, times: f32) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/encoders");
     let mut compared = 0;
     for model in std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()) {
@@ -424,7 +441,7 @@ fn numbers_are_those_of_transformers() {
         let Reference { cases } = serde_json::from_slice(&read("expected.json")).unwrap();
         let config: serde_json::Value = serde_json::from_slice(&read("config.json")).unwrap();
         let padding = config["pad_token_id"].as_i64().unwrap_or(0);
-        let mut session = load(&model, &Options::default(), 1).unwrap().remove(0);
+        let mut session = load(&model, &Options { device, ..Options::default() }, 1).unwrap().remove(0);
         let takes_types = session.signature().inputs.len() == 3;
         let longest = cases.iter().map(|case| case.input_ids.len()).max().unwrap();
         let row = |values: &[i64], length: usize, filler: i64| -> Vec<i64> {
@@ -446,13 +463,13 @@ fn numbers_are_those_of_transformers() {
         for (index, case) in cases.iter().enumerate() {
             let alone = floats(&session.run(&inputs(&[case], case.input_ids.len())).unwrap()[0]);
             let width = together.len() / cases.len();
-            let what = format!("{} {index}", model.display());
+            let what = format!("{} {index} on {device}", model.display());
             // States of up to 4, after layers that make differences larger.
-            assert_close(&together[index * width..][..alone.len()], &alone, 3e-5, &what);
+            assert_close(&together[index * width..][..alone.len()], &alone, times * 3e-5, &what);
             let states = case.last_hidden_state.as_ref().map(|states| states.concat());
             if let Some(expected) = case.logits.as_ref().or(states.as_ref()) {
                 // Of the states there are the first rows.
-                assert_close(&alone[..expected.len()], expected, 1e-4, &what);
+                assert_close(&alone[..expected.len()], expected, times * 1e-4, &what);
                 compared += 1;
             }
         }
