@@ -138,8 +138,8 @@ mod tests {
         backend::{Session, Signature},
         metrics::Metrics,
         model::{
-            batcher::{Batcher, Client, Cost, Lengths, Limits, ShapeKey},
-            schedule::{Place, Schedule},
+            batcher::{Batcher, Limits},
+            schedule::Schedule,
             service_time::ServiceTime,
         },
         tensor::{DType, Data, Tensor},
@@ -179,20 +179,7 @@ mod tests {
     }
 
     fn submit(queue: &Arc<Queue>) -> Option<executor::Ticket> {
-        let data = Data::Plain(vec![0; 4].into());
-        let input = Tensor::new("x".into(), DType::Fp32, [1].as_slice().into(), data).unwrap();
-        let shape = ShapeKey::new();
-        let cost = Cost {
-            rows: 1,
-            lengths: Lengths::NONE,
-            follows: false,
-            bytes: 4,
-            shape,
-            alone: false,
-            place: Place::default(),
-            client: Client::default(),
-        };
-        queue.submit(vec![input], cost, None).ok()
+        executor::testing::submit(queue, None, 1).ok()
     }
 
     /// The policy of the thread that ran a request; `None` when the queue takes no more.

@@ -541,4 +541,6 @@ impl Outgoing {
 }
 
 #[cfg(test)]
+pub(super) mod testing;
+#[cfg(test)]
 mod tests;

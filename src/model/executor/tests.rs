@@ -1,15 +1,10 @@
 use std::{sync::mpsc, thread};
 
-use super::*;
+use super::{testing::submit, *};
 use crate::{
     backend::Signature,
     metrics::Metrics,
-    model::{
-        batcher::{Client, Lengths, Limits, ShapeKey},
-        schedule::{Place, Schedule},
-        service_time::ServiceTime,
-    },
-    tensor::{DType, Data},
+    model::{batcher::Limits, schedule::Schedule, service_time::ServiceTime},
 };
 
 /// Longer than any test takes.
@@ -89,23 +84,6 @@ impl Line {
         self.queue.close();
         self.executors.into_iter().for_each(|executor| executor.join().unwrap());
     }
-}
-
-fn submit(queue: &Arc<Queue>, visit: Option<&Visit<'_>>, columns: usize) -> Result<Ticket, Refused> {
-    let data = Data::Plain(vec![0; 4 * columns].into());
-    let input = Tensor::new("x".into(), DType::Fp32, [1, columns].as_slice().into(), data).unwrap();
-    let shape = ShapeKey::from_slice(&[columns]);
-    let cost = Cost {
-        rows: 1,
-        lengths: Lengths::NONE,
-        follows: false,
-        bytes: 4,
-        shape,
-        alone: false,
-        place: Place::default(),
-        client: Client::default(),
-    };
-    queue.submit(vec![input], cost, visit)
 }
 
 #[test]
