@@ -9,7 +9,6 @@ use std::{path::Path, sync::Arc};
 use bytes::Bytes;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tokio::sync::Semaphore;
 
 use crate::{
     backend::{Session, Signature, TensorSpec},
@@ -88,8 +87,6 @@ pub struct Front {
     /// Tokens that a row may have, and ids that there are, as far as the files say.
     most: Option<usize>,
     vocabulary: Option<u32>,
-    /// Long texts are encoded by one thread at a time, some of each request in turn.
-    pub turns: Arc<Semaphore>,
     /// What the session behind it looks like from outside.
     signature: Signature,
 }
@@ -149,8 +146,7 @@ impl Front {
         let signature = signature(graph, &head);
         let pads = inputs.iter().any(|input| input.kind == Kind::Mask);
         let (most, vocabulary) = (folder.most, folder.config.vocabulary());
-        let turns = Arc::new(Semaphore::new(1));
-        Ok(Some(Self { tokens, head, inputs, signature, pads, most, vocabulary, turns }))
+        Ok(Some(Self { tokens, head, inputs, signature, pads, most, vocabulary }))
     }
 
     /// Whether a row gets the same answer with padding behind it as without.

@@ -11,6 +11,7 @@ use tokio::sync::oneshot;
 
 use super::{
     batcher::{Batcher, Cost, Entry},
+    desk::Queued,
     relay::{self, Answer, Outgoing, Relay},
 };
 use crate::{
@@ -119,6 +120,29 @@ impl Queue {
         Some(Visit { queue: self })
     }
 
+    /// What waits, if a request that costs no less than this would be queued now.
+    ///
+    /// # Errors
+    /// As `submit`, which counts them as this does.
+    pub fn check(&self, cost: &Cost) -> Result<Queued, Error> {
+        let mut state = self.state.lock();
+        let now = Instant::now();
+        let mut checked = state.batcher.check(cost, now);
+        if checked.is_err() && now.duration_since(state.purged_at) >= PURGE_INTERVAL {
+            state.purged_at = now;
+            self.drop_dead(state.batcher.purge(now, |job| job.reply.is_closed()));
+            checked = state.batcher.check(cost, now);
+        }
+        let queued = Queued { requests: state.batcher.len(), bytes: state.batcher.bytes() };
+        drop(state);
+        checked.map(|()| queued).inspect_err(|error| self.count_refusal(error))
+    }
+
+    fn count_refusal(&self, error: &Error) {
+        let is_late = error.code == Code::DeadlineExceeded;
+        self.metrics.dropped(if is_late { DropReason::Deadline } else { DropReason::Overloaded });
+    }
+
     /// Queues a request, or a part of the one that the `visit` is for.
     pub fn submit(
         self: &Arc<Self>,
@@ -159,8 +183,7 @@ impl Queue {
             }
             Err((_, error)) => {
                 drop(state);
-                let deadline = error.code == Code::DeadlineExceeded;
-                self.metrics.dropped(if deadline { DropReason::Deadline } else { DropReason::Overloaded });
+                self.count_refusal(&error);
                 Err(Refused::Error(error))
             }
         }
@@ -347,9 +370,7 @@ impl Queue {
                 DropReason::Deadline => {
                     Error::new(Code::DeadlineExceeded, "the deadline could not be met: the request was still queued")
                 }
-                DropReason::Timeout => {
-                    Error::new(Code::DeadlineExceeded, "the request waited too long (queue.default_timeout)")
-                }
+                DropReason::Timeout => waited_too_long(),
                 _ => Error::new(Code::Cancelled, "the request was cancelled while it was queued"),
             };
             answers.add(entry.item, Err(error.of_model(self.model.as_str())));
@@ -374,6 +395,11 @@ impl Drop for Visit<'_> {
             self.queue.work.notify_all();
         }
     }
+}
+
+/// The answer to a request whose queue timeout is over.
+pub(super) fn waited_too_long() -> Error {
+    Error::new(Code::DeadlineExceeded, "the request waited too long (queue.default_timeout)")
 }
 
 /// A batch and the session to run it.

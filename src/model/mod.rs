@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 pub mod batcher;
 pub mod catalog;
 mod crew;
+mod desk;
 mod executor;
 mod file;
 pub mod golden;
@@ -31,6 +32,7 @@ mod watch;
 
 use batcher::{Batcher, Cost, Lengths, Limits, ShapeKey};
 use crew::Crew;
+use desk::{Desk, Pile, Seat};
 pub use executor::Refused;
 use executor::{Queue, Ticket, Visit};
 use load::{Facts, Loaded};
@@ -51,11 +53,11 @@ use crate::{
 pub struct QueueConfig {
     /// Rows that one request may have where its model sets no `max_batch_size`.
     pub max_rows: usize,
-    /// Requests that may wait per version.
+    /// Requests that may wait per version, those among them whose texts are still to become tokens.
     pub max_requests: usize,
-    /// Bytes of tensors that may wait per version.
+    /// Bytes of tensors that may wait per version, those of texts that are still to become tokens among them.
     pub max_bytes: usize,
-    /// Longest estimated wait at which a request is still queued.
+    /// Longest estimated wait at which a request is still queued, or its texts wait to become tokens.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub max_wait: Duration,
@@ -145,6 +147,8 @@ pub struct ModelVersion {
     pub metrics: Arc<VersionMetrics>,
     /// What it did, for those who judge it.
     pub tally: Tally,
+    /// Where texts wait to become tokens.
+    desk: Arc<Desk>,
     queue: Arc<Queue>,
     crew: Mutex<Crew>,
     in_flight: Arc<AtomicUsize>,
@@ -186,6 +190,7 @@ impl ModelVersion {
             facts,
             instances,
             since: SystemTime::now(),
+            desk: Desk::new(limits, metrics.clone()),
             metrics,
             queue,
             crew: Mutex::new(crew),
@@ -244,22 +249,29 @@ impl ModelVersion {
             reader.check(&given, &limits)?;
             Ok(reader.split(reader.complete(&given), &wish, &limits))
         };
-        let parts = if inputs.iter().map(Tensor::byte_len).sum::<usize>() <= QUICK_TOKENS {
-            divide()
+        let bytes = inputs.iter().map(Tensor::byte_len).sum::<usize>();
+        let (parts, seat) = if bytes <= QUICK_TOKENS {
+            (divide().map_err(of_model)?, None)
         } else {
-            let dividing = async move {
-                let turn = Arc::clone(&front.turns).acquire_owned().await;
+            // Beside reading, dividing takes no time to speak of.
+            let mut seat = self.sit(bytes, 0, urgency).map_err(of_model)?;
+            let divided = self.at_desk(&mut seat, urgency, async |seat| {
+                let turn = seat.turn().await?;
                 aside(move || {
-                    let _turn = turn;
-                    divide()
+                    if !turn.is_wanted() {
+                        return Err(given_up());
+                    }
+                    let start = Instant::now();
+                    let parts = divide()?;
+                    turn.done(start.elapsed(), 0, bytes.saturating_add(parts.bytes()))?;
+                    Ok(parts)
                 })
                 .await
-            };
-            self.in_time(limits.deadline, dividing).await
+            });
+            (divided.await.map_err(of_model)?, Some(seat))
         };
-        let parts = parts.map_err(of_model)?;
         // Its successor may not know of what was put in.
-        self.run_parts(&parts, urgency, &visit).await.map_err(|refused| refused.with(inputs))
+        self.run_parts(&parts, urgency, &visit, seat).await.map_err(|refused| refused.with(inputs))
     }
 
     /// What texts of a request there is room and time for.
@@ -282,13 +294,21 @@ impl ModelVersion {
         Err(Error::invalid(format!("a request may have {most} rows at most (queue.max_rows), got {rows}")))
     }
 
-    /// Runs parts of one request, and puts the answers together.
-    async fn run_parts(&self, parts: &Encoded, urgency: &Urgency, visit: &Visit<'_>) -> Result<Vec<Tensor>, Refused> {
+    /// Runs parts of one request, and puts the answers together. While not all of them are in the queue, they are counted
+    /// where the request has its `seat`.
+    async fn run_parts(
+        &self,
+        parts: &Encoded,
+        urgency: &Urgency,
+        visit: &Visit<'_>,
+        seat: Option<Seat>,
+    ) -> Result<Vec<Tensor>, Refused> {
         let piece = |(index, part)| Piece { part, visit, follows: index > 0 };
         let pieces: Vec<Piece<'_>> = parts.parts.iter().enumerate().map(piece).collect();
         let runs: Vec<_> =
             pieces.iter().map(|piece| self.run(piece.part.inputs.clone(), urgency, Some(piece))).collect();
-        let runs = stream::iter(runs).buffered(self.parts_at_once(urgency));
+        let at_once = self.parts_at_once(urgency);
+        let runs = stream::iter(Seated { runs: runs.into_iter(), seat }).buffered(at_once);
         let outputs = runs.try_collect().await.map_err(|refused| match refused {
             // Its successor has time for it.
             Refused::Error(error) if error.code == Code::NotReady && self.queue.is_abandoned() => {
@@ -318,9 +338,9 @@ impl ModelVersion {
         let Some(visit) = self.queue.enter() else { return Err(Refused::Draining(text)) };
         let of_model = |error: Error| Refused::Error(error.of_model(self.name.as_str()));
         let start = Instant::now();
-        let encoded = self.encode(front, &text, wish, self.text_limits(urgency)).await.map_err(of_model)?;
+        let (encoded, seat) = self.encode(front, &text, wish, urgency).await.map_err(of_model)?;
         self.metrics.tokenized(start.elapsed());
-        match self.run_parts(&encoded, urgency, &visit).await {
+        match self.run_parts(&encoded, urgency, &visit, seat).await {
             Ok(outputs) => {
                 if let Some(tokens) = &wish.tokens {
                     tokens.fetch_add(encoded.tokens as u64, Ordering::Relaxed);
@@ -332,25 +352,34 @@ impl ModelVersion {
         }
     }
 
-    /// The tokens of texts; many of them are no work for a thread that others wait for.
+    /// The tokens of texts; many of them are no work for a thread that others wait for, and have a seat.
     async fn encode(
         &self,
         front: &Arc<Front>,
         text: &[Tensor],
         wish: &Wish,
-        limits: text::Limits,
-    ) -> Result<Encoded, Error> {
+        urgency: &Urgency,
+    ) -> Result<(Encoded, Option<Seat>), Error> {
         let Some(texts) = text.first() else { return Err(Error::internal("no text to encode")) };
         self.check_texts(texts.rows())?;
+        let limits = self.text_limits(urgency);
         if front.is_quick(texts, wish) {
-            return front.encode(texts, wish, &limits);
+            return Ok((front.encode(texts, wish, &limits)?, None));
         }
-        let (front, mut reading) = (Arc::clone(front), Box::new(front.reading(texts.clone(), wish.clone(), limits)));
-        let encoding = async move {
+        let bytes = texts.byte_len();
+        let mut seat = self.sit(bytes, bytes, urgency)?;
+        let mut reading = Box::new(front.reading(texts.clone(), wish.clone(), limits));
+        let encoding = self.at_desk(&mut seat, urgency, async |seat| {
             loop {
-                let turn = Arc::clone(&front.turns).acquire_owned().await;
+                let turn = seat.turn().await?;
                 let read = move || {
+                    if !turn.is_wanted() {
+                        return Err(given_up());
+                    }
+                    let start = Instant::now();
                     let all = reading.read_on();
+                    // The turn is the next one's before anything else is done.
+                    turn.done(start.elapsed(), reading.left(), reading.bytes())?;
                     drop(turn);
                     Ok(if all? { Read::All(reading.finish()?) } else { Read::Some(reading) })
                 };
@@ -359,8 +388,59 @@ impl ModelVersion {
                     Read::Some(rest) => reading = rest,
                 }
             }
+        });
+        let encoded = encoding.await?;
+        Ok((encoded, Some(seat)))
+    }
+
+    /// A place for a request that holds so many bytes, so much of which is to be read, to wait where others do: what the
+    /// queue would not take anyway gets none.
+    ///
+    /// # Errors
+    /// As those of the queue.
+    fn sit(&self, bytes: usize, work: usize, urgency: &Urgency) -> Result<Seat, Error> {
+        let now = Instant::now();
+        let level = self.schedule.level(urgency.priority);
+        let place = self.levels[level].place(level, urgency, now);
+        // No part of it is smaller.
+        let cost = Cost {
+            rows: 1,
+            lengths: Lengths::NONE,
+            follows: false,
+            bytes: 1,
+            shape: ShapeKey::new(),
+            alone: false,
+            place,
+            client: urgency.client,
         };
-        self.in_time(limits.deadline, encoding).await
+        let queued = self.queue.check(&cost)?;
+        self.desk.sit(&Pile { client: urgency.client, bytes, work, deadline: place.deadline }, queued, now)
+    }
+
+    /// What `work` comes to at a seat, unless nobody waits for it any more or it has waited too long.
+    async fn at_desk<T>(
+        &self,
+        seat: &mut Seat,
+        urgency: &Urgency,
+        work: impl AsyncFnOnce(&mut Seat) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let _pending = Pending::new(self);
+        let level = self.schedule.level(urgency.priority);
+        let Place { deadline, expires, .. } = self.levels[level].place(level, urgency, Instant::now());
+        let rejected = self.levels[level].timeout_action == TimeoutAction::Reject;
+        let expires = expires.filter(|&expires| rejected && deadline.is_none_or(|deadline| expires < deadline));
+        let done = match expires {
+            None => self.in_time(deadline, work(seat)).await,
+            Some(expires) => {
+                let done = tokio::time::timeout_at(expires.into(), work(seat)).await;
+                done.unwrap_or_else(|_| Err(executor::waited_too_long()))
+            }
+        };
+        match &done {
+            Ok(_) => seat.has_read(),
+            Err(error) => seat.fails(error, expires.is_some_and(|expires| expires <= Instant::now())),
+        }
+        done
     }
 
     #[expect(clippy::manual_async_fn, reason = "an async fn keeps what it is given twice")]
@@ -529,10 +609,33 @@ struct Piece<'a> {
     follows: bool,
 }
 
+/// Runs of parts, in the order in which they are to be queued. With the last one goes the seat that counts for the rest.
+struct Seated<I> {
+    runs: I,
+    seat: Option<Seat>,
+}
+
+impl<I: ExactSizeIterator> Iterator for Seated<I> {
+    type Item = I::Item;
+
+    fn next(&mut self) -> Option<I::Item> {
+        let run = self.runs.next();
+        if self.runs.len() == 0 {
+            self.seat = None;
+        }
+        run
+    }
+}
+
 /// Texts of which some or all are tokens.
 enum Read {
     Some(Box<Reading>),
     All(Encoded),
+}
+
+/// What becomes of texts whose client went away when their turn had come.
+fn given_up() -> Error {
+    Error::new(Code::Cancelled, "the request was cancelled while its texts waited to be read")
 }
 
 /// Does what would keep an I/O thread from its connections on another one.

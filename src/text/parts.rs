@@ -62,6 +62,8 @@ impl Lengths {
 pub struct Reading {
     front: Arc<Front>,
     text: Tensor,
+    /// Its bytes.
+    size: usize,
     wish: Wish,
     limits: Limits,
     rows: Vec<Row>,
@@ -97,11 +99,17 @@ impl Front {
 
     /// The same for texts that are many or long, bit by bit.
     pub fn reading(self: &Arc<Self>, text: Tensor, wish: Wish, limits: Limits) -> Reading {
-        Reading { front: Arc::clone(self), text, wish, limits, rows: Vec::new(), tokens: 0, query: None }
+        let size = text.byte_len();
+        Reading { front: Arc::clone(self), text, size, wish, limits, rows: Vec::new(), tokens: 0, query: None }
+    }
+
+    /// What so many tokens take as inputs of the graph.
+    fn bytes_of(&self, tokens: usize) -> usize {
+        tokens.saturating_mul(self.inputs.len() * size_of::<i64>())
     }
 
     pub(super) fn check_room(&self, name: &str, tokens: usize, limits: &Limits) -> Result<(), Error> {
-        let (bytes, most) = (tokens.saturating_mul(self.inputs.len() * size_of::<i64>()), limits.bytes);
+        let (bytes, most) = (self.bytes_of(tokens), limits.bytes);
         if bytes <= most {
             return Ok(());
         }
@@ -197,6 +205,17 @@ impl Reading {
         Ok(end == rows)
     }
 
+    /// Bytes of texts that are still to be read, if those of all rows are about as long.
+    pub fn left(&self) -> usize {
+        let rows = self.text.rows().max(1);
+        self.size / rows * (rows - self.rows.len().min(rows))
+    }
+
+    /// Bytes that the texts hold in memory, and their tokens.
+    pub fn bytes(&self) -> usize {
+        self.size.saturating_add(self.front.bytes_of(self.tokens))
+    }
+
     /// The tokens of all texts, once none is left.
     ///
     /// # Errors
@@ -207,6 +226,11 @@ impl Reading {
 }
 
 impl Encoded {
+    /// Bytes of the inputs of all parts.
+    pub fn bytes(&self) -> usize {
+        self.parts.iter().flat_map(|part| &part.inputs).map(Tensor::byte_len).sum()
+    }
+
     /// The outputs of the whole request from those of its parts, in the parts' order.
     pub fn assemble(&self, mut outputs: Vec<Vec<Tensor>>) -> Vec<Tensor> {
         if let ([part], [_]) = (&self.parts[..], &outputs[..])

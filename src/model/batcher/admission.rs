@@ -13,7 +13,7 @@ use crate::error::{Code, Error};
 /// percent off, and clients that have nothing waiting yet come between. Whoever is refused at once has lost nothing,
 /// who waits first and is dropped then has lost the time. With 16 clients at twice the load 8 % of the refused waited
 /// for nearly all of their time without this, one in a thousand with a quarter and none with a third (simulated).
-const SPARE: u32 = 3;
+pub const SPARE: u32 = 3;
 
 /// A request that was put out of a full queue, and the answer it gets.
 pub type Displaced<T> = (Entry<T>, Error);
@@ -33,14 +33,38 @@ impl<T> Batcher<T> {
     /// # Errors
     /// `Overloaded` when a limit is reached, `DeadlineExceeded` when the request's own deadline cannot be met.
     pub fn push(&mut self, item: T, cost: Cost, now: Instant) -> Result<Vec<Displaced<T>>, (T, Error)> {
+        let (price, room) = match self.admit(&cost, now) {
+            Ok(admitted) => admitted,
+            Err(error) => return Err((item, error)),
+        };
+        let displaced = room.map_or_else(Vec::new, |room| self.displace(&room, now));
+        self.len += 1;
+        self.bytes += cost.bytes;
+        let lane = &mut self.lanes[cost.place.level];
+        lane.waiting += 1;
+        lane.push(Entry { item, cost, queued_at: now, price, passed_over: 0 });
+        Ok(displaced)
+    }
+
+    /// Whether a request would be queued now.
+    ///
+    /// # Errors
+    /// As `push`.
+    pub fn check(&self, cost: &Cost, now: Instant) -> Result<(), Error> {
+        self.admit(cost, now).map(|_| ())
+    }
+
+    /// What a request costs, and who has to make room for it.
+    #[inline]
+    fn admit(&self, cost: &Cost, now: Instant) -> Result<(u32, Option<Room>), Error> {
         let level = cost.place.level;
-        let price = self.price(&cost);
+        let price = self.price(cost);
         let round = self.lanes[level].round(cost.client, price);
         let wait = self.estimated_wait(level, self.lanes[level].ahead(round), now);
-        let room = match self.full(&cost, wait).map(|full| self.room(full, &cost, round, wait)) {
+        let room = match self.full(cost, wait).map(|full| self.room(full, cost, round, wait)) {
             None => None,
             Some(Ok(room)) => Some(room),
-            Some(Err(full)) => return Err((item, Error::overloaded(full, wait))),
+            Some(Err(full)) => return Err(Error::overloaded(full, wait)),
         };
         if let Some(deadline) = cost.place.deadline {
             // Refused now is better than late: others with less waiting may still come and run before it.
@@ -49,16 +73,10 @@ impl<T> Batcher<T> {
             let run = if self.is_idle() && wait.is_zero() { Duration::ZERO } else { self.run_time(cost.work()) };
             if wait.saturating_add(wait / SPARE).saturating_add(run) > deadline.saturating_duration_since(now) {
                 let message = format!("the deadline cannot be met: the estimated wait is {wait:.0?}");
-                return Err((item, Error::new(Code::DeadlineExceeded, message)));
+                return Err(Error::new(Code::DeadlineExceeded, message));
             }
         }
-        let displaced = room.map_or_else(Vec::new, |room| self.displace(&room, now));
-        self.len += 1;
-        self.bytes += cost.bytes;
-        let lane = &mut self.lanes[level];
-        lane.waiting += 1;
-        lane.push(Entry { item, cost, queued_at: now, price, passed_over: 0 });
-        Ok(displaced)
+        Ok((price, room))
     }
 
     /// What a request is predicted to cost, in the work of a full batch, at least 1. Who runs alone pays the whole run.
