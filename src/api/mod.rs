@@ -93,7 +93,8 @@ pub struct LimitsConfig {
     /// Bytes of one REST body or gRPC message, after decompression.
     pub max_message_bytes: usize,
     /// Bytes of a REST message's JSON, or of a compressed body, that are read or written where connections are served;
-    /// longer ones get a thread of their own, so that other connections need not wait for them.
+    /// longer ones get a thread of their own, so that other connections need not wait for them. Of requests for text
+    /// models, small items of lists and escapes count for more, as they take longer.
     pub max_inline_bytes: usize,
     /// How long a client may take to send a request's headers; also how long an idle REST connection is kept.
     #[serde(with = "humantime_serde")]

@@ -33,7 +33,7 @@ use crate::{
         shapes::{
             openai::Embeddings,
             tei::{Embed, Rerank},
-            texts::{Asked, Kind},
+            texts::{self, Asked, Kind},
         },
         status,
     },
@@ -133,7 +133,7 @@ async fn read<T: Asked>(app: &App, arrival: Arrival, record: &Record) -> Result<
     let waits = timeout_header(&headers).map_err(|error| Stage::Body.refusal(error))?;
     let limit = app.limits.max_message_bytes;
     let body = body::read_body(app, body, limit).await.map_err(broken)?;
-    let is_long = body.len() > app.limits.max_inline_bytes;
+    let is_long = texts::is_longer(&body, app.limits.max_inline_bytes);
     let look = move || {
         let body = compression::decode_body(encoding, body, limit).map_err(|error| Stage::Body.refusal(error))?;
         let document = Document::parse(&body).map_err(|error| Stage::Body.refusal(error))?;

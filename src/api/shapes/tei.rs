@@ -18,6 +18,9 @@ use crate::{
     text::{Scores, Side, Wish},
 };
 
+/// Bytes of plain text that are written in the time that it takes to sort and to write a text's rank.
+const RANK: usize = 128;
+
 /// A request for vectors.
 #[derive(Debug)]
 pub struct Embed {
@@ -43,6 +46,8 @@ pub struct Rerank {
     /// Whether scores are logits; else they are from 0 to 1.
     raw_scores: bool,
     return_text: bool,
+    /// How long it takes to write the texts, as bytes of plain text.
+    weight: usize,
 }
 
 #[derive(Serialize)]
@@ -122,12 +127,15 @@ impl Asked for Rerank {
             members("the request", document.root(), names)?;
         let query = query.ok_or_else(|| Error::invalid("the request has no 'query'"))?;
         let list = list.ok_or_else(|| Error::invalid("the request has no 'texts'"))?;
+        let return_text = texts::flag("return_text", return_text)?.unwrap_or(false);
         Ok(Self {
             model: texts::model(model)?,
             truncate: texts::flag("truncate", truncate)?,
             side: side(direction)?,
             raw_scores: texts::flag("raw_scores", raw)?.unwrap_or(false),
-            return_text: texts::flag("return_text", return_text)?.unwrap_or(false),
+            return_text,
+            // They are escaped again as they came.
+            weight: if return_text { texts::weight(list.text().as_bytes()) } else { 0 },
             query: texts::text("query", query)?,
             texts: texts::texts("texts", list, limit)?,
         })
@@ -147,8 +155,12 @@ impl Asked for Rerank {
         Wish { truncate, side, scores, ..Wish::default() }
     }
 
+    fn held(&self) -> usize {
+        2 * self.texts.len() * size_of::<Bytes>()
+    }
+
     fn told(&self) -> usize {
-        if self.return_text { self.texts.iter().map(Bytes::len).sum() } else { 0 }
+        self.weight + RANK * self.texts.len()
     }
 
     fn tensors(&self, _: &Signature, _: usize) -> Result<Vec<Tensor>, Error> {
@@ -270,11 +282,14 @@ mod tests {
     fn what_becomes_long_is_known_beforehand() {
         let ragged = json!({ "inputs": [[1, 2, 3, 4], [1], [1]] });
         assert_eq!(read::<Embed>(&ragged).unwrap().held(), 3 * 4 * 8 * 2);
-        assert_eq!(read::<Embed>(&json!({ "inputs": "abc" })).unwrap().held(), 0);
+        assert_eq!(read::<Embed>(&json!({ "inputs": ["abc", "de"] })).unwrap().held(), 2 * size_of::<Bytes>());
         let mut body = json!({ "query": "q", "texts": ["abc", "de"] });
-        assert_eq!(read::<Rerank>(&body).unwrap().told(), 0);
+        assert_eq!(read::<Rerank>(&body).unwrap().told(), 2 * RANK);
         body["return_text"] = json!(true);
-        assert_eq!(read::<Rerank>(&body).unwrap().told(), 5);
+        assert_eq!(read::<Rerank>(&body).unwrap().told(), 2 * RANK + texts::weight(br#"["abc","de"]"#));
+        body["texts"] = json!(["\n\u{1}\"".repeat(100), "de"]);
+        let escaped = 300 * 5;
+        assert!(read::<Rerank>(&body).unwrap().told() > 2 * RANK + escaped);
     }
 
     #[test]

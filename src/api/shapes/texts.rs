@@ -25,6 +25,10 @@ const MASK: &str = "attention_mask";
 /// Bytes of an id.
 const ID: usize = size_of::<i64>();
 
+/// A byte of plain text takes about 1 ns to read; so many more bytes' time go into each item of a list, and each escape.
+const ITEM: usize = 32;
+const ESCAPE: usize = 4;
+
 /// What a text model is for. Its signature tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -53,12 +57,12 @@ pub trait Asked: Sized + Send + Sync + 'static {
         text::Wish::default()
     }
 
-    /// Bytes of the tensors that are made of it, beyond those of texts, which are slices of its own.
+    /// Bytes of the tensors that are made of it, beyond the texts themselves, which are slices of its own.
     fn held(&self) -> usize {
         0
     }
 
-    /// Bytes of its own that its answer repeats.
+    /// What its answer has beside the outputs, as bytes of plain text that take as long to write.
     fn told(&self) -> usize {
         0
     }
@@ -105,6 +109,18 @@ impl Kind {
         signature.inputs.iter().any(|spec| is(spec, TEXT, DType::Bytes, texts))
             && signature.outputs.iter().any(|spec| is(spec, self.output(), DType::Fp32, scores))
     }
+}
+
+/// How much plain text is read in the time that this JSON is, as far as that can be seen at a glance.
+pub fn weight(json: &[u8]) -> usize {
+    let count = |sign: u8| json.iter().filter(|&&byte| byte == sign).count();
+    json.len() + ITEM * count(b',') + ESCAPE * count(b'\\')
+}
+
+/// Whether a JSON takes longer to read than so many bytes of plain text.
+pub fn is_longer(json: &[u8], limit: usize) -> bool {
+    // Small ones are not even looked at.
+    json.len() > limit || (json.len() > limit / (ITEM + 1) && weight(json) > limit)
 }
 
 /// What is to be embedded.
@@ -158,10 +174,10 @@ impl Input {
         }
     }
 
-    /// Bytes of the lists when they are padded, and of their mask.
+    /// Bytes of the lists when they are padded, and of their mask; or what tells texts apart.
     pub(super) fn held(&self) -> usize {
         match self {
-            Self::Texts(_) => 0,
+            Self::Texts(texts) => texts.len() * size_of::<Bytes>(),
             Self::Ids { lengths, .. } => {
                 let width = lengths.iter().copied().max().unwrap_or_default();
                 lengths.len().saturating_mul(width).saturating_mul(2 * ID)

@@ -120,3 +120,22 @@ fn vectors_are_cut_and_scaled() {
     assert_eq!(check_dimensions(Some(4), &known).unwrap_err().message, message);
     assert_eq!(check_dimensions(Some(3), &known), Ok(()));
 }
+
+#[test]
+fn small_items_and_escapes_take_longer_than_plain_text() {
+    let limit = 10_000;
+    let list = |item: &str, bytes: usize| format!("[{}]", vec![item; bytes / (item.len() + 1)].join(","));
+    for (json, expected) in [
+        (format!("\"{}\"", "a".repeat(9_000)), false),
+        (format!("\"{}\"", "a".repeat(11_000)), true),
+        (list("\"a\"", 1_000), false),
+        (list("\"a\"", 1_200), true),
+        (list("7", 500), false),
+        (list("7", 700), true),
+        (format!("\"{}\"", "\\n".repeat(1_500)), false),
+        (format!("\"{}\"", "\\n".repeat(1_700)), true),
+    ] {
+        assert_eq!(is_longer(json.as_bytes(), limit), expected, "{} bytes: {}…", json.len(), &json[..20]);
+    }
+    assert!(!is_longer(b",,,,", 4 * 33));
+}
