@@ -35,7 +35,8 @@ fi
 nvcc="$(command -v nvcc)"
 
 # candle's kernels ask for the library cudart, which the linker would take from any shared library of that name: the
-# binary would then start on no machine without it. The linker looks here first, and finds the static one.
+# binary would then start on no machine without it. The linker looks here first, and finds the static one. A release
+# build is rid of it again, since only kernels for quantized weights need it, and none is used here.
 link="$PWD/target/cuda"
 root="$(dirname "$(dirname "$(readlink -f "$nvcc")")")"
 static=""
