@@ -19,10 +19,10 @@ nvidia-cuda-cccl==13.0.85 --hash=sha256:e0da7ad981f3a8aff08241b5bfc1af868742a63e
 PLACE=.venv/cuda
 
 if ! command -v nvcc >/dev/null; then
-    if [ ! -d "$PLACE" ]; then
+    if [ "$(cat "$PLACE/requirements.txt" 2>/dev/null)" != "$REQUIREMENTS" ]; then
         [ "$(uname -m)" = x86_64 ] || { echo "cuda: install nvcc; no wheels of it are pinned for $(uname -m)" >&2; exit 1; }
         [ -x .venv/bin/python ] || { echo "cuda: run deploy/setup.sh first" >&2; exit 1; }
-        rm -rf "$PLACE.partial"
+        rm -rf "$PLACE" "$PLACE.partial"
         mkdir "$PLACE.partial"
         echo "$REQUIREMENTS" >"$PLACE.partial/requirements.txt"
         .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary=:all: --no-compile \
