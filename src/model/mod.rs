@@ -9,7 +9,6 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use futures_util::{StreamExt, TryStreamExt, stream};
 use parking_lot::Mutex;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -27,12 +26,13 @@ mod promised;
 pub mod relay;
 pub mod schedule;
 pub mod service_time;
+mod texts;
 pub mod warmup;
 mod watch;
 
 use batcher::{Batcher, Cost, Lengths, Limits, ShapeKey};
 use crew::Crew;
-use desk::{Desk, Pile, Seat};
+use desk::Desk;
 pub use executor::Refused;
 use executor::{Queue, Ticket, Visit};
 use load::{Facts, Loaded};
@@ -43,7 +43,7 @@ use crate::{
     metrics::VersionMetrics,
     observe::Tally,
     tensor::Tensor,
-    text::{self, Encoded, Front, Part, Reading, Wish},
+    text::{Front, Part, Wish},
 };
 
 /// Bounds of each version's queue, and who shares it. A request for which it has no room is answered at once with
@@ -125,9 +125,6 @@ pub struct Batching {
     /// One sentence for operators.
     pub reason: String,
 }
-
-/// Bytes of tokens that an I/O thread checks and divides by itself.
-const QUICK_TOKENS: usize = 64 << 10;
 
 /// A version that serves: a queue and the executors behind it. What is known of it reads as its own.
 pub struct ModelVersion {
@@ -230,217 +227,6 @@ impl ModelVersion {
             Some(front) => front.check_wish(wish),
         };
         checked.map_err(|error| error.of_model(self.name.as_str()))
-    }
-
-    /// Runs tokens that a client sent, with what it has left out.
-    async fn run_tokens(
-        &self,
-        front: &Arc<Front>,
-        inputs: Vec<Tensor>,
-        urgency: &Urgency,
-        wish: &Wish,
-    ) -> Result<Vec<Tensor>, Refused> {
-        let Some(visit) = self.queue.enter() else { return Err(Refused::Draining(inputs)) };
-        let of_model = |error: Error| Refused::Error(error.of_model(self.name.as_str()));
-        self.check_texts(inputs.first().map_or(0, Tensor::rows)).map_err(of_model)?;
-        let (limits, reader, given) = (self.text_limits(urgency), Arc::clone(front), inputs.clone());
-        let wish = wish.clone();
-        let divide = move || {
-            reader.check(&given, &limits)?;
-            Ok(reader.split(reader.complete(&given), &wish, &limits))
-        };
-        let bytes = inputs.iter().map(Tensor::byte_len).sum::<usize>();
-        let (parts, seat) = if bytes <= QUICK_TOKENS {
-            (divide().map_err(of_model)?, None)
-        } else {
-            // Beside reading, dividing takes no time to speak of.
-            let mut seat = self.sit(bytes, 0, urgency).map_err(of_model)?;
-            let divided = self.at_desk(&mut seat, urgency, async |seat| {
-                let turn = seat.turn().await?;
-                aside(move || {
-                    if !turn.is_wanted() {
-                        return Err(given_up());
-                    }
-                    let start = Instant::now();
-                    let parts = divide()?;
-                    turn.done(start.elapsed(), 0, bytes.saturating_add(parts.bytes()))?;
-                    Ok(parts)
-                })
-                .await
-            });
-            (divided.await.map_err(of_model)?, Some(seat))
-        };
-        // Its successor may not know of what was put in.
-        self.run_parts(&parts, urgency, &visit, seat).await.map_err(|refused| refused.with(inputs))
-    }
-
-    /// What texts of a request there is room and time for.
-    fn text_limits(&self, urgency: &Urgency) -> text::Limits {
-        let level = self.schedule.level(urgency.priority);
-        text::Limits {
-            // More are divided, where tensors of other models are refused; and where rows are not independent, each runs alone.
-            rows: if self.batching.enabled { self.max_batch_size.unwrap_or(usize::MAX) } else { 1 },
-            tokens: self.batching.group * self.batching.row,
-            bytes: self.max_bytes,
-            deadline: self.levels[level].place(level, urgency, Instant::now()).deadline,
-        }
-    }
-
-    fn check_texts(&self, rows: usize) -> Result<(), Error> {
-        let most = self.max_rows;
-        if rows <= most {
-            return Ok(());
-        }
-        Err(Error::invalid(format!("a request may have {most} rows at most (queue.max_rows), got {rows}")))
-    }
-
-    /// Runs parts of one request, and puts the answers together. While not all of them are in the queue, they are counted
-    /// where the request has its `seat`.
-    async fn run_parts(
-        &self,
-        parts: &Encoded,
-        urgency: &Urgency,
-        visit: &Visit<'_>,
-        seat: Option<Seat>,
-    ) -> Result<Vec<Tensor>, Refused> {
-        let piece = |(index, part)| Piece { part, visit, follows: index > 0 };
-        let pieces: Vec<Piece<'_>> = parts.parts.iter().enumerate().map(piece).collect();
-        let runs: Vec<_> =
-            pieces.iter().map(|piece| self.run(piece.part.inputs.clone(), urgency, Some(piece))).collect();
-        let at_once = self.parts_at_once(urgency);
-        let runs = stream::iter(Seated { runs: runs.into_iter(), seat }).buffered(at_once);
-        let outputs = runs.try_collect().await.map_err(|refused| match refused {
-            // Its successor has time for it.
-            Refused::Error(error) if error.code == Code::NotReady && self.queue.is_abandoned() => {
-                Refused::Draining(Vec::new())
-            }
-            refused => refused,
-        })?;
-        Ok(parts.assemble(outputs))
-    }
-
-    /// How many parts of a request are in the queue at a time. More than keep the executors busy would only fill it, and
-    /// those for which it has no room would be refused, and the request with them, though nobody else has anything there.
-    fn parts_at_once(&self, urgency: &Urgency) -> usize {
-        let level = &self.levels[self.schedule.level(urgency.priority)];
-        let of_level = if level.max_size == 0 { usize::MAX } else { level.max_size };
-        (2 * self.instances).min(self.max_requests).min(of_level).max(1)
-    }
-
-    /// Has text encoded, and the parts of it run, each with whatever else is of its length.
-    async fn run_text(
-        &self,
-        front: &Arc<Front>,
-        text: Vec<Tensor>,
-        urgency: &Urgency,
-        wish: &Wish,
-    ) -> Result<Vec<Tensor>, Refused> {
-        let Some(visit) = self.queue.enter() else { return Err(Refused::Draining(text)) };
-        let of_model = |error: Error| Refused::Error(error.of_model(self.name.as_str()));
-        let start = Instant::now();
-        let (encoded, seat) = self.encode(front, &text, wish, urgency).await.map_err(of_model)?;
-        self.metrics.tokenized(start.elapsed());
-        match self.run_parts(&encoded, urgency, &visit, seat).await {
-            Ok(outputs) => {
-                if let Some(tokens) = &wish.tokens {
-                    tokens.fetch_add(encoded.tokens as u64, Ordering::Relaxed);
-                }
-                Ok(outputs)
-            }
-            // Its successor may have another tokenizer.
-            Err(refused) => Err(refused.with(text)),
-        }
-    }
-
-    /// The tokens of texts; many of them are no work for a thread that others wait for, and have a seat.
-    async fn encode(
-        &self,
-        front: &Arc<Front>,
-        text: &[Tensor],
-        wish: &Wish,
-        urgency: &Urgency,
-    ) -> Result<(Encoded, Option<Seat>), Error> {
-        let Some(texts) = text.first() else { return Err(Error::internal("no text to encode")) };
-        self.check_texts(texts.rows())?;
-        let limits = self.text_limits(urgency);
-        if front.is_quick(texts, wish) {
-            return Ok((front.encode(texts, wish, &limits)?, None));
-        }
-        let bytes = texts.byte_len();
-        let mut seat = self.sit(bytes, bytes, urgency)?;
-        let mut reading = Box::new(front.reading(texts.clone(), wish.clone(), limits));
-        let encoding = self.at_desk(&mut seat, urgency, async |seat| {
-            loop {
-                let turn = seat.turn().await?;
-                let read = move || {
-                    if !turn.is_wanted() {
-                        return Err(given_up());
-                    }
-                    let start = Instant::now();
-                    let all = reading.read_on();
-                    // The turn is the next one's before anything else is done.
-                    turn.done(start.elapsed(), reading.left(), reading.bytes())?;
-                    drop(turn);
-                    Ok(if all? { Read::All(reading.finish()?) } else { Read::Some(reading) })
-                };
-                match aside(read).await? {
-                    Read::All(encoded) => return Ok(encoded),
-                    Read::Some(rest) => reading = rest,
-                }
-            }
-        });
-        let encoded = encoding.await?;
-        Ok((encoded, Some(seat)))
-    }
-
-    /// A place for a request that holds so many bytes, so much of which is to be read, to wait where others do: what the
-    /// queue would not take anyway gets none.
-    ///
-    /// # Errors
-    /// As those of the queue.
-    fn sit(&self, bytes: usize, work: usize, urgency: &Urgency) -> Result<Seat, Error> {
-        let now = Instant::now();
-        let level = self.schedule.level(urgency.priority);
-        let place = self.levels[level].place(level, urgency, now);
-        // No part of it is smaller.
-        let cost = Cost {
-            rows: 1,
-            lengths: Lengths::NONE,
-            follows: false,
-            bytes: 1,
-            shape: ShapeKey::new(),
-            alone: false,
-            place,
-            client: urgency.client,
-        };
-        let queued = self.queue.check(&cost)?;
-        self.desk.sit(&Pile { client: urgency.client, bytes, work, deadline: place.deadline }, queued, now)
-    }
-
-    /// What `work` comes to at a seat, unless nobody waits for it any more or it has waited too long.
-    async fn at_desk<T>(
-        &self,
-        seat: &mut Seat,
-        urgency: &Urgency,
-        work: impl AsyncFnOnce(&mut Seat) -> Result<T, Error>,
-    ) -> Result<T, Error> {
-        let _pending = Pending::new(self);
-        let level = self.schedule.level(urgency.priority);
-        let Place { deadline, expires, .. } = self.levels[level].place(level, urgency, Instant::now());
-        let rejected = self.levels[level].timeout_action == TimeoutAction::Reject;
-        let expires = expires.filter(|&expires| rejected && deadline.is_none_or(|deadline| expires < deadline));
-        let done = match expires {
-            None => self.in_time(deadline, work(seat)).await,
-            Some(expires) => {
-                let done = tokio::time::timeout_at(expires.into(), work(seat)).await;
-                done.unwrap_or_else(|_| Err(executor::waited_too_long()))
-            }
-        };
-        match &done {
-            Ok(_) => seat.has_read(),
-            Err(error) => seat.fails(error, expires.is_some_and(|expires| expires <= Instant::now())),
-        }
-        done
     }
 
     #[expect(clippy::manual_async_fn, reason = "an async fn keeps what it is given twice")]
@@ -607,41 +393,6 @@ struct Piece<'a> {
     visit: &'a Visit<'a>,
     /// Whether another one was queued before.
     follows: bool,
-}
-
-/// Runs of parts, in the order in which they are to be queued. With the last one goes the seat that counts for the rest.
-struct Seated<I> {
-    runs: I,
-    seat: Option<Seat>,
-}
-
-impl<I: ExactSizeIterator> Iterator for Seated<I> {
-    type Item = I::Item;
-
-    fn next(&mut self) -> Option<I::Item> {
-        let run = self.runs.next();
-        if self.runs.len() == 0 {
-            self.seat = None;
-        }
-        run
-    }
-}
-
-/// Texts of which some or all are tokens.
-enum Read {
-    Some(Box<Reading>),
-    All(Encoded),
-}
-
-/// What becomes of texts whose client went away when their turn had come.
-fn given_up() -> Error {
-    Error::new(Code::Cancelled, "the request was cancelled while its texts waited to be read")
-}
-
-/// Does what would keep an I/O thread from its connections on another one.
-async fn aside<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.unwrap_or_else(|error| Err(Error::internal(format!("texts were given up: {error}"))))
 }
 
 /// Counts a request as pending while it lives.
