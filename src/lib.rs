@@ -27,7 +27,7 @@
 //!    tensor bytes are not copied; `api::shared_memory` fetches those that were left in memory instead of being sent.
 //! 3. `engine` checks the inputs against the `Signature` and submits them. Of a model that has a tokenizer, `text` makes
 //!    tokens of texts first, in parts of about one length: off the I/O threads when they are long, by turns at
-//!    `model::desk`, which refuses as the queue does. The session behind it makes embeddings, classes or scores of what the
+//!    `model::desk`, which refuses when it is full. The session behind it makes embeddings, classes or scores of what the
 //!    graph gives.
 //! 4. `model::batcher` queues, with turns for clients (`api::client` tells them apart), or refuses; an idle thread of
 //!    `model::executor`, woken through `model::relay`, takes what may run together, gathers it, runs it, and hands

@@ -26,7 +26,7 @@ mod forming;
 mod lane;
 mod leaving;
 
-pub use admission::{Displaced, SPARE};
+pub use admission::Displaced;
 pub use fairness::Client;
 use forming::Lead;
 use lane::Lane;
@@ -204,11 +204,6 @@ impl<T> Batcher<T> {
     pub fn expected(&self) -> Option<Duration> {
         let expected = self.service.estimate_queue(self.waiting(), self.len, self.group);
         (self.max_delay.is_zero() && !expected.is_zero()).then_some(expected)
-    }
-
-    /// Payload bytes of all that waits.
-    pub fn bytes(&self) -> usize {
-        self.bytes
     }
 
     /// Whether as much waits as one run may take: nothing is won by waiting for more.

@@ -11,7 +11,6 @@ use tokio::sync::oneshot;
 
 use super::{
     batcher::{Batcher, Cost, Entry},
-    desk::Queued,
     relay::{self, Answer, Outgoing, Relay},
 };
 use crate::{
@@ -120,11 +119,11 @@ impl Queue {
         Some(Visit { queue: self })
     }
 
-    /// What waits, if a request that costs no less than this would be queued now.
+    /// Whether a request of this cost would be queued now.
     ///
     /// # Errors
     /// As `submit`, which counts them as this does.
-    pub fn check(&self, cost: &Cost) -> Result<Queued, Error> {
+    pub fn check(&self, cost: &Cost) -> Result<(), Error> {
         let mut state = self.state.lock();
         let now = Instant::now();
         let mut checked = state.batcher.check(cost, now);
@@ -133,9 +132,8 @@ impl Queue {
             self.drop_dead(state.batcher.purge(now, |job| job.reply.is_closed()));
             checked = state.batcher.check(cost, now);
         }
-        let queued = Queued { requests: state.batcher.len(), bytes: state.batcher.bytes() };
         drop(state);
-        checked.map(|()| queued).inspect_err(|error| self.count_refusal(error))
+        checked.inspect_err(|error| self.count_refusal(error))
     }
 
     fn count_refusal(&self, error: &Error) {
@@ -370,7 +368,9 @@ impl Queue {
                 DropReason::Deadline => {
                     Error::new(Code::DeadlineExceeded, "the deadline could not be met: the request was still queued")
                 }
-                DropReason::Timeout => waited_too_long(),
+                DropReason::Timeout => {
+                    Error::new(Code::DeadlineExceeded, "the request waited too long (queue.default_timeout)")
+                }
                 _ => Error::new(Code::Cancelled, "the request was cancelled while it was queued"),
             };
             answers.add(entry.item, Err(error.of_model(self.model.as_str())));
@@ -395,11 +395,6 @@ impl Drop for Visit<'_> {
             self.queue.work.notify_all();
         }
     }
-}
-
-/// The answer to a request whose queue timeout is over.
-pub(super) fn waited_too_long() -> Error {
-    Error::new(Code::DeadlineExceeded, "the request waited too long (queue.default_timeout)")
 }
 
 /// A batch and the session to run it.

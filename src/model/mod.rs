@@ -53,11 +53,12 @@ use crate::{
 pub struct QueueConfig {
     /// Rows that one request may have where its model sets no `max_batch_size`.
     pub max_rows: usize,
-    /// Requests that may wait per version, those among them whose texts are still to become tokens.
+    /// Requests that may wait per version; beside them as many of one client's whose long texts are to become tokens, and less
+    /// than twice as many of all clients'.
     pub max_requests: usize,
-    /// Bytes of tensors that may wait per version, those of texts that are still to become tokens among them.
+    /// Bytes of tensors that may wait per version; beside them as many of long texts and their tokens, as with requests.
     pub max_bytes: usize,
-    /// Longest estimated wait at which a request is still queued, or its texts wait to become tokens.
+    /// Longest estimated wait at which a request is still queued.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub max_wait: Duration,
@@ -144,7 +145,7 @@ pub struct ModelVersion {
     pub metrics: Arc<VersionMetrics>,
     /// What it did, for those who judge it.
     pub tally: Tally,
-    /// Where texts wait to become tokens.
+    /// Where long texts wait to become tokens.
     desk: Arc<Desk>,
     queue: Arc<Queue>,
     crew: Mutex<Crew>,
@@ -187,7 +188,7 @@ impl ModelVersion {
             facts,
             instances,
             since: SystemTime::now(),
-            desk: Desk::new(limits, metrics.clone()),
+            desk: Desk::new(limits),
             metrics,
             queue,
             crew: Mutex::new(crew),

@@ -12,12 +12,13 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use super::{
     ModelVersion, Pending, Piece, Refused,
     batcher::{Cost, Lengths, ShapeKey},
-    desk::{Pile, Seat},
-    executor::{self, Visit},
-    schedule::{Place, TimeoutAction, Urgency},
+    desk::Seat,
+    executor::Visit,
+    schedule::Urgency,
 };
 use crate::{
     error::{Code, Error},
+    metrics::DropReason,
     tensor::Tensor,
     text::{self, Encoded, Front, Reading, Wish},
 };
@@ -59,22 +60,19 @@ impl ModelVersion {
         let (parts, seat) = if bytes <= QUICK_TOKENS {
             (divide().map_err(of_model)?, None)
         } else {
-            // Beside reading, dividing takes no time to speak of.
-            let mut seat = self.sit(bytes, 0, urgency).map_err(of_model)?;
-            let divided = self.at_desk(&mut seat, urgency, async |seat| {
-                let turn = seat.turn().await?;
+            let mut seat = self.sit(bytes, urgency).map_err(of_model)?;
+            let dividing = async {
+                let turn = seat.turn().await;
                 aside(move || {
-                    if !turn.is_wanted() {
-                        return Err(given_up());
-                    }
-                    let start = Instant::now();
-                    let parts = divide()?;
-                    turn.done(start.elapsed(), 0, bytes.saturating_add(parts.bytes()))?;
-                    Ok(parts)
+                    let _turn = turn;
+                    divide()
                 })
                 .await
-            });
-            (divided.await.map_err(of_model)?, Some(seat))
+            };
+            let _pending = Pending::new(self);
+            let parts = self.in_time(limits.deadline, dividing).await.map_err(of_model)?;
+            seat.has_read();
+            (parts, Some(seat))
         };
         // Its successor may not know of what was put in.
         self.run_parts(&parts, urgency, &visit, seat).await.map_err(|refused| refused.with(inputs))
@@ -172,42 +170,37 @@ impl ModelVersion {
         if front.is_quick(texts, wish) {
             return Ok((front.encode(texts, wish, &limits)?, None));
         }
-        let bytes = texts.byte_len();
-        let mut seat = self.sit(bytes, bytes, urgency)?;
+        let _pending = Pending::new(self);
+        let mut seat = self.sit(texts.byte_len(), urgency)?;
         let mut reading = Box::new(front.reading(texts.clone(), wish.clone(), limits));
-        let encoding = self.at_desk(&mut seat, urgency, async |seat| {
+        let encoding = async {
             loop {
-                let turn = seat.turn().await?;
+                let turn = seat.turn().await;
                 let read = move || {
-                    if !turn.is_wanted() {
-                        return Err(given_up());
-                    }
-                    let start = Instant::now();
                     let all = reading.read_on();
-                    // The turn is the next one's before anything else is done.
-                    turn.done(start.elapsed(), reading.left(), reading.bytes())?;
                     drop(turn);
-                    Ok(if all? { Read::All(reading.finish()?) } else { Read::Some(reading) })
+                    let bytes = reading.bytes();
+                    Ok((if all? { Read::All(reading.finish()?) } else { Read::Some(reading) }, bytes))
                 };
-                match aside(read).await? {
+                let (read, bytes) = aside(read).await?;
+                seat.hold(bytes).inspect_err(|_| self.metrics.dropped(DropReason::Overloaded))?;
+                match read {
                     Read::All(encoded) => return Ok(encoded),
                     Read::Some(rest) => reading = rest,
                 }
             }
-        });
-        let encoded = encoding.await?;
+        };
+        let encoded = self.in_time(limits.deadline, encoding).await?;
+        seat.has_read();
         Ok((encoded, Some(seat)))
     }
 
-    /// A place for a request that holds so many bytes, so much of which is to be read, to wait where others do: what the
-    /// queue would not take anyway gets none.
+    /// A place for a request of so many bytes to wait where others do: what the queue would not take anyway gets none.
     ///
     /// # Errors
     /// As those of the queue.
-    fn sit(&self, bytes: usize, work: usize, urgency: &Urgency) -> Result<Seat, Error> {
-        let now = Instant::now();
+    fn sit(&self, bytes: usize, urgency: &Urgency) -> Result<Seat, Error> {
         let level = self.schedule.level(urgency.priority);
-        let place = self.levels[level].place(level, urgency, now);
         // No part of it is smaller.
         let cost = Cost {
             rows: 1,
@@ -216,37 +209,12 @@ impl ModelVersion {
             bytes: 1,
             shape: ShapeKey::new(),
             alone: false,
-            place,
+            place: self.levels[level].place(level, urgency, Instant::now()),
             client: urgency.client,
         };
-        let queued = self.queue.check(&cost)?;
-        self.desk.sit(&Pile { client: urgency.client, bytes, work, deadline: place.deadline }, queued, now)
-    }
-
-    /// What `work` comes to at a seat, unless nobody waits for it any more or it has waited too long.
-    async fn at_desk<T>(
-        &self,
-        seat: &mut Seat,
-        urgency: &Urgency,
-        work: impl AsyncFnOnce(&mut Seat) -> Result<T, Error>,
-    ) -> Result<T, Error> {
-        let _pending = Pending::new(self);
-        let level = self.schedule.level(urgency.priority);
-        let Place { deadline, expires, .. } = self.levels[level].place(level, urgency, Instant::now());
-        let rejected = self.levels[level].timeout_action == TimeoutAction::Reject;
-        let expires = expires.filter(|&expires| rejected && deadline.is_none_or(|deadline| expires < deadline));
-        let done = match expires {
-            None => self.in_time(deadline, work(seat)).await,
-            Some(expires) => {
-                let done = tokio::time::timeout_at(expires.into(), work(seat)).await;
-                done.unwrap_or_else(|_| Err(executor::waited_too_long()))
-            }
-        };
-        match &done {
-            Ok(_) => seat.has_read(),
-            Err(error) => seat.fails(error, expires.is_some_and(|expires| expires <= Instant::now())),
-        }
-        done
+        self.queue.check(&cost)?;
+        let seat = self.desk.sit(urgency.client, bytes);
+        seat.inspect_err(|_| self.metrics.dropped(DropReason::Overloaded))
     }
 }
 
@@ -260,11 +228,6 @@ impl<I: ExactSizeIterator> Iterator for Seated<I> {
         }
         run
     }
-}
-
-/// What becomes of texts whose client went away when their turn had come.
-fn given_up() -> Error {
-    Error::new(Code::Cancelled, "the request was cancelled while its texts waited to be read")
 }
 
 /// Does what would keep an I/O thread from its connections on another one.

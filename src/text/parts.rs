@@ -205,12 +205,6 @@ impl Reading {
         Ok(end == rows)
     }
 
-    /// Bytes of texts that are still to be read, if those of all rows are about as long.
-    pub fn left(&self) -> usize {
-        let rows = self.text.rows().max(1);
-        self.size / rows * (rows - self.rows.len().min(rows))
-    }
-
     /// Bytes that the texts hold in memory, and their tokens.
     pub fn bytes(&self) -> usize {
         self.size.saturating_add(self.front.bytes_of(self.tokens))
@@ -226,11 +220,6 @@ impl Reading {
 }
 
 impl Encoded {
-    /// Bytes of the inputs of all parts.
-    pub fn bytes(&self) -> usize {
-        self.parts.iter().flat_map(|part| &part.inputs).map(Tensor::byte_len).sum()
-    }
-
     /// The outputs of the whole request from those of its parts, in the parts' order.
     pub fn assemble(&self, mut outputs: Vec<Vec<Tensor>>) -> Vec<Tensor> {
         if let ([part], [_]) = (&self.parts[..], &outputs[..])

@@ -13,7 +13,7 @@ use crate::error::{Code, Error};
 /// percent off, and clients that have nothing waiting yet come between. Whoever is refused at once has lost nothing,
 /// who waits first and is dropped then has lost the time. With 16 clients at twice the load 8 % of the refused waited
 /// for nearly all of their time without this, one in a thousand with a quarter and none with a third (simulated).
-pub const SPARE: u32 = 3;
+const SPARE: u32 = 3;
 
 /// A request that was put out of a full queue, and the answer it gets.
 pub type Displaced<T> = (Entry<T>, Error);
