@@ -1,7 +1,7 @@
 //! `Desk`: where long texts wait to become tokens, and who is let in there.
 //!
-//! One request is read at a time, a bit of it, then a bit of the next one. What has been read stays counted, with its tokens,
-//! until the last of its parts is in the queue. No client may have more here than there is room left for others, so that one
+//! One request is read at a time, a bit of it, then a bit of the next one, whatever their levels. What has been read stays
+//! counted until the last of its parts is in the queue. No client may have more here than there is room left for others, so that one
 //! alone has as much as the queue's limits say, all together have less than twice as much, and who comes to a crowd of one
 //! client's finds room (A. K. Choudhury and E. L. Hahne, "Dynamic queue length thresholds for shared-memory packet
 //! switches", 1998).
@@ -9,7 +9,10 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::timeout,
+};
 
 use super::batcher::{Client, Limits};
 use crate::error::Error;
@@ -19,7 +22,7 @@ pub(super) struct Desk {
     /// Of all together.
     most: Held,
     state: Mutex<State>,
-    /// Of the only one.
+    max_wait: Duration,
     turn: Arc<Semaphore>,
 }
 
@@ -46,10 +49,11 @@ struct Held {
 impl Desk {
     pub fn new(limits: Limits) -> Arc<Self> {
         let most = Held { requests: limits.max_requests, bytes: limits.max_bytes };
-        Arc::new(Self { most: most.and(most), state: Mutex::default(), turn: Arc::new(Semaphore::new(1)) })
+        let turn = Arc::new(Semaphore::new(1));
+        Arc::new(Self { most: most.and(most), state: Mutex::default(), max_wait: limits.max_wait, turn })
     }
 
-    /// Lets in a request of so many bytes. Who finds nobody there is let in whatever its size.
+    /// Lets in a request that will hold so many bytes, with its tokens. Who finds nobody there is let in whatever its size.
     ///
     /// # Errors
     /// `Overloaded` when a limit is reached.
@@ -74,49 +78,39 @@ impl Desk {
 
 impl Seat {
     /// Waits for a turn, which is the next one's when it is dropped.
-    pub async fn turn(&self) -> Option<OwnedSemaphorePermit> {
-        // It is never closed.
-        Arc::clone(&self.desk.turn).acquire_owned().await.ok()
-    }
-
-    /// Tells how many bytes it has by now.
     ///
     /// # Errors
-    /// `Overloaded` when there is no room for them beside others'.
-    pub fn hold(&mut self, bytes: usize) -> Result<(), Error> {
-        let mut state = self.desk.state.lock();
-        let others = state.all.without(self.held);
-        if others.bytes > 0 && others.bytes.saturating_add(bytes) > self.desk.most.bytes {
-            let own = state.clients.get(&self.client).copied().unwrap_or_default();
-            return Err(full(state.all.bytes, "bytes", own.bytes, "max_bytes"));
-        }
-        state.replace(self.client, &mut self.held, |held| Held { bytes, ..held });
-        Ok(())
+    /// `Overloaded` when it takes too long.
+    pub async fn turn(&self) -> Result<Option<OwnedSemaphorePermit>, Error> {
+        let turn = timeout(self.desk.max_wait, Arc::clone(&self.desk.turn).acquire_owned()).await;
+        // It is never closed.
+        turn.map(Result::ok).map_err(|_| {
+            let all = self.desk.state.lock().all.requests;
+            refusal(format!("{all} requests of long texts take turns to become tokens, and none came (queue.max_wait)"))
+        })
     }
 
     /// All has been read.
     pub fn has_read(&mut self) {
-        let desk = Arc::clone(&self.desk);
-        desk.state.lock().replace(self.client, &mut self.held, |held| Held { requests: 0, ..held });
+        self.desk.state.lock().take(self.client, Held { requests: self.held.requests, bytes: 0 });
+        self.held.requests = 0;
     }
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        self.desk.state.lock().replace(self.client, &mut self.held, |_| Held::default());
+        self.desk.state.lock().take(self.client, self.held);
     }
 }
 
 impl State {
-    fn replace(&mut self, client: Client, held: &mut Held, by: impl FnOnce(Held) -> Held) {
-        let new = by(*held);
-        self.all = self.all.without(*held).and(new);
+    fn take(&mut self, client: Client, held: Held) {
+        self.all = self.all.without(held);
         let own = self.clients.entry(client).or_default();
-        *own = own.without(*held).and(new);
+        *own = own.without(held);
         if *own == Held::default() {
             self.clients.remove(&client);
         }
-        *held = new;
     }
 }
 
@@ -131,10 +125,11 @@ impl Held {
 }
 
 fn full(all: usize, what: &str, own: usize, limit: &str) -> Error {
-    let message = format!(
-        "the queue is full: {all} {what} of long texts wait to become tokens, {own} of them this client's (queue.{limit})"
-    );
-    Error::overloaded(message, Duration::ZERO)
+    refusal(format!("{all} {what} of long texts wait to become tokens, {own} of them this client's (queue.{limit})"))
+}
+
+fn refusal(reason: String) -> Error {
+    Error::overloaded(format!("the queue is full: {reason}"), Duration::from_secs(1))
 }
 
 #[cfg(test)]
@@ -145,7 +140,7 @@ mod tests {
     use crate::error::Code;
 
     fn desk() -> Arc<Desk> {
-        let limits = Limits { max_rows: 1, max_requests: 4, max_bytes: 1000, max_wait: Duration::ZERO };
+        let limits = Limits { max_rows: 1, max_requests: 4, max_bytes: 1000, max_wait: Duration::from_secs(60) };
         Desk::new(limits)
     }
 
@@ -185,27 +180,20 @@ mod tests {
         drop(whole);
         let mut first = sit(&desk, 1, 600).unwrap();
         assert!(sit(&desk, 1, 401).is_err(), "more than the limit");
-        let mut second = sit(&desk, 2, 700).unwrap();
+        let second = sit(&desk, 2, 700).unwrap();
         let error = sit(&desk, 2, 1).err().unwrap();
         assert!(error.message.contains("1300 bytes of long texts") && error.message.ends_with("(queue.max_bytes)"));
-        // Its tokens count for the whole; others are not asked to leave for them.
-        first.hold(1300).unwrap();
-        let error = first.hold(1301).unwrap_err();
-        assert_eq!(error.code, Code::Overloaded);
-        assert_eq!(desk.state.lock().all, Held { requests: 2, bytes: 2000 });
-        drop(first);
-        second.hold(50_000).unwrap();
-        second.hold(10).unwrap();
-        assert_eq!(desk.state.lock().all, Held { requests: 1, bytes: 10 });
-        drop(second);
+        first.has_read();
+        assert_eq!(desk.state.lock().all, Held { requests: 1, bytes: 1300 }, "they wait to be queued");
+        drop((first, second));
         assert!(is_bare(&desk));
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn turns_are_taken_in_order_and_outlive_who_left() {
         let desk = desk();
         let [one, other, last] = [1, 1, 2].map(|client| sit(&desk, client, 1).unwrap());
-        let turn = one.turn().await.unwrap();
+        let turn = one.turn().await.unwrap().unwrap();
         let mut waits = Box::pin(other.turn());
         assert!((&mut waits).now_or_never().is_none(), "one at a time");
         let mut behind = Box::pin(last.turn());
@@ -214,6 +202,12 @@ mod tests {
         drop((one, other));
         assert!((&mut behind).now_or_never().is_none(), "it is still being read");
         drop(turn);
-        assert!((&mut behind).now_or_never().is_some());
+        let turn = (&mut behind).now_or_never().unwrap().unwrap();
+        let next = sit(&desk, 3, 1).unwrap();
+        let error = next.turn().await.unwrap_err();
+        assert_eq!(error.code, Code::Overloaded);
+        assert!(error.message.ends_with("(queue.max_wait)"), "{}", error.message);
+        drop(turn);
+        assert!(next.turn().await.is_ok());
     }
 }

@@ -56,9 +56,10 @@ pub struct QueueConfig {
     /// Requests that may wait per version; beside them as many of one client's whose long texts are to become tokens, and less
     /// than twice as many of all clients'.
     pub max_requests: usize,
-    /// Bytes of tensors that may wait per version; beside them as many of long texts and their tokens, as with requests.
+    /// Bytes of tensors that may wait per version; beside them as many of long texts and their tokens (estimated), as with requests.
     pub max_bytes: usize,
-    /// Longest estimated wait at which a request is still queued.
+    /// Longest estimated wait at which a request is still queued; and how long one of long texts may wait for a turn to become
+    /// tokens.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub max_wait: Duration,

@@ -8,6 +8,7 @@ use std::{
 };
 
 use futures_util::{StreamExt, TryStreamExt, stream};
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::{
     ModelVersion, Pending, Piece, Refused,
@@ -60,9 +61,9 @@ impl ModelVersion {
         let (parts, seat) = if bytes <= QUICK_TOKENS {
             (divide().map_err(of_model)?, None)
         } else {
-            let mut seat = self.sit(bytes, urgency).map_err(of_model)?;
+            let mut seat = self.sit(bytes + front.bytes_of_ids(&inputs), urgency).map_err(of_model)?;
             let dividing = async {
-                let turn = seat.turn().await;
+                let turn = self.turn(&seat).await?;
                 aside(move || {
                     let _turn = turn;
                     divide()
@@ -70,7 +71,10 @@ impl ModelVersion {
                 .await
             };
             let _pending = Pending::new(self);
-            let parts = self.in_time(limits.deadline, dividing).await.map_err(of_model)?;
+            let parts = match self.in_time(limits.deadline, dividing).await {
+                Ok(parts) => parts,
+                Err(error) => return Err(self.unread(error, inputs)),
+            };
             seat.has_read();
             (parts, Some(seat))
         };
@@ -140,9 +144,11 @@ impl ModelVersion {
         wish: &Wish,
     ) -> Result<Vec<Tensor>, Refused> {
         let Some(visit) = self.queue.enter() else { return Err(Refused::Draining(text)) };
-        let of_model = |error: Error| Refused::Error(error.of_model(self.name.as_str()));
         let start = Instant::now();
-        let (encoded, seat) = self.encode(front, &text, wish, urgency).await.map_err(of_model)?;
+        let (encoded, seat) = match self.encode(front, &text, wish, urgency).await {
+            Ok(encoded) => encoded,
+            Err(error) => return Err(self.unread(error, text)),
+        };
         self.metrics.tokenized(start.elapsed());
         match self.run_parts(&encoded, urgency, &visit, seat).await {
             Ok(outputs) => {
@@ -171,20 +177,17 @@ impl ModelVersion {
             return Ok((front.encode(texts, wish, &limits)?, None));
         }
         let _pending = Pending::new(self);
-        let mut seat = self.sit(texts.byte_len(), urgency)?;
+        let mut seat = self.sit(front.bytes_of_texts(texts), urgency)?;
         let mut reading = Box::new(front.reading(texts.clone(), wish.clone(), limits));
         let encoding = async {
             loop {
-                let turn = seat.turn().await;
+                let turn = self.turn(&seat).await?;
                 let read = move || {
                     let all = reading.read_on();
                     drop(turn);
-                    let bytes = reading.bytes();
-                    Ok((if all? { Read::All(reading.finish()?) } else { Read::Some(reading) }, bytes))
+                    Ok(if all? { Read::All(reading.finish()?) } else { Read::Some(reading) })
                 };
-                let (read, bytes) = aside(read).await?;
-                seat.hold(bytes).inspect_err(|_| self.metrics.dropped(DropReason::Overloaded))?;
-                match read {
+                match aside(read).await? {
                     Read::All(encoded) => return Ok(encoded),
                     Read::Some(rest) => reading = rest,
                 }
@@ -215,6 +218,23 @@ impl ModelVersion {
         self.queue.check(&cost)?;
         let seat = self.desk.sit(urgency.client, bytes);
         seat.inspect_err(|_| self.metrics.dropped(DropReason::Overloaded))
+    }
+
+    /// A turn to read, as long as anything can still come of it.
+    async fn turn(&self, seat: &Seat) -> Result<Option<OwnedSemaphorePermit>, Error> {
+        let turn = seat.turn().await.inspect_err(|_| self.metrics.dropped(DropReason::Overloaded))?;
+        if self.queue.is_abandoned() {
+            return Err(Error::new(Code::NotReady, "the version went away while its texts waited to become tokens"));
+        }
+        Ok(turn)
+    }
+
+    /// What a request is refused with that was not read because of `error`; its successor has time for it.
+    fn unread(&self, error: Error, inputs: Vec<Tensor>) -> Refused {
+        if error.code == Code::NotReady && self.queue.is_abandoned() {
+            return Refused::Draining(inputs);
+        }
+        Refused::Error(error.of_model(self.name.as_str()))
     }
 }
 

@@ -62,8 +62,6 @@ impl Lengths {
 pub struct Reading {
     front: Arc<Front>,
     text: Tensor,
-    /// Its bytes.
-    size: usize,
     wish: Wish,
     limits: Limits,
     rows: Vec<Row>,
@@ -99,8 +97,19 @@ impl Front {
 
     /// The same for texts that are many or long, bit by bit.
     pub fn reading(self: &Arc<Self>, text: Tensor, wish: Wish, limits: Limits) -> Reading {
-        let size = text.byte_len();
-        Reading { front: Arc::clone(self), text, size, wish, limits, rows: Vec::new(), tokens: 0, query: None }
+        Reading { front: Arc::clone(self), text, wish, limits, rows: Vec::new(), tokens: 0, query: None }
+    }
+
+    /// What texts and their tokens will hold in memory, by a token for four bytes.
+    pub fn bytes_of_texts(&self, texts: &Tensor) -> usize {
+        let (bytes, rows) = (texts.byte_len(), texts.rows());
+        let most = self.most.unwrap_or(usize::MAX).saturating_mul(rows);
+        bytes.saturating_add(self.bytes_of((bytes / 4).saturating_add(2 * rows).min(most)))
+    }
+
+    /// What is made of token ids that a client sent: at most all inputs of the graph.
+    pub fn bytes_of_ids(&self, inputs: &[Tensor]) -> usize {
+        self.bytes_of(inputs.first().map_or(0, |ids| ids.byte_len() / size_of::<i64>()))
     }
 
     /// What so many tokens take as inputs of the graph.
@@ -203,11 +212,6 @@ impl Reading {
         self.rows.extend(more);
         self.front.check_room(TEXT, self.tokens, &self.limits)?;
         Ok(end == rows)
-    }
-
-    /// Bytes that the texts hold in memory, and their tokens.
-    pub fn bytes(&self) -> usize {
-        self.size.saturating_add(self.front.bytes_of(self.tokens))
     }
 
     /// The tokens of all texts, once none is left.

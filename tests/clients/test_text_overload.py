@@ -138,7 +138,7 @@ def test_a_crowd_with_long_texts_is_partly_sent_away(repository, serve):
     # Some are read, some wait for runs, some run; not all of them.
     assert most[0] < CROWD
     refused = sum(of.count(False) for of in ended.values())
-    assert dropped(server, "overloaded") + dropped(server, "displaced") == refused
+    assert dropped(server, "overloaded") + dropped(server, "displaced") >= refused
     eventually(lambda: pending(server) == 0, PATIENCE)
     check_close(quietly(server, TEXTS), [wanted[text] for text in TEXTS], "afterwards")
 
@@ -154,6 +154,7 @@ def test_texts_that_wait_have_so_many_bytes_together(repository, serve):
         # What has hardly any bytes is read meanwhile.
         reply = openai(server, [CASES[0]["text"] + " " * 300])
         assert reply.status == 200, reply.body
+        assert not ended, "the first one was too quick"
     check_close(ended[0], quietly(server, TEXTS)[[*range(4)] * 40], "the first")
 
 
