@@ -31,6 +31,8 @@ pub(super) struct Seat {
     desk: Arc<Desk>,
     client: Client,
     held: Held,
+    /// Whether it has had a turn.
+    is_begun: bool,
 }
 
 #[derive(Default)]
@@ -53,12 +55,13 @@ impl Desk {
         Arc::new(Self { most: most.and(most), state: Mutex::default(), max_wait: limits.max_wait, turn })
     }
 
-    /// Lets in a request that will hold so many bytes, with its tokens. Who finds nobody there is let in whatever its size.
+    /// Lets in a request that will hold so many bytes, with its tokens. It counts as the limit at most, so that there is room
+    /// beside a large one, and who finds nobody there is let in whatever the limits are.
     ///
     /// # Errors
     /// `Overloaded` when a limit is reached.
     pub fn sit(self: &Arc<Self>, client: Client, bytes: usize) -> Result<Seat, Error> {
-        let held = Held { requests: 1, bytes };
+        let held = Held { requests: 1, bytes: bytes.min(self.most.bytes / 2) };
         let mut state = self.state.lock();
         let own = state.clients.get(&client).copied().unwrap_or_default();
         if state.all != Held::default() {
@@ -72,19 +75,25 @@ impl Desk {
         }
         state.all = state.all.and(held);
         state.clients.insert(client, own.and(held));
-        Ok(Seat { desk: Arc::clone(self), client, held })
+        Ok(Seat { desk: Arc::clone(self), client, held, is_begun: false })
     }
 }
 
 impl Seat {
-    /// Waits for a turn, which is the next one's when it is dropped.
+    /// Waits for a turn, which is the next one's when it is dropped. What has had one is not given up for want of another.
     ///
     /// # Errors
-    /// `Overloaded` when it takes too long.
-    pub async fn turn(&self) -> Result<Option<OwnedSemaphorePermit>, Error> {
-        let turn = timeout(self.desk.max_wait, Arc::clone(&self.desk.turn).acquire_owned()).await;
+    /// `Overloaded` when the first one takes too long.
+    pub async fn turn(&mut self) -> Result<Option<OwnedSemaphorePermit>, Error> {
+        let turn = Arc::clone(&self.desk.turn).acquire_owned();
+        let turn = if self.is_begun { turn.await } else { self.first(turn).await? };
+        self.is_begun = true;
         // It is never closed.
-        turn.map(Result::ok).map_err(|_| {
+        Ok(turn.ok())
+    }
+
+    async fn first<T>(&self, turn: impl Future<Output = T>) -> Result<T, Error> {
+        timeout(self.desk.max_wait, turn).await.map_err(|_| {
             let all = self.desk.state.lock().all.requests;
             refusal(format!("{all} requests of long texts take turns to become tokens, and none came (queue.max_wait)"))
         })
@@ -176,8 +185,8 @@ mod tests {
     fn bytes_are_divided_likewise() {
         let desk = desk();
         let whole = sit(&desk, 1, 5000).unwrap();
-        assert!(sit(&desk, 2, 1).is_err());
-        drop(whole);
+        assert!(sit(&desk, 1, 1).is_err() && sit(&desk, 2, 501).is_err());
+        drop((sit(&desk, 2, 500).unwrap(), whole));
         let mut first = sit(&desk, 1, 600).unwrap();
         assert!(sit(&desk, 1, 401).is_err(), "more than the limit");
         let second = sit(&desk, 2, 700).unwrap();
@@ -192,7 +201,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn turns_are_taken_in_order_and_outlive_who_left() {
         let desk = desk();
-        let [one, other, last] = [1, 1, 2].map(|client| sit(&desk, client, 1).unwrap());
+        let [mut one, mut other, mut last] = [1, 1, 2].map(|client| sit(&desk, client, 1).unwrap());
         let turn = one.turn().await.unwrap().unwrap();
         let mut waits = Box::pin(other.turn());
         assert!((&mut waits).now_or_never().is_none(), "one at a time");
@@ -203,11 +212,14 @@ mod tests {
         assert!((&mut behind).now_or_never().is_none(), "it is still being read");
         drop(turn);
         let turn = (&mut behind).now_or_never().unwrap().unwrap();
-        let next = sit(&desk, 3, 1).unwrap();
+        let mut next = sit(&desk, 3, 1).unwrap();
         let error = next.turn().await.unwrap_err();
         assert_eq!(error.code, Code::Overloaded);
         assert!(error.message.ends_with("(queue.max_wait)"), "{}", error.message);
         drop(turn);
-        assert!(next.turn().await.is_ok());
+        drop(next.turn().await.unwrap());
+        // It would wait for an hour and more now.
+        let _turn = sit(&desk, 4, 1).unwrap().turn().await.unwrap();
+        assert!(timeout(Duration::from_secs(3600), next.turn()).await.is_err());
     }
 }

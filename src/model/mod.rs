@@ -58,8 +58,8 @@ pub struct QueueConfig {
     pub max_requests: usize,
     /// Bytes of tensors that may wait per version; beside them as many of long texts and their tokens (estimated), as with requests.
     pub max_bytes: usize,
-    /// Longest estimated wait at which a request is still queued; and how long one of long texts may wait for a turn to become
-    /// tokens.
+    /// Longest estimated wait at which a request is still queued; and how long one of long texts may wait for its first turn
+    /// to become tokens.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub max_wait: Duration,

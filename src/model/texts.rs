@@ -63,7 +63,7 @@ impl ModelVersion {
         } else {
             let mut seat = self.sit(bytes + front.bytes_of_ids(&inputs), urgency).map_err(of_model)?;
             let dividing = async {
-                let turn = self.turn(&seat).await?;
+                let turn = self.turn(&mut seat).await?;
                 aside(move || {
                     let _turn = turn;
                     divide()
@@ -181,7 +181,7 @@ impl ModelVersion {
         let mut reading = Box::new(front.reading(texts.clone(), wish.clone(), limits));
         let encoding = async {
             loop {
-                let turn = self.turn(&seat).await?;
+                let turn = self.turn(&mut seat).await?;
                 let read = move || {
                     let all = reading.read_on();
                     drop(turn);
@@ -221,12 +221,12 @@ impl ModelVersion {
     }
 
     /// A turn to read, as long as anything can still come of it.
-    async fn turn(&self, seat: &Seat) -> Result<Option<OwnedSemaphorePermit>, Error> {
-        let turn = seat.turn().await.inspect_err(|_| self.metrics.dropped(DropReason::Overloaded))?;
+    async fn turn(&self, seat: &mut Seat) -> Result<Option<OwnedSemaphorePermit>, Error> {
+        let turn = seat.turn().await;
         if self.queue.is_abandoned() {
             return Err(Error::new(Code::NotReady, "the version went away while its texts waited to become tokens"));
         }
-        Ok(turn)
+        turn.inspect_err(|_| self.metrics.dropped(DropReason::Overloaded))
     }
 
     /// What a request is refused with that was not read because of `error`; its successor has time for it.

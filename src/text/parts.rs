@@ -103,7 +103,7 @@ impl Front {
     /// What texts and their tokens will hold in memory, by a token for four bytes.
     pub fn bytes_of_texts(&self, texts: &Tensor) -> usize {
         let (bytes, rows) = (texts.byte_len(), texts.rows());
-        let most = self.most.unwrap_or(usize::MAX).saturating_mul(rows);
+        let most = self.tokens.longest().saturating_mul(rows);
         bytes.saturating_add(self.bytes_of((bytes / 4).saturating_add(2 * rows).min(most)))
     }
 
