@@ -1,9 +1,9 @@
 //! `Desk`: where long texts wait to become tokens, and who is let in there.
 //!
 //! One request is read at a time, a bit of it, then a bit of the next one, whatever their levels. What has been read stays
-//! counted until the last of its parts is in the queue. No client may have more here than there is room left for others, so that one
-//! alone has as much as the queue's limits say, all together have less than twice as much, and who comes to a crowd of one
-//! client's finds room (A. K. Choudhury and E. L. Hahne, "Dynamic queue length thresholds for shared-memory packet
+//! counted until the last of its parts is in the queue. No client may have more here than there is room left for others, so
+//! that one alone has as much as the queue's limits say, all together have less than twice as much, and who comes to a crowd
+//! of one client's finds room (A. K. Choudhury and E. L. Hahne, "Dynamic queue length thresholds for shared-memory packet
 //! switches", 1998).
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
