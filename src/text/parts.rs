@@ -85,6 +85,7 @@ pub struct Part {
     /// Every input of the graph, in its order.
     pub inputs: Vec<Tensor>,
 }
+
 impl Front {
     /// The tokens of `text`, which the signature has taken.
     ///

@@ -42,8 +42,8 @@ def as_array(texts):
     return np.array([text.encode() for text in texts], object)
 
 
-def infer(client, texts, **more):
-    return client.infer("reader", {"text": as_array(texts)}, **more).as_numpy("embedding")
+def infer(client, texts):
+    return client.infer("reader", {"text": as_array(texts)}).as_numpy("embedding")
 
 
 def quietly(server, texts):

@@ -1,6 +1,9 @@
 use std::{sync::mpsc, thread};
 
-use super::{testing::submit, *};
+use super::{
+    testing::{cost, submit},
+    *,
+};
 use crate::{
     backend::Signature,
     metrics::Metrics,
@@ -83,6 +86,21 @@ impl Line {
     fn end(self) {
         self.queue.close();
         self.executors.into_iter().for_each(|executor| executor.join().unwrap());
+    }
+}
+
+#[test]
+fn what_would_not_be_queued_is_known_beforehand() {
+    let line = Line::new("", 1, 0);
+    assert_eq!(line.queue.check(&cost(1)), Ok(()));
+    let mut tickets: Vec<Ticket> = (0..100).map(|_| line.submit(1)).collect();
+    assert_eq!(line.queue.check(&cost(1)).unwrap_err().code, Code::Overloaded);
+    // As for those that are queued, who has left makes room sooner or later.
+    tickets.pop();
+    let begin = Instant::now();
+    while line.queue.check(&cost(1)).is_err() {
+        assert!(begin.elapsed() < SOON, "nobody has looked for those who left");
+        thread::sleep(Duration::from_millis(1));
     }
 }
 
